@@ -1,0 +1,167 @@
+"""Which bytes travel together: a plan that both sides derive from the manifest and the bucket size alone.
+
+Parameters lie one after another, each aligned to 256 bytes, in buckets of a fixed size; one that is larger than what
+is left of a bucket begins in it and spans the following ones.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import attrs
+import torch
+
+from weight_transfer.loading import destinations_of
+from weight_transfer.manifest import ParamMeta, torch_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from weight_transfer.engine import LoadWeights
+
+ALIGNMENT = 256
+"""Bytes; the alignment of CUDA allocations, so that every dtype and vectorised copy is at home."""
+
+
+@attrs.frozen
+class Slot:
+    """A piece of one parameter in one bucket.
+
+    Attributes:
+        param: index of the parameter in the plan's list.
+        start: first byte of the piece within the parameter.
+        offset: first byte of the piece within the bucket.
+        nbytes: length of the piece; 0 for an empty parameter.
+        last: whether the parameter ends here.
+    """
+
+    param: int
+    start: int
+    offset: int
+    nbytes: int
+    last: bool
+
+
+@attrs.frozen
+class BucketPlan:
+    """The buckets of one update, in order; each is a tuple of slots, sorted by offset."""
+
+    params: tuple[ParamMeta, ...]
+    bucket_bytes: int
+    buckets: tuple[tuple[Slot, ...], ...]
+
+
+def plan_buckets(params: Iterable[ParamMeta], bucket_bytes: int) -> BucketPlan:
+    """Lay out ``params`` in buckets of ``bucket_bytes``; the same arguments give the same plan everywhere.
+
+    Raises:
+        ValueError: ``bucket_bytes`` is less than 256.
+    """
+    if bucket_bytes < ALIGNMENT:
+        raise ValueError(f"a bucket needs at least {ALIGNMENT} bytes, got {bucket_bytes}")
+    params = tuple(params)
+    buckets: list[list[Slot]] = [[]]
+    offset = 0
+    for index, param in enumerate(params):
+        offset = -(-offset // ALIGNMENT) * ALIGNMENT
+        start, nbytes = 0, param.nbytes
+        while True:
+            if offset >= bucket_bytes:
+                buckets.append([])
+                offset = 0
+            piece = min(nbytes - start, bucket_bytes - offset)
+            start += piece
+            buckets[-1].append(Slot(index, start - piece, offset, piece, last=start == nbytes))
+            offset += piece
+            if start == nbytes:
+                break
+    return BucketPlan(params, bucket_bytes, tuple(map(tuple, buckets)) if params else ())
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of a contiguous tensor as a uint8 tensor of shape ``[nbytes]`` that shares its memory."""
+    return tensor.detach().reshape(-1).view(torch.uint8)
+
+
+def pack(slots: Sequence[Slot], tensors: Sequence[torch.Tensor], views: Sequence[torch.Tensor]) -> None:
+    """Copy pieces of ``tensors`` into a bucket.
+
+    Args:
+        slots: one bucket of a plan.
+        tensors: the contiguous tensor of each slot, any dtype and shape.
+        views: from :func:`bucket_views`.
+    """
+    pairs = [
+        (view, as_bytes(tensor)[slot.start : slot.start + slot.nbytes])
+        for slot, tensor, view in zip(slots, tensors, views, strict=True)
+        if slot.nbytes
+    ]
+    if pairs:
+        torch._foreach_copy_([view for view, _ in pairs], [piece for _, piece in pairs])  # noqa: SLF001
+
+
+def bucket_views(slots: Sequence[Slot], buffer: torch.Tensor) -> list[torch.Tensor]:
+    """Return, for each slot, the bytes of ``buffer`` (uint8, ``[bucket_bytes]``) that it takes; cache them."""
+    return [buffer[slot.offset : slot.offset + slot.nbytes] for slot in slots]
+
+
+def typed_view(view: torch.Tensor, meta: ParamMeta) -> torch.Tensor:
+    """Return a slot that holds a whole parameter as a tensor of its dtype and shape; it shares the bucket's memory."""
+    dtype = torch_dtype(meta.dtype)
+    if not view.numel():
+        return torch.empty(meta.shape, dtype=dtype, device=view.device)
+    return view.view(dtype).view(meta.shape)
+
+
+class Unpacker:
+    """Loads buckets that arrive in order, with cached views and at most one temporary tensor.
+
+    A parameter that spans buckets is assembled in the worker's own tensor if its loader only copies, else in a
+    temporary tensor of its own size.
+
+    Args:
+        plan: the plan of both sides.
+        buffers: the uint8 buffers that buckets arrive in; bucket ``i`` lies in ``buffers[i % len(buffers)]``.
+    """
+
+    def __init__(self, plan: BucketPlan, buffers: Sequence[torch.Tensor]) -> None:
+        self._plan = plan
+        self._device = buffers[0].device
+        self._partial: torch.Tensor | None = None
+        self._whole: list[list[tuple[str, torch.Tensor]]] = []
+        self._pieces: list[list[tuple[Slot, torch.Tensor]]] = []
+        for index, slots in enumerate(plan.buckets):
+            whole, pieces = [], []
+            for slot, view in zip(slots, bucket_views(slots, buffers[index % len(buffers)]), strict=True):
+                meta = plan.params[slot.param]
+                if slot.last and not slot.start:
+                    whole.append((meta.name, typed_view(view, meta)))
+                else:
+                    pieces.append((slot, view))
+            self._whole.append(whole)
+            self._pieces.append(pieces)
+
+    def load(self, index: int, load_weights: LoadWeights) -> None:
+        """Hand to ``load_weights`` the parameters that are complete now that bucket ``index`` has arrived.
+
+        When it returns, the bucket may be filled again.
+        """
+        complete = list(self._whole[index])
+        for slot, view in self._pieces[index]:
+            if not slot.start:
+                self._partial = self._target(slot.param, load_weights)
+            assert self._partial is not None
+            as_bytes(self._partial)[slot.start : slot.start + slot.nbytes].copy_(view)
+            if slot.last:
+                complete.append((self._plan.params[slot.param].name, self._partial))
+                self._partial = None
+        if complete:
+            load_weights(complete)
+
+    def _target(self, index: int, load_weights: LoadWeights) -> torch.Tensor:
+        meta = self._plan.params[index]
+        destination = (destinations_of(load_weights) or {}).get(meta.name)
+        if destination is not None and destination.is_contiguous() and destination.device == self._device:
+            load_weights.write_in_place()  # type: ignore[attr-defined]  # whoever has destinations has this too
+            return destination
+        return torch.empty(meta.shape, dtype=torch_dtype(meta.dtype), device=self._device)

@@ -1,0 +1,22 @@
+"""The control plane: small JSON messages between the trainer and its workers. Weights never travel here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from weight_transfer.control.channel import ControlChannel, LocalChannel
+
+__all__ = ["ControlChannel", "HttpChannel", "LocalChannel", "Server", "create_app", "serve"]
+
+
+def __getattr__(name: str) -> Any:
+    """HTTP needs the extra ``http``; the rest of the control plane does not."""
+    if name == "HttpChannel":
+        from weight_transfer.control.http_client import HttpChannel
+
+        return HttpChannel
+    if name in ("Server", "create_app", "serve"):
+        from weight_transfer.control import http_server
+
+        return getattr(http_server, name)
+    raise AttributeError(f"module 'weight_transfer.control' has no attribute {name!r}")

@@ -1,0 +1,193 @@
+"""The contract of a backend: one engine in each worker, one in the trainer.
+
+Who calls what, for one trainer and its workers::
+
+    trainer                                             each worker
+    -------                                             -----------
+    1. open_endpoint(slots)   -> init infos     ──────▶ 2. init_transfer_engine(init_info)
+    3. join_workers()                           ◀─────▶    (while 2. is under way)
+    for every update:
+    4. describe_update(source) -> extra fields  ──────▶ 5. receive_weights(update_info, load_weights)
+    6. send_weights(source)                     ◀─────▶    (while 5. is under way)
+    7. release_source()                                    (after every worker has finished)
+    at the end, or after an error:
+    8. shutdown()                                       9. shutdown()
+
+States, versions, deadlines over the whole call, verification and events belong to the core
+(:class:`~weight_transfer.WeightSender`, :class:`~weight_transfer.WeightReceiver`). An engine moves bytes and nothing else.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+import attrs
+
+from weight_transfer.info import WeightTransferInitInfo, WeightTransferUpdateInfo
+from weight_transfer.structuring import structure
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from weight_transfer.config import ParallelConfig, WeightTransferConfig
+    from weight_transfer.deadline import Deadline
+    from weight_transfer.manifest import Manifest
+    from weight_transfer.source import WeightSource
+
+TInitInfo = TypeVar("TInitInfo", bound=WeightTransferInitInfo)
+TUpdateInfo = TypeVar("TUpdateInfo", bound=WeightTransferUpdateInfo)
+
+LoadWeights = Callable[[list[tuple[str, "Tensor"]]], None]
+"""Takes a part of the weights as ``(name, tensor)`` pairs. The tensors are only valid during the call."""
+
+
+class WeightTransferEngine(ABC, Generic[TInitInfo, TUpdateInfo]):
+    """The worker's side of a backend.
+
+    Subclasses set :attr:`init_info_cls` and :attr:`update_info_cls` and write the three abstract methods. The core
+    calls them from one thread at a time, in the order of this module's docstring; only :meth:`abort_update` may come
+    from another thread at any time.
+    """
+
+    init_info_cls: ClassVar[type[Any]] = WeightTransferInitInfo
+    update_info_cls: ClassVar[type[Any]] = WeightTransferUpdateInfo
+
+    def __init__(self, config: WeightTransferConfig, parallel_config: ParallelConfig) -> None:
+        """Keep both configs; ``config.options`` is an instance of the backend's options class. Acquire nothing yet."""
+        self.config = config
+        self.parallel_config = parallel_config
+
+    def parse_init_info(self, init_dict: dict[str, Any]) -> TInitInfo:
+        """Return the typed init info.
+
+        Raises:
+            ValueError: a key is unknown, missing, or of a wrong type; the sentence names the engine and the key.
+        """
+        info: TInitInfo = structure(init_dict, self.init_info_cls, f"init_info of {type(self).__name__}")
+        return info
+
+    def parse_update_info(self, update_dict: dict[str, Any]) -> TUpdateInfo:
+        """Return the typed update info; see :meth:`parse_init_info`."""
+        info: TUpdateInfo = structure(update_dict, self.update_info_cls, f"update_info of {type(self).__name__}")
+        return info
+
+    @abstractmethod
+    def init_transfer_engine(self, init_info: TInitInfo) -> None:
+        """Join the trainer within ``init_info.timeout`` seconds. Called once per engine.
+
+        Raises:
+            HandshakeError, PeerLostError, TransferTimeoutError: joining failed; nothing stays open.
+        """
+
+    @abstractmethod
+    def receive_weights(self, update_info: TUpdateInfo, load_weights: LoadWeights) -> None:
+        """Receive every parameter of ``update_info.manifest`` once and hand it to ``load_weights``.
+
+        Call ``load_weights`` incrementally, with a bounded number of bytes at a time. It raises when the deadline has
+        passed or the update was aborted; let that through. With
+        :func:`~weight_transfer.loading.destinations_of` bytes may be written straight into the worker's own tensors,
+        which are then handed to ``load_weights`` themselves.
+
+        Raises:
+            TransferTimeoutError: ``update_info.timeout`` seconds passed; nothing is written afterwards.
+            PeerLostError: the trainer died.
+            ManifestMismatchError: both sides disagree about the plan.
+        """
+
+    @abstractmethod
+    def shutdown(self) -> None:
+        """Give back everything: memory, connections, threads. May be called in any state, and twice."""
+
+    def abort_update(self) -> None:  # noqa: B027  (an optional hook: most engines notice through load_weights)
+        """Make a running :meth:`receive_weights` end soon. Called from another thread."""
+
+    @property
+    def extra_memory(self) -> int:
+        """Bytes of staging memory that this engine holds now, apart from the weights themselves."""
+        return 0
+
+
+@attrs.frozen(kw_only=True)
+class WorkerSlot:
+    """The place of one control channel in the transfer group.
+
+    Attributes:
+        peer: the channel's address, for messages.
+        rank_offset: rank of the first worker behind it; the trainer is rank 0.
+        count: number of workers behind it.
+        world_size: members of the group: the trainer and all workers.
+    """
+
+    peer: str
+    rank_offset: int
+    count: int
+    world_size: int
+
+
+class TrainerWeightTransferEngine(ABC, Generic[TInitInfo, TUpdateInfo]):
+    """The trainer's side of a backend, on the one trainer rank that sends.
+
+    The core calls the methods in the order of this module's docstring, from the thread that called ``send``; only
+    :meth:`abort_update` may come from another thread at any time.
+    """
+
+    init_info_cls: ClassVar[type[Any]] = WeightTransferInitInfo
+    update_info_cls: ClassVar[type[Any]] = WeightTransferUpdateInfo
+
+    def __init__(self, config: WeightTransferConfig, parallel_config: ParallelConfig) -> None:
+        """Keep both configs. Acquire nothing yet."""
+        self.config = config
+        self.parallel_config = parallel_config
+
+    @abstractmethod
+    def open_endpoint(self, slots: Sequence[WorkerSlot], deadline: Deadline) -> list[dict[str, Any]]:
+        """Get ready for the workers in ``slots`` and say what each needs to join.
+
+        Called once with all slots; called again, with the returning ones only, if the backend declares
+        :attr:`~weight_transfer.Capability.REJOIN`.
+
+        Returns:
+            One dict per slot: the fields that ``init_info_cls`` adds to
+            :class:`~weight_transfer.WeightTransferInitInfo`, JSON-safe.
+        """
+
+    @abstractmethod
+    def join_workers(self, deadline: Deadline) -> None:
+        """Wait until every worker that was promised by the last :meth:`open_endpoint` has joined."""
+
+    def describe_update(self, source: WeightSource, manifest: Manifest, deadline: Deadline) -> dict[str, Any]:
+        """Return the fields that ``update_info_cls`` adds to :class:`~weight_transfer.WeightTransferUpdateInfo`.
+
+        For a field declared with :func:`~weight_transfer.info.sent_once`, return the same object while it is unchanged.
+        """
+        return {}
+
+    @abstractmethod
+    def send_weights(
+        self, source: WeightSource, manifest: Manifest, deadline: Deadline, progress: Callable[[int], None]
+    ) -> None:
+        """Move the bytes, while the workers are in ``receive_weights``; a backend whose workers pull returns at once.
+
+        Args:
+            source: iterate it to materialise tensors, or export ``source.resident()``.
+            manifest: ``source.manifest()``.
+            deadline: raise :class:`~weight_transfer.TransferTimeoutError` when it passes.
+            progress: call it with the number of bytes that have moved since the last call.
+        """
+
+    def release_source(self) -> None:  # noqa: B027  (an optional hook)
+        """Every worker has finished: let go of what was exported for this update only."""
+
+    def abort_update(self) -> None:  # noqa: B027  (an optional hook)
+        """The update failed: make a running :meth:`send_weights` raise soon. Called from any thread."""
+
+    @abstractmethod
+    def shutdown(self) -> None:
+        """Give back everything. May be called in any state, and twice."""
+
+    @property
+    def extra_memory(self) -> int:
+        """Bytes of staging memory that this engine holds now, apart from the weights themselves."""
+        return 0

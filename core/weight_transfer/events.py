@@ -1,0 +1,52 @@
+"""What listeners are told about a transfer. Every hook takes one of these, so that a new field breaks nobody."""
+
+from __future__ import annotations
+
+import attrs
+
+Version = int | str
+"""A weight version: the trainer's step, or any label."""
+
+
+@attrs.frozen(kw_only=True)
+class TransferStarted:
+    """An update begins.
+
+    Attributes:
+        role: ``trainer`` or ``worker``: the side on which the event was raised.
+        backend: the backend's name.
+        version: the version under way; a worker learns it only at the end and has None here.
+        nbytes: bytes of one full copy of the weights.
+        params: number of parameters.
+        workers: workers that take part (1 on a worker).
+    """
+
+    role: str
+    backend: str
+    version: Version | None
+    nbytes: int
+    params: int
+    workers: int
+
+
+@attrs.frozen(kw_only=True)
+class TransferProgress:
+    """Bytes have moved. ``done`` and ``total`` are bytes of one full copy of the weights."""
+
+    role: str
+    backend: str
+    version: Version | None
+    done: int
+    total: int
+
+
+@attrs.frozen(kw_only=True)
+class TransferFinished:
+    """An update ended. ``error`` is None on success, else the sentence of the error; ``seconds`` is wall time."""
+
+    role: str
+    backend: str
+    version: Version | None
+    nbytes: int
+    seconds: float
+    error: str | None = None

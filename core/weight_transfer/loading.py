@@ -1,0 +1,215 @@
+"""What a worker does with weights that arrive: copy them in place, or hand them to the model's own loader."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import torch
+
+from weight_transfer.errors import ManifestMismatchError
+from weight_transfer.manifest import ParamMeta, dtype_name
+from weight_transfer.source import named_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from weight_transfer.manifest import Manifest
+
+Weights = list[tuple[str, "Tensor"]]
+
+
+class WeightLoader(Protocol):
+    """Takes weights part by part."""
+
+    def begin(self, manifest: Manifest) -> None:
+        """An update begins; raise :class:`~weight_transfer.ManifestMismatchError` if it cannot fit. Changes nothing yet."""
+
+    def __call__(self, weights: Weights) -> None:
+        """Load these weights. The tensors are only valid during the call."""
+
+    def finish(self) -> None:
+        """Every parameter of the manifest has been loaded."""
+
+
+@runtime_checkable
+class InPlaceLoader(Protocol):
+    """A loader that only copies, and can therefore say where to."""
+
+    def destinations(self) -> Mapping[str, Tensor]:
+        """Return the worker's own tensors by name, each of the shape and dtype of the manifest that began."""
+
+
+@runtime_checkable
+class InPlaceTarget(Protocol):
+    """What a receiver's ``load_weights`` offers beside being called; see :func:`destinations_of`."""
+
+    def destinations(self) -> Mapping[str, Tensor] | None:
+        """Return the worker's own tensors by name, if the loader only copies."""
+
+    def write_in_place(self) -> None:
+        """Say that bytes are about to be written there; raises when the deadline has passed or the update was aborted."""
+
+
+def destinations_of(load_weights: Callable[[Weights], object]) -> Mapping[str, Tensor] | None:
+    """Return where an engine may write the weights directly, by name; None if it may not.
+
+    Before each batch of writes the engine calls ``load_weights.write_in_place()``; afterwards it hands the written
+    tensors themselves to ``load_weights``. A plain callable, such as a model's ``load_weights``, gives None.
+    """
+    return load_weights.destinations() if isinstance(load_weights, InPlaceTarget) else None
+
+
+class KernelFormatLoader:
+    """Copies into the parameters and persistent buffers of a model by name; shapes and dtypes must be equal.
+
+    Args:
+        model: its storages stay where they are, so captured CUDA graphs and compiled code keep working.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._targets: dict[str, Tensor] = {}
+        self._checked: Manifest | None = None
+
+    def begin(self, manifest: Manifest) -> None:
+        targets = dict(named_weights(self._model))
+        same = (
+            self._checked is manifest
+            and len(targets) == len(self._targets)
+            and all(map(operator.is_, targets.values(), self._targets.values()))
+        )
+        self._targets = targets
+        if not same:
+            manifest.require(
+                (ParamMeta(name, dtype_name(tensor.dtype), tensor.shape) for name, tensor in targets.items()),
+                "the worker's model",
+            )
+            self._checked = manifest
+
+    def destinations(self) -> Mapping[str, Tensor]:
+        return self._targets
+
+    def __call__(self, weights: Weights) -> None:
+        targets = [self._targets[name] for name, _ in weights]
+        tensors = [tensor for _, tensor in weights]
+        if any(map(operator.is_, targets, tensors)):  # an engine has written some of them in place
+            moving = [index for index, target in enumerate(targets) if target is not tensors[index]]
+            targets, tensors = [targets[index] for index in moving], [tensors[index] for index in moving]
+        if targets:
+            with torch.no_grad():
+                torch._foreach_copy_(targets, tensors)  # noqa: SLF001
+
+    def finish(self) -> None:
+        return
+
+
+class CheckpointFormatLoader:
+    """Hands checkpoint-format weights to a model's own loader, with a layerwise stage behind it.
+
+    When the last parameter of a layer has arrived, ``process_weights_after_loading(layer)`` runs, so that quantising
+    or repacking needs the extra memory of one layer and not of the model. A layer is what a numbered part of the
+    parameter's name points to (``model.layers.3``), else the module that owns the parameter.
+
+    Args:
+        load_weights: any callable that takes ``[(name, tensor), ...]`` in checkpoint format, such as a vLLM model's
+            ``load_weights``. It is called several times per update.
+        model: needed with ``process_weights_after_loading``.
+        process_weights_after_loading: called once per layer and update with the layer's module.
+    """
+
+    _LAYER = re.compile(r"^(.*?\.\d+)\.")
+
+    def __init__(
+        self,
+        load_weights: Callable[[Weights], object],
+        model: nn.Module | None = None,
+        process_weights_after_loading: Callable[[nn.Module], object] | None = None,
+    ) -> None:
+        if process_weights_after_loading is not None and model is None:
+            raise ValueError("process_weights_after_loading needs the model whose layers it is to process")
+        self._load_weights = load_weights
+        self._model = model
+        self._process = process_weights_after_loading
+        self._missing: Counter[str] = Counter()
+
+    def begin(self, manifest: Manifest) -> None:
+        self._missing = Counter(self.layer_of(param.name) for param in manifest.params)
+        if self._process:
+            for layer in self._missing:
+                self._module(layer)
+
+    def __call__(self, weights: Weights) -> None:
+        if self._process is None:
+            self._load_weights(weights)
+            return
+        part: Weights = []
+        for name, tensor in weights:
+            part.append((name, tensor))
+            layer = self.layer_of(name)
+            self._missing[layer] -= 1
+            if not self._missing[layer]:
+                self._load_weights(part)
+                part = []
+                self._process(self._module(layer))
+        if part:
+            self._load_weights(part)
+
+    def finish(self) -> None:
+        return
+
+    @classmethod
+    def layer_of(cls, name: str) -> str:
+        """Return the path of the layer to which the parameter called ``name`` belongs."""
+        match = cls._LAYER.match(name)
+        return match[1] if match else name.rpartition(".")[0]
+
+    def _module(self, layer: str) -> nn.Module:
+        assert self._model is not None
+        try:
+            return self._model.get_submodule(layer)
+        except AttributeError as error:
+            raise ManifestMismatchError(
+                f"The update has parameters of layer {layer!r}, which the worker's model lacks; "
+                "process_weights_after_loading needs checkpoint names that match the model's modules.",
+                phase="update",
+            ) from error
+
+
+def loader_for(
+    model: nn.Module,
+    load_weights: Callable[[Weights], object] | None,
+    process_weights_after_loading: Callable[[nn.Module], object] | None,
+) -> Mapping[bool, WeightLoader]:
+    """Return the loaders for checkpoint format (True) and kernel format (False).
+
+    For checkpoint format that is ``load_weights``, else the model's own ``load_weights`` method, else a copy by name.
+    """
+    kernel = KernelFormatLoader(model)
+    load = load_weights or getattr(model, "load_weights", None)
+    if load is None and process_weights_after_loading is None:
+        return {True: kernel, False: kernel}
+    checkpoint = CheckpointFormatLoader(load or _CopyByName(model), model, process_weights_after_loading)
+    return {True: checkpoint, False: kernel}
+
+
+class _CopyByName:
+    """The default behind the layerwise stage: copies into the parameters that the model has at that moment."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __call__(self, weights: Weights) -> None:
+        targets = dict(named_weights(self._model))
+        for name, tensor in weights:
+            target = targets.get(name)
+            if target is None or target.shape != tensor.shape or target.dtype != tensor.dtype:
+                has = f"{dtype_name(target.dtype)} {list(target.shape)}" if target is not None else "no such parameter"
+                raise ManifestMismatchError(
+                    f"{ParamMeta(name, dtype_name(tensor.dtype), tensor.shape)} was sent, but the worker's model has {has}.", phase="update"
+                )
+            with torch.no_grad():
+                target.copy_(tensor)

@@ -1,0 +1,18 @@
+"""The plugin module: the only part that is imported when the backend is looked up."""
+
+from __future__ import annotations
+
+from weight_transfer.backend import API_VERSION, Backend, Capability
+from weight_transfer.hookspecs import hookimpl
+
+
+@hookimpl
+def weight_transfer_backend() -> Backend:
+    return Backend(
+        name="loopback",
+        api_version=API_VERSION,
+        summary="threads of one process; for tests and for authors of backends",
+        worker_engine="weight_transfer.testing.loopback.engine:LoopbackWorkerEngine",
+        trainer_engine="weight_transfer.testing.loopback.engine:LoopbackTrainerEngine",
+        capabilities={Capability.CPU, Capability.CUDA},
+    )

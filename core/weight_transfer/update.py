@@ -1,0 +1,146 @@
+"""One update on a worker: the guard between an engine and the model's loader."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from weight_transfer.deadline import Deadline
+from weight_transfer.errors import IntegrityError, ManifestMismatchError, TransferError
+from weight_transfer.events import TransferProgress
+from weight_transfer.loading import InPlaceLoader
+from weight_transfer.manifest import torch_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from weight_transfer.events import Version
+    from weight_transfer.info import WeightTransferUpdateInfo
+    from weight_transfer.loading import WeightLoader, Weights
+    from weight_transfer.manifest import ParamMeta
+
+_PROGRESS_INTERVAL = 0.1  # seconds
+
+
+class Update:
+    """The ``load_weights`` that an engine is given: it lets weights through to the loader, and nothing else.
+
+    It refuses weights after the deadline or an abort, names that are not in the manifest or come twice, wrong shapes
+    and dtypes, and, if digests came along, wrong bytes.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self.since = time.monotonic()
+        self.deadline = Deadline(timeout)
+        self.version: Version | None = None
+        self.nbytes = 0
+        self.params = 0
+        self.begun = False
+        self.touched = False
+        self.complete = False
+        self.abort_reason: str | None = None
+        self._backend: str | None = None
+        self._done = 0
+        self._told = 0.0
+
+    def begin(
+        self,
+        info: WeightTransferUpdateInfo,
+        loader: WeightLoader,
+        progress: Callable[[TransferProgress], None],
+        backend: str,
+    ) -> None:
+        """Take the typed info; from here on the engine may load."""
+        self.deadline = Deadline(info.timeout)
+        self.version = info.version
+        self.nbytes = info.manifest.nbytes
+        self.params = len(info.manifest.params)
+        self.begun = True
+        self._manifest = info.manifest
+        self._loader = loader
+        self._progress = progress
+        self._backend = backend
+        self._missing: dict[str, ParamMeta] = dict(info.manifest.by_name)
+        self._digests = dict(zip(self._missing, info.digests, strict=True)) if info.digests else {}
+
+    def abort(self, reason: str) -> None:
+        """Let no further weights through."""
+        self.abort_reason = reason
+
+    @property
+    def aborted(self) -> bool:
+        return self.abort_reason is not None
+
+    def check(self, what: str = "receiving weights") -> None:
+        """Raise if the deadline has passed or the update was aborted; ``what`` is being done."""
+        if self.aborted:
+            raise TransferError(f"The update was aborted: {self.abort_reason}.", phase="update", version=self.version)
+        self.deadline.check(what, phase="update", backend=self._backend)
+
+    def destinations(self) -> Mapping[str, Tensor] | None:
+        """Return the worker's own tensors by name, if the loader only copies; else None.
+
+        An engine that writes there calls :meth:`write_in_place` first.
+        """
+        return self._loader.destinations() if isinstance(self._loader, InPlaceLoader) else None
+
+    def write_in_place(self) -> None:
+        """Say that bytes are about to be written into :meth:`destinations`; raises like :meth:`check`."""
+        self.check()
+        self.touched = True
+
+    def __call__(self, weights: Weights) -> None:
+        self.check()
+        for name, tensor in weights:
+            self._accept(name, tensor)
+        self.touched = True
+        self._loader(weights)
+        self._tell()
+
+    def finish(self) -> None:
+        """Raise unless every parameter was loaded and the deadline has not passed."""
+        self.check()
+        if self._missing:
+            raise ManifestMismatchError(
+                f"{len(self._missing)} of {self.params} parameters did not arrive, {next(iter(self._missing))!r} for one.",
+                phase="update",
+                version=self.version,
+            )
+        self._loader.finish()
+        self.complete = True
+
+    def _accept(self, name: str, tensor: Tensor) -> None:
+        meta = self._missing.pop(name, None)
+        if meta is None:
+            raise ManifestMismatchError(f"Parameter {name!r} arrived twice or is not in the manifest.", phase="update")
+        if tensor.shape != meta.shape or tensor.dtype is not torch_dtype(meta.dtype):
+            got = f"{tensor.dtype} {list(tensor.shape)}"
+            raise ManifestMismatchError(f"Parameter {meta} arrived as {got}.", phase="update", version=self.version)
+        if self._digests:
+            self._verify(name, tensor)
+        self._done += meta.nbytes
+
+    def _verify(self, name: str, tensor: Tensor) -> None:
+        from weight_transfer.integrity import tensor_digest
+
+        expected, got = self._digests[name], tensor_digest(tensor)
+        if expected != got:
+            raise IntegrityError(
+                f"Parameter {name!r} arrived with other bytes than were sent; send the update again.",
+                phase="update",
+                version=self.version,
+                param=name,
+                expected=expected,
+                got=got,
+            )
+
+    def _tell(self) -> None:
+        now = time.monotonic()
+        if now - self._told >= _PROGRESS_INTERVAL or self._done == self.nbytes:
+            self._told = now
+            self._progress(
+                TransferProgress(
+                    role="worker", backend=self._backend, version=self.version, done=self._done, total=self.nbytes
+                )
+            )
