@@ -1,0 +1,176 @@
+"""Which of the trainer's tensors the workers read in place, and where they lie.
+
+*Adopting* a parameter moves its bytes into shared memory and points ``parameter.data`` there: the optimiser goes on
+updating the same Parameter object, and the workers see every step without another copy. That is only done where it is
+safe: the parameter's storage must belong to the module's own tensors alone. A storage that something else refers to (a
+flat buffer, a view that somebody keeps) would be left behind silently, so its tensors are *staged*: copied through the
+ring of buckets at each update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import count
+
+import attrs
+import torch
+from weight_transfer.buckets import ALIGNMENT
+from weight_transfer.manifest import Manifest, torch_dtype
+
+from weight_transfer_ipc.memory import SharedMemory
+
+
+@attrs.frozen
+class Segment:
+    """One piece of shared memory: its id within the trainer, and its size in bytes."""
+
+    id: int
+    nbytes: int
+
+
+@attrs.frozen
+class Export:
+    """Where the workers find each parameter, as columns in the manifest's order.
+
+    Attributes:
+        segments: the segments in use.
+        segment_ids: the parameter's segment; -1 if it is staged.
+        offsets: its first element, in bytes from the segment's start.
+        strides: its strides in elements, for those that are not contiguous, by index in the manifest as text.
+    """
+
+    segments: tuple[Segment, ...]
+    segment_ids: tuple[int, ...]
+    offsets: tuple[int, ...]
+    strides: dict[str, tuple[int, ...]]
+
+    def staged(self, manifest: Manifest) -> Manifest:
+        """Return the part of ``manifest`` that goes through the ring."""
+        return Manifest(param for param, segment in zip(manifest.params, self.segment_ids, strict=True) if segment < 0)
+
+    def views(self, manifest: Manifest, memory: Mapping[int, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+        """Return the exported parameters as tensors over ``memory`` (bytes by segment id).
+
+        Raises:
+            RuntimeError: a parameter does not lie within its segment.
+        """
+        views = []
+        for index, param in enumerate(manifest.params):
+            if self.segment_ids[index] < 0:
+                continue
+            dtype = torch_dtype(param.dtype)
+            data = memory[self.segment_ids[index]][self.offsets[index] :]
+            strides = self.strides.get(str(index))
+            if strides is None:
+                view = data[: param.nbytes].view(dtype).view(param.shape)
+            else:
+                whole = data[: data.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
+                view = whole.as_strided(param.shape, strides)
+            views.append((param.name, view))
+        return views
+
+
+class Exporter:
+    """The trainer's shared memory.
+
+    Args:
+        adopt: whether parameters may be moved; if not, everything is staged.
+    """
+
+    def __init__(self, adopt: bool) -> None:
+        self._adopt = adopt
+        self._ids = count(1)
+        self._segments: dict[int, SharedMemory] = {}
+        self._signature: tuple[object, ...] = ()
+        self._export = Export((), (), (), {})
+
+    def refresh(self, manifest: Manifest, resident: Mapping[str, torch.Tensor]) -> Export:
+        """Return where the weights are now; the same object while nothing moved.
+
+        New or reallocated parameters are adopted, segments that no parameter uses any more are dropped.
+        """
+        if self._signature == _sign(manifest, resident):
+            return self._export
+        if self._adopt:
+            self._adopt_all([tensor for tensor in resident.values() if not self._home(tensor)])
+        self._export = self._describe(manifest, resident)
+        self._signature = _sign(manifest, resident)
+        return self._export
+
+    def fd(self, segment_id: int) -> int:
+        """Return the file descriptor of a segment in use."""
+        return self._segments[segment_id].fd
+
+    def close(self) -> None:
+        """Close the descriptors. The parameters keep the memory they live in."""
+        for segment in self._segments.values():
+            segment.close()
+        self._segments.clear()
+        self._signature = ()
+
+    def _describe(self, manifest: Manifest, resident: Mapping[str, torch.Tensor]) -> Export:
+        ids, offsets, strides = [], [], {}
+        for index, param in enumerate(manifest.params):
+            tensor = resident.get(param.name)
+            home = self._home(tensor) if tensor is not None else 0
+            ids.append(home or -1)
+            offsets.append(tensor.data_ptr() - self._segments[home].address if tensor is not None and home else 0)
+            if tensor is not None and home and not tensor.is_contiguous():
+                strides[str(index)] = tensor.stride()
+        for unused in self._segments.keys() - set(ids):
+            self._segments.pop(unused).close()
+        segments = tuple(Segment(home, segment.nbytes) for home, segment in self._segments.items())
+        return Export(segments, tuple(ids), tuple(offsets), strides)
+
+    def _home(self, tensor: torch.Tensor) -> int:
+        """Return the id of the segment in which a tensor lies, 0 if in none."""
+        if tensor.device.type == "cpu" and tensor.numel():
+            address = tensor.untyped_storage().data_ptr()
+            for home, segment in self._segments.items():
+                if segment.address <= address < segment.address + segment.nbytes:
+                    return home
+        return 0
+
+    def _adopt_all(self, tensors: Sequence[torch.Tensor]) -> None:
+        groups = [group for group in _by_storage(tensors) if _is_adoptable(group)]
+        sizes = [-(-group[0].untyped_storage().nbytes() // ALIGNMENT) * ALIGNMENT for group in groups]
+        if not groups:
+            return
+        segment = self._segments[next(self._ids)] = SharedMemory(sum(sizes))
+        offset = 0
+        for group, nbytes in zip(groups, sizes, strict=True):
+            _move(group, segment.storage(offset, group[0].untyped_storage().nbytes()))
+            offset += nbytes
+
+
+def _sign(manifest: Manifest, resident: Mapping[str, torch.Tensor]) -> tuple[object, ...]:
+    return manifest.digest, [(tensor.data_ptr(), tensor.stride()) for tensor in resident.values()]
+
+
+def _by_storage(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+    groups: dict[int, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)  # noqa: SLF001
+    return list(groups.values())
+
+
+def _is_adoptable(group: Sequence[torch.Tensor]) -> bool:
+    """Whether these tensors are all that refers to their storage, and the storage is torch's own."""
+    if not all(type(tensor) in _PLAIN and tensor.device.type == "cpu" and tensor.numel() for tensor in group):
+        return False
+    storage = group[0].untyped_storage()
+    references = torch._C._storage_Use_Count(storage._cdata)  # type: ignore[attr-defined]  # noqa: SLF001
+    return storage.resizable() and references == len(group) + 1  # one is ``storage`` itself
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+def _move(group: Sequence[torch.Tensor], target: torch.Tensor) -> None:
+    """Copy a storage to ``target`` and point its tensors there. The old one is freed with its last tensor."""
+    target.copy_(torch.empty(0, dtype=torch.uint8).set_(group[0].untyped_storage()))
+    for tensor in group:
+        start = tensor.storage_offset() * tensor.element_size()
+        usable = (target.numel() - start) // tensor.element_size() * tensor.element_size()
+        elements = target[start : start + usable].view(tensor.dtype)
+        tensor.data = elements.as_strided(tensor.shape, tensor.stride())

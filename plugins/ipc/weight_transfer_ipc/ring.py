@@ -1,0 +1,116 @@
+"""A ring of shared buckets for weights that the workers cannot read in place: gathered, temporary or foreign tensors.
+
+The trainer fills a bucket and signals; each worker loads it and signals back; a bucket is filled again when all workers
+have loaded it. Signals are single bytes on the workers' sockets, so a dead peer ends every wait at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import attrs
+import torch
+from weight_transfer.buckets import BucketPlan, Unpacker, bucket_views, pack, plan_buckets
+from weight_transfer.errors import PeerLostError
+
+from weight_transfer_ipc.memory import SharedMemory
+
+if TYPE_CHECKING:
+    from weight_transfer.deadline import Deadline
+    from weight_transfer.engine import LoadWeights
+    from weight_transfer.manifest import Manifest
+
+    from weight_transfer_ipc.connection import Connection
+
+
+@attrs.frozen
+class RingLayout:
+    """Size and number of the buckets, in one segment that holds them one after another."""
+
+    bucket_bytes: int
+    buckets: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.bucket_bytes * self.buckets
+
+    def buffers(self, memory: torch.Tensor) -> list[torch.Tensor]:
+        """Return the buckets of a segment (uint8 ``[nbytes]``)."""
+        return list(memory[: self.nbytes].split(self.bucket_bytes))
+
+
+class RingWriter:
+    """The trainer's side. It reserves the memory when it is first needed."""
+
+    def __init__(self, layout: RingLayout) -> None:
+        self.layout = layout
+        self.memory = SharedMemory(layout.nbytes)
+        self._buffers = layout.buffers(self.memory.storage(0, layout.nbytes))
+        self._views: list[list[torch.Tensor]] = []
+        self._plan: BucketPlan | None = None
+
+    def write(
+        self,
+        staged: Manifest,
+        tensors: Iterator[torch.Tensor],
+        readers: Sequence[Connection],
+        deadline: Deadline,
+        progress: Callable[[int], None],
+    ) -> None:
+        """Send the tensors of ``staged``, in its order; returns when all readers have loaded all of them."""
+        plan = self._plan_for(staged)
+        readers = list(readers)
+        current, tensor = -1, torch.empty(0)
+        for index, slots in enumerate(plan.buckets):
+            if index >= len(self._buffers):
+                _each(readers, lambda reader: reader.await_signal(deadline))
+            parts = []
+            for slot in slots:
+                if slot.param != current:
+                    current, tensor = slot.param, next(tensors).contiguous()
+                parts.append(tensor)
+            pack(slots, parts, self._views[index])
+            _each(readers, lambda reader: reader.signal(deadline))
+            progress(sum(slot.nbytes for slot in slots))
+        for _ in range(min(len(plan.buckets), len(self._buffers))):
+            _each(readers, lambda reader: reader.await_signal(deadline))
+
+    def _plan_for(self, staged: Manifest) -> BucketPlan:
+        if self._plan is None or self._plan.params is not staged.params:
+            self._plan = plan_buckets(staged.params, self.layout.bucket_bytes)
+            buffers = self._buffers
+            self._views = [bucket_views(s, buffers[i % len(buffers)]) for i, s in enumerate(self._plan.buckets)]
+        return self._plan
+
+
+def _each(readers: list[Connection], call: Callable[[Connection], None]) -> None:
+    """Call for each reader; one that died is dropped (its own answer to the sender says so), the last one raises."""
+    for reader in list(readers):
+        try:
+            call(reader)
+        except PeerLostError:
+            readers.remove(reader)
+            if not readers:
+                raise
+
+
+class RingReader:
+    """A worker's side.
+
+    Args:
+        layout: of the trainer's ring.
+        memory: its bytes, uint8, mapped read-only.
+        staged: what goes through it.
+    """
+
+    def __init__(self, layout: RingLayout, memory: torch.Tensor, staged: Manifest) -> None:
+        self._plan = plan_buckets(staged.params, layout.bucket_bytes)
+        self._unpacker = Unpacker(self._plan, layout.buffers(memory))
+
+    def read(self, load_weights: LoadWeights, trainer: Connection, deadline: Deadline) -> None:
+        """Load every bucket."""
+        for index in range(len(self._plan.buckets)):
+            trainer.await_signal(deadline)
+            self._unpacker.load(index, load_weights)
+            trainer.signal(deadline)
