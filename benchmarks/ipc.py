@@ -1,0 +1,100 @@
+"""Speed of the ``ipc`` backend on CPU tensors, beside one plain copy of the same bytes in the same run.
+
+    python benchmarks/ipc.py [--rounds 12] [--export adopt|stage]
+
+Trainer and worker are two processes; the worker answers over HTTP, as in production. Rounds alternate between an update
+and a ``copy_`` of one flat tensor of the same size with the same number of threads, so that a noisy machine disturbs
+both alike; medians are compared. Every update carries new random weights, and at the end the worker's bytes are
+compared with the trainer's by SHA-256, after A, then B, then A again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+from shapes import Weights, qwen_half_billion, tiny
+
+import weight_transfer as wt
+
+CASES = {
+    "Qwen2.5-0.5B shapes": qwen_half_billion,
+    "9,000 tensors of 2 KB": lambda: tiny(9000, 2048),
+}
+
+
+def sha256(weights: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for parameter in weights.parameters():
+        digest.update(parameter.data.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def work(case: str, config: str) -> None:
+    """Be the worker: serve until standard input ends, and answer each line there with a digest."""
+    weights = Weights(CASES[case](), torch.bfloat16)
+    with wt.WeightReceiver(json.loads(config), weights) as receiver, wt.serve(receiver) as server:
+        print(server.url, flush=True)
+        for _ in sys.stdin:
+            print(sha256(weights), flush=True)
+
+
+def measure(case: str, rounds: int, config: dict[str, object]) -> None:
+    weights = Weights(CASES[case](), torch.bfloat16)
+    nbytes = sum(parameter.nbytes for parameter in weights.parameters())
+    source, target = torch.ones(nbytes, dtype=torch.uint8), torch.zeros(nbytes, dtype=torch.uint8)
+    command = [sys.executable, __file__, "--worker", case, "--worker-config", json.dumps(config)]
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert worker.stdin is not None and worker.stdout is not None
+    sends, updates, copies = [], [], []
+    try:
+        with wt.WeightSender(config, [worker.stdout.readline().strip()]) as sender:
+            for seed in (1, 2, 1):
+                weights.randomise(seed)
+                report = sender.send(weights)
+                worker.stdin.write("digest\n")
+                worker.stdin.flush()
+                if worker.stdout.readline().strip() != sha256(weights):
+                    raise SystemExit(f"{case}: the worker's bytes differ from the trainer's")
+            for _ in range(rounds):
+                since = time.perf_counter()
+                target.copy_(source)
+                copies.append(time.perf_counter() - since)
+                since = time.perf_counter()
+                report = sender.send(weights)
+                sends.append(time.perf_counter() - since)
+                updates.append(report.seconds["update"])
+    finally:
+        worker.stdin.close()
+        worker.wait(30)
+    copy, send, update = map(statistics.median, (copies, sends, updates))
+    print(
+        f"{case:24} {len(list(weights.parameters())):6} {nbytes / 1e9:6.3f} GB   copy_ {copy * 1e3:7.1f} ms {nbytes / copy / 1e9:6.2f} GB/s"
+        f"   send {send * 1e3:7.1f} ms {nbytes / send / 1e9:6.2f} GB/s   ratio {copy / send:5.2f}"
+        f"   update phase {update * 1e3:7.1f} ms, ratio {copy / update:5.2f}   extra {report.extra_memory / 2**20:.0f} MiB"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--export", choices=("adopt", "stage"), default="adopt")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--worker-config", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        work(arguments.worker, arguments.worker_config)
+        return
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, one worker; medians of {arguments.rounds} rounds")
+    for case in CASES:
+        measure(case, arguments.rounds, {"backend": "ipc", "ipc": {"export": arguments.export}})
+
+
+if __name__ == "__main__":
+    main()

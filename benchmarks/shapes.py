@@ -1,0 +1,56 @@
+"""Shapes of real models, for benchmarks: modules without a forward pass, filled with random bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class Weights(nn.Module):
+    """A bag of parameters, by name."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: str = "cpu") -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+            self.register_parameter(name.replace(".", "/"), parameter)
+
+    def randomise(self, seed: int) -> None:
+        """Fill every parameter with normal numbers that depend on ``seed``."""
+        generator = torch.Generator(next(self.parameters()).device).manual_seed(seed)
+        for parameter in self.parameters():
+            parameter.data.normal_(generator=generator)
+
+
+def llama(
+    layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocab: int, *, tied: bool = False, bias: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """Return the checkpoint shapes of a Llama-like model (with ``bias`` on q, k and v: Qwen2)."""
+    head = hidden // heads
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        for name, rows in (("q", heads * head), ("k", kv_heads * head), ("v", kv_heads * head)):
+            shapes[f"{prefix}.self_attn.{name}_proj.weight"] = (rows, hidden)
+            if bias:
+                shapes[f"{prefix}.self_attn.{name}_proj.bias"] = (rows,)
+        shapes[f"{prefix}.self_attn.o_proj.weight"] = (hidden, heads * head)
+        shapes[f"{prefix}.mlp.gate_proj.weight"] = (intermediate, hidden)
+        shapes[f"{prefix}.mlp.up_proj.weight"] = (intermediate, hidden)
+        shapes[f"{prefix}.mlp.down_proj.weight"] = (hidden, intermediate)
+        shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
+        shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
+    shapes["model.norm.weight"] = (hidden,)
+    if not tied:
+        shapes["lm_head.weight"] = (vocab, hidden)
+    return shapes
+
+
+def qwen_half_billion() -> dict[str, tuple[int, ...]]:
+    """Qwen2.5-0.5B: 290 tensors, 0.99 GB in bfloat16."""
+    return llama(24, 896, 4864, 14, 2, 151936, tied=True, bias=True)
+
+
+def tiny(count: int, nbytes: int) -> dict[str, tuple[int, ...]]:
+    """Return ``count`` bfloat16 vectors of ``nbytes`` bytes each."""
+    return {f"experts.{index}.bias": (nbytes // 2,) for index in range(count)}

@@ -1,0 +1,222 @@
+"""The ipc backend between real processes: bits, faults, leaks and control traffic."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.actors import Actor
+from weight_transfer import PeerLostError, TransferError, TransferTimeoutError
+
+ADOPT: dict[str, Any] = {"backend": "ipc", "timeout": 30, "init_timeout": 20}
+STAGE: dict[str, Any] = ADOPT | {"ipc": {"export": "stage"}, "bucket_bytes": "64KiB"}
+
+Spawn = Callable[..., Actor]
+
+
+@pytest.fixture
+def spawn() -> Iterator[Spawn]:
+    """Start actors that end with the test."""
+    with ExitStack() as stack:
+
+        def start(role: str, **spec: Any) -> Actor:
+            actor = Actor(role, **spec)
+            stack.callback(actor.stop)
+            return actor
+
+        yield start
+
+
+def _port(url: str) -> int:
+    return int(url.rpartition(":")[2])
+
+
+@pytest.mark.parametrize("config", [ADOPT, STAGE, ADOPT | {"verify": True}], ids=["adopt", "stage", "verify"])
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "loader"])
+def test_every_bit_arrives_when_weights_go_from_a_to_b_and_back(spawn: Spawn, config: dict[str, Any], in_place: bool) -> None:
+    workers = [spawn("worker", seed=seed, config=config, in_place=in_place) for seed in (11, 12)]
+    trainer = spawn("trainer", config=config, workers=[worker.hello for worker in workers])
+    seen = []
+    for version, seed in enumerate((1, 2, 1)):
+        sent = trainer.ask("send", seed=seed, version=version)
+        assert [worker.ask("digest") for worker in workers] == [sent["digest"]] * 2
+        assert [worker.ask("status")["version"] for worker in workers] == [version] * 2
+        seen.append(sent["digest"])
+    assert seen[0] == seen[2] != seen[1]
+
+
+@pytest.mark.parametrize("config", [ADOPT, STAGE], ids=["adopt", "stage"])
+def test_a_worker_killed_in_an_update_is_named_at_once_and_rejoins_after_a_restart(spawn: Spawn, config: dict[str, Any]) -> None:
+    victim, survivor = (spawn("worker", seed=seed, config=config) for seed in (11, 12))
+    trainer = spawn("trainer", config=config, workers=[victim.hello, survivor.hello])
+    trainer.ask("send", seed=1, version=1)
+    victim.ask("arm", block_at=1)
+    trainer.tell("send", seed=2, version=2)
+    assert victim.reply() == "blocked"
+    since = time.monotonic()
+    victim.kill()
+    error = trainer.error()
+    assert isinstance(error, PeerLostError)
+    assert error.peer == victim.hello
+    assert error.version == 2
+    assert time.monotonic() - since < 15
+    assert survivor.ask("status")["version"] is None
+    spawn("worker", seed=13, config=config, port=_port(victim.hello))
+    sent = trainer.ask("send", seed=3, version=3)
+    assert survivor.ask("digest") == sent["digest"]
+    assert sent["workers"] == [victim.hello, survivor.hello]
+
+
+@pytest.mark.parametrize("config", [ADOPT, STAGE], ids=["adopt", "stage"])
+def test_with_continue_the_others_publish_when_a_worker_dies(spawn: Spawn, config: dict[str, Any]) -> None:
+    config = config | {"on_worker_failure": "continue"}
+    victim, survivor = (spawn("worker", seed=seed, config=config) for seed in (11, 12))
+    trainer = spawn("trainer", config=config, workers=[victim.hello, survivor.hello])
+    trainer.ask("send", seed=1, version=1)
+    victim.ask("arm", block_at=1)
+    trainer.tell("send", seed=2, version=2)
+    assert victim.reply() == "blocked"
+    victim.kill()
+    sent = trainer.reply()
+    assert [peer for peer, _ in sent["lost"]] == [victim.hello]
+    assert survivor.ask("digest") == sent["digest"]
+    assert survivor.ask("status")["version"] == 2
+    back = spawn("worker", seed=13, config=config, port=_port(victim.hello))
+    sent = trainer.ask("send", seed=3, version=3)
+    assert sent["lost"] == []
+    assert [worker.ask("digest") for worker in (back, survivor)] == [sent["digest"]] * 2
+
+
+@pytest.mark.parametrize("config", [ADOPT, STAGE], ids=["adopt", "stage"])
+def test_a_trainer_killed_in_an_update_leaves_no_version_and_a_new_one_takes_over(spawn: Spawn, config: dict[str, Any]) -> None:
+    config = config | {"timeout": 3}
+    worker = spawn("worker", seed=11, config=config)
+    trainer = spawn("trainer", config=config, workers=[worker.hello])
+    trainer.ask("send", seed=1, version=1)
+    worker.ask("arm", block_at=2 if config.get("ipc") else 1)
+    trainer.tell("send", seed=2, version=2)
+    assert worker.reply() == "blocked"
+    trainer.kill()
+    worker.ask("release")
+    deadline = time.monotonic() + 15
+    while (status := worker.ask("status"))["state"] == "updating":
+        assert time.monotonic() < deadline
+    assert status["state"] == "failed"
+    assert status["version"] is None
+    assert status["error"]
+    successor = spawn("trainer", config=config, workers=[worker.hello])
+    sent = successor.ask("send", seed=3, version=3)
+    assert worker.ask("digest") == sent["digest"]
+    assert worker.ask("status")["version"] == 3
+
+
+@pytest.mark.parametrize("config", [ADOPT, STAGE], ids=["adopt", "stage"])
+def test_a_worker_that_hangs_is_a_timeout_and_writes_nothing_afterwards(spawn: Spawn, config: dict[str, Any]) -> None:
+    config = config | {"timeout": 2}
+    worker = spawn("worker", seed=11, config=config)
+    trainer = spawn("trainer", config=config, workers=[worker.hello])
+    trainer.ask("send", seed=1, version=1)
+    worker.ask("arm", block_at=1)
+    since = time.monotonic()
+    trainer.tell("send", seed=2, version=2)
+    assert worker.reply() == "blocked"
+    worker.tell("digest")
+    torn = worker.reply()
+    error = trainer.error()
+    assert isinstance(error, TransferTimeoutError)
+    assert error.peer is not None
+    assert time.monotonic() - since < 2 + 10 + 5  # the update's deadline, the abort's, and a margin
+    worker.ask("release")
+    deadline = time.monotonic() + 15
+    while worker.ask("status")["state"] == "updating":
+        assert time.monotonic() < deadline
+    assert worker.ask("status")["version"] is None
+    assert worker.ask("calls") == 1
+    assert worker.ask("digest") != torn or config.get("ipc")  # the load call under way may end, no other one begins
+    worker.ask("arm")
+    sent = trainer.ask("send", seed=3, version=3)
+    assert worker.ask("digest") == sent["digest"]
+
+
+def test_a_loader_that_raises_is_named_and_the_next_update_mends_it(spawn: Spawn) -> None:
+    worker = spawn("worker", seed=11, config=STAGE)
+    trainer = spawn("trainer", config=STAGE, workers=[worker.hello])
+    trainer.ask("send", seed=1, version=1)
+    worker.ask("arm", fail_at=3)
+    trainer.tell("send", seed=2, version=2)
+    error = trainer.error()
+    assert isinstance(error, TransferError)
+    assert "the loader was told to fail" in str(error)
+    assert worker.ask("status")["state"] == "failed"
+    worker.ask("arm")
+    sent = trainer.ask("send", seed=3, version=3)
+    assert worker.ask("digest") == sent["digest"]
+
+
+@pytest.mark.parametrize("config", [ADOPT, STAGE], ids=["adopt", "stage"])
+def test_nothing_accumulates_over_many_updates_and_nothing_is_left_behind(spawn: Spawn, config: dict[str, Any]) -> None:
+    before = set(os.listdir("/dev/shm"))
+    worker = spawn("worker", seed=11, config=config)
+    trainer = spawn("trainer", config=config, workers=[worker.hello])
+    for version in range(3):
+        trainer.ask("send", seed=version, version=version)
+    baseline = (trainer.ask("fds"), trainer.ask("maps"), worker.ask("maps"))
+    for version in range(3, 30):
+        trainer.ask("send", seed=version, version=version)
+    assert (trainer.ask("fds"), trainer.ask("maps"), worker.ask("maps")) == baseline
+    trainer.kill()
+    assert set(os.listdir("/dev/shm")) == before  # shared memory without a name: nothing to unlink, even after SIGKILL
+
+
+def test_a_second_update_sends_less_than_4_kb_of_control_traffic_whatever_the_number_of_parameters(spawn: Spawn) -> None:
+    """Counted on the wire, both directions, headers included, for one worker."""
+    worker = spawn("worker", seed=11, config=ADOPT)
+    with CountingProxy(_port(worker.hello)) as proxy:
+        trainer = spawn("trainer", config=ADOPT, workers=[proxy.url])
+        trainer.ask("send", seed=1, version=1)
+        first = proxy.nbytes
+        sent = trainer.ask("send", seed=2, version=2)
+        assert 0 < proxy.nbytes - first < 4096
+        assert worker.ask("digest") == sent["digest"]
+
+
+class CountingProxy:
+    """A TCP proxy that counts what passes."""
+
+    def __init__(self, port: int) -> None:
+        self.nbytes = 0
+        self._port = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> CountingProxy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection(("127.0.0.1", self._port))
+            for source, target in ((client, server), (server, client)):
+                threading.Thread(target=self._pump, args=(source, target), daemon=True).start()
+
+    def _pump(self, source: socket.socket, target: socket.socket) -> None:
+        while data := source.recv(65536):
+            self.nbytes += len(data)
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+
+

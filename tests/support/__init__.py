@@ -1,0 +1,1 @@
+"""What several tests share: actors (real processes that tests command) and models."""

@@ -1,0 +1,29 @@
+"""A trainer process."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import weight_transfer as wt
+
+from support.actors import Stage
+from support.models import Odd, digest
+from support.worker import shared_mappings
+
+
+def main(stage: Stage, config: dict[str, Any], workers: list[str], rows: int = 1024) -> None:
+    torch.set_num_threads(1)
+    model = Odd(seed=0, rows=rows)
+    with wt.WeightSender(config, workers) as sender:
+
+        def send(seed: int, version: int) -> dict[str, Any]:
+            model.randomise(seed)
+            report = sender.send(model, version=version)
+            sent = digest(model)
+            model.randomise(999)  # the source may change as soon as send returns
+            return {"digest": sent, "workers": report.workers, "lost": report.lost}
+
+        stage.say(os.getpid())
+        stage.serve({"send": send, "fds": lambda: len(os.listdir("/proc/self/fd")), "maps": shared_mappings})

@@ -1,0 +1,69 @@
+"""A worker process: serves a receiver over HTTP. Its loader can be told to stop and wait in the middle of an update."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+import weight_transfer as wt
+
+from support.actors import Stage
+from support.models import Odd, digest
+
+
+class Loader:
+    """Copies by name; at call ``block_at`` says so and waits until it is released, at call ``fail_at`` it fails."""
+
+    def __init__(self, model: torch.nn.Module, stage: Stage) -> None:
+        self._targets = dict(model.state_dict(keep_vars=True))
+        self._stage = stage
+        self._block_at: int | None = None
+        self._fail_at: int | None = None
+        self._released = threading.Event()
+        self.calls = 0
+
+    def __call__(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        self.calls += 1
+        for index, (name, tensor) in enumerate(weights):
+            with torch.no_grad():
+                self._targets[name].copy_(tensor)
+            if self.calls == self._block_at and index == 0:
+                self._stage.say("blocked")
+                self._released.wait()
+            if self.calls == self._fail_at and index == 0:
+                raise RuntimeError("the loader was told to fail")
+
+    def arm(self, block_at: int | None = None, fail_at: int | None = None) -> None:
+        self._block_at, self._fail_at, self.calls = block_at, fail_at, 0
+        self._released.clear()
+
+    def release(self) -> None:
+        self._released.set()
+
+
+def main(
+    stage: Stage, seed: int, config: dict[str, Any], port: int = 0, in_place: bool = False, rows: int = 1024
+) -> None:
+    torch.set_num_threads(1)
+    model = Odd(seed, rows)
+    loader = Loader(model, stage)
+    with wt.WeightReceiver(config, model, load_weights=None if in_place else loader) as receiver:
+        with wt.serve(receiver, port=port) as server:
+            stage.say(server.url)
+            stage.serve(
+                {
+                    "digest": lambda: digest(model),
+                    "status": receiver.status,
+                    "arm": loader.arm,
+                    "release": loader.release,
+                    "calls": lambda: loader.calls,
+                    "maps": shared_mappings,
+                }
+            )
+
+
+def shared_mappings() -> int:
+    """Return how many of the ipc backend's segments this process maps."""
+    return Path("/proc/self/maps").read_text().count("memfd:weight-transfer")
