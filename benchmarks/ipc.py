@@ -74,11 +74,10 @@ def measure(case: str, rounds: int, config: dict[str, object]) -> None:
         worker.stdin.close()
         worker.wait(30)
     copy, send, update = map(statistics.median, (copies, sends, updates))
-    print(
-        f"{case:24} {len(list(weights.parameters())):6} {nbytes / 1e9:6.3f} GB   copy_ {copy * 1e3:7.1f} ms {nbytes / copy / 1e9:6.2f} GB/s"
-        f"   send {send * 1e3:7.1f} ms {nbytes / send / 1e9:6.2f} GB/s   ratio {copy / send:5.2f}"
-        f"   update phase {update * 1e3:7.1f} ms, ratio {copy / update:5.2f}   extra {report.extra_memory / 2**20:.0f} MiB"
-    )
+    print(f"{case}: {report.params} tensors, {nbytes / 1e9:.3f} GB, bits equal after A, B, A")
+    for name, seconds in (("copy_ of the same bytes", copy), ("send", send), ("its update phase", update)):
+        print(f"  {name:24} {seconds * 1e3:8.1f} ms {nbytes / seconds / 1e9:8.2f} GB/s   ratio {copy / seconds:5.2f}")
+    print(f"  extra memory of the trainer: {report.extra_memory / 2**20:.0f} MiB")
 
 
 def main() -> None:
@@ -91,7 +90,8 @@ def main() -> None:
     if arguments.worker:
         work(arguments.worker, arguments.worker_config)
         return
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, one worker; medians of {arguments.rounds} rounds")
+    threads = torch.get_num_threads()
+    print(f"torch {torch.__version__}, {threads} threads, one worker; medians of {arguments.rounds} rounds")
     for case in CASES:
         measure(case, arguments.rounds, {"backend": "ipc", "ipc": {"export": arguments.export}})
 

@@ -23,7 +23,15 @@ class Weights(nn.Module):
 
 
 def llama(
-    layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocab: int, *, tied: bool = False, bias: bool = False
+    layers: int,
+    hidden: int,
+    intermediate: int,
+    heads: int,
+    kv_heads: int,
+    vocab: int,
+    *,
+    tied: bool = False,
+    bias: bool = False,
 ) -> dict[str, tuple[int, ...]]:
     """Return the checkpoint shapes of a Llama-like model (with ``bias`` on q, k and v: Qwen2)."""
     head = hidden // heads

@@ -27,6 +27,7 @@ and in its ``pyproject.toml``::
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from enum import StrEnum
 
 import attrs
@@ -51,6 +52,17 @@ class Capability(StrEnum):
     """Trainer and workers may be different hosts."""
     REJOIN = "rejoin"
     """One worker can join again while the others keep their connections; without it the whole group is rebuilt."""
+
+
+def _pair(version: Iterable[int]) -> tuple[int, int]:
+    parts = tuple(version)
+    if len(parts) != 2 or not all(isinstance(part, int) for part in parts):
+        raise ValueError(f"Backend.api_version must be (major, minor), got {version!r}")
+    return parts
+
+
+def _set(values: Iterable[Capability]) -> frozenset[Capability]:
+    return frozenset(map(Capability, values))
 
 
 @attrs.frozen(kw_only=True)
@@ -80,11 +92,6 @@ def _matches(pattern: re.Pattern[str], expected: str):  # type: ignore[no-untype
     return check
 
 
-def _is_version(_instance: object, _attribute: object, value: tuple[object, ...]) -> None:
-    if len(value) != 2 or not all(isinstance(part, int) for part in value):
-        raise ValueError(f"Backend.api_version must be (major, minor), got {value!r}")
-
-
 @attrs.frozen(kw_only=True)
 class Backend:
     """The descriptor of one backend.
@@ -101,12 +108,10 @@ class Backend:
     """
 
     name: str = attrs.field(validator=_matches(_NAME, "lower case letters, digits, '-' and '_'"))
-    api_version: tuple[int, int] = attrs.field(converter=tuple, validator=_is_version)
+    api_version: tuple[int, int] = attrs.field(converter=_pair)
     summary: str
     worker_engine: str = attrs.field(validator=_matches(_REFERENCE, "'module:Class'"))
     trainer_engine: str = attrs.field(validator=_matches(_REFERENCE, "'module:Class'"))
     options: str | None = attrs.field(default=None, validator=_matches(_REFERENCE, "'module:Class'"))
     probe: str | None = attrs.field(default=None, validator=_matches(_REFERENCE, "'module:function'"))
-    capabilities: frozenset[Capability] = attrs.field(
-        default=frozenset(), converter=lambda values: frozenset(Capability(value) for value in values)
-    )
+    capabilities: frozenset[Capability] = attrs.field(default=frozenset(), converter=_set)

@@ -97,7 +97,7 @@ def pack(slots: Sequence[Slot], tensors: Sequence[torch.Tensor], views: Sequence
         if slot.nbytes
     ]
     if pairs:
-        torch._foreach_copy_([view for view, _ in pairs], [piece for _, piece in pairs])  # noqa: SLF001
+        torch._foreach_copy_([view for view, _ in pairs], [piece for _, piece in pairs])
 
 
 def bucket_views(slots: Sequence[Slot], buffer: torch.Tensor) -> list[torch.Tensor]:

@@ -43,7 +43,9 @@ def parse_size(value: object, field: attrs.Attribute[int]) -> int:
     match = _SIZE.fullmatch(value) if isinstance(value, str) else None
     if match and match[2].upper() in _UNITS and float(match[1]) > 0:
         return int(float(match[1]) * _UNITS[match[2].upper()])
-    raise ConfigError(f"{field.name}: expected a positive size such as '256MiB', '1GB' or a number of bytes, got {value!r}.")
+    raise ConfigError(
+        f"{field.name}: expected a positive size such as '256MiB', '1GB' or a number of bytes, got {value!r}."
+    )
 
 
 def parse_seconds(value: object, field: attrs.Attribute[float]) -> float:
@@ -57,17 +59,25 @@ def parse_seconds(value: object, field: attrs.Attribute[float]) -> float:
     raise ConfigError(f"{field.name}: expected a positive number of seconds, got {value!r}.")
 
 
-size = attrs.Converter(parse_size, takes_field=True)
-"""Converter of an attrs field that holds a number of bytes; plugins use it in their options classes."""
+def size_field(**arguments: Any) -> Any:
+    """Declare an attrs field that holds a number of bytes and takes ``"256MiB"``; for options classes, too."""
+    return attrs.field(converter=attrs.Converter(parse_size, takes_field=True), **arguments)
 
-seconds = attrs.Converter(parse_seconds, takes_field=True)
-"""Converter of an attrs field that holds a duration in seconds."""
+
+def seconds_field(**arguments: Any) -> Any:
+    """Declare an attrs field that holds a positive duration in seconds."""
+    return attrs.field(converter=attrs.Converter(parse_seconds, takes_field=True), **arguments)
 
 
 def _positive(_instance: object, attribute: attrs.Attribute[int], value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < attribute.metadata.get("minimum", 1):
         minimum = attribute.metadata.get("minimum", 1)
         raise ConfigError(f"{attribute.name} must be a whole number of at least {minimum}, got {value!r}.")
+
+
+def _visible(_instance: object, _attribute: object, token: str | None) -> None:
+    if token is not None and not (isinstance(token, str) and re.fullmatch(r"[!-~]+", token)):
+        raise ConfigError("token: expected visible ASCII characters without spaces.")
 
 
 @attrs.frozen(kw_only=True)
@@ -91,9 +101,9 @@ class WeightTransferConfig:
     """
 
     backend: str = attrs.field(validator=attrs.validators.instance_of(str))
-    timeout: float = attrs.field(default=300.0, converter=seconds)
-    init_timeout: float = attrs.field(default=60.0, converter=seconds)
-    bucket_bytes: int = attrs.field(default=256 * 2**20, converter=size, validator=_positive, metadata={"minimum": 256})
+    timeout: float = seconds_field(default=300.0)
+    init_timeout: float = seconds_field(default=60.0)
+    bucket_bytes: int = size_field(default=256 * 2**20, validator=_positive, metadata={"minimum": 256})
     buckets: int = attrs.field(default=2, validator=_positive, metadata={"minimum": 2})
     is_checkpoint_format: bool = attrs.field(default=True, validator=attrs.validators.instance_of(bool))
     verify: bool = attrs.field(default=False, validator=attrs.validators.instance_of(bool))
@@ -101,7 +111,7 @@ class WeightTransferConfig:
         default="abort", validator=attrs.validators.in_(("abort", "continue"))
     )
     observers: tuple[str, ...] = ()
-    token: str | None = attrs.field(default=None, repr=False)
+    token: str | None = attrs.field(default=None, repr=False, validator=_visible)
     options: Any = attrs.field(factory=dict)
 
 
@@ -147,7 +157,7 @@ def load_config(
 
     Raises:
         ConfigError: an unknown key, a wrong type or value, or no backend named.
-        BackendNotFoundError: the backend that is named is not installed; other :class:`PluginError`\\ s likewise.
+        BackendNotFoundError: the backend that is named is not installed; or it cannot be loaded.
     """
     if isinstance(source, WeightTransferConfig):
         return _with_options(_replace(source, arguments))
@@ -156,7 +166,9 @@ def load_config(
     core = {key: value for key, value in data.items() if key not in tables}
     core |= _environment() | arguments
     if "backend" not in core:
-        raise ConfigError(f"{where}: no backend is named; set backend, as in backend = \"ipc\" (`weight-transfer backends` lists them).")
+        raise ConfigError(
+            f'{where}: no backend is named; set backend, as in backend = "ipc" (`weight-transfer backends` lists them).'
+        )
     if "options" not in core:
         core["options"] = tables.get(str(core["backend"]), {})
     config = structure(core, WeightTransferConfig, where)
@@ -184,7 +196,9 @@ def _read(source: Mapping[str, Any] | str | Path | None) -> tuple[str, dict[str,
             raise ConfigError(f"configuration: {TABLE} must be a table of keys and values, got {table!r}.")
         return "configuration", dict(table)
     if not isinstance(source, (str, Path)):
-        raise ConfigError(f"A configuration is a WeightTransferConfig, a dict or the path of a TOML file, got {source!r}.")
+        raise ConfigError(
+            f"A configuration is a WeightTransferConfig, a dict or the path of a TOML file, got {source!r}."
+        )
     path = Path(source)
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -193,7 +207,7 @@ def _read(source: Mapping[str, Any] | str | Path | None) -> tuple[str, dict[str,
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a valid TOML file.", cause=str(error)) from error
     if not isinstance(document.get(TABLE), dict):
-        raise ConfigError(f"{path}: expected a [{TABLE}] table{nearest(TABLE, list(document)) or '.'}")
+        raise ConfigError(f"{path}: expected a [{TABLE}] table, found {', '.join(document) or 'nothing'}.")
     return f"{path} [{TABLE}]", document[TABLE]
 
 

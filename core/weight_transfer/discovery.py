@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import attrs
 
 if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint, EntryPoints
+    from collections.abc import Iterable
+    from importlib.metadata import EntryPoint
 
 BACKENDS_GROUP = "weight_transfer.backends"
 OBSERVERS_GROUP = "weight_transfer.observers"
@@ -52,12 +53,14 @@ def backends() -> tuple[BackendRef, ...]:
     return entry_points(BACKENDS_GROUP)
 
 
-def _select(group: str, name: str | None) -> EntryPoints:
+def _select(group: str, name: str | None) -> Iterable[EntryPoint]:
+    wanted = {"group": group} if name is None else {"group": group, "name": name}
     if sys.version_info >= (3, 12):
-        from importlib import metadata
+        from importlib.metadata import entry_points as installed
     else:
-        import importlib_metadata as metadata
-    return metadata.entry_points(group=group, **({} if name is None else {"name": name}))
+        from importlib_metadata import entry_points as installed
+    points: Iterable[EntryPoint] = installed(**wanted)
+    return points
 
 
 def _ref(point: EntryPoint) -> BackendRef:

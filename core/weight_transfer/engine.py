@@ -14,7 +14,7 @@ Who calls what, for one trainer and its workers::
     8. shutdown()                                       9. shutdown()
 
 States, versions, deadlines over the whole call, verification and events belong to the core
-(:class:`~weight_transfer.WeightSender`, :class:`~weight_transfer.WeightReceiver`). An engine moves bytes and nothing else.
+(:class:`~weight_transfer.WeightSender`, :class:`~weight_transfer.WeightReceiver`). An engine moves bytes, no more.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class WeightTransferEngine(ABC, Generic[TInitInfo, TUpdateInfo]):
     def shutdown(self) -> None:
         """Give back everything: memory, connections, threads. May be called in any state, and twice."""
 
-    def abort_update(self) -> None:  # noqa: B027  (an optional hook: most engines notice through load_weights)
+    def abort_update(self) -> None:
         """Make a running :meth:`receive_weights` end soon. Called from another thread."""
 
     @property
@@ -177,10 +177,10 @@ class TrainerWeightTransferEngine(ABC, Generic[TInitInfo, TUpdateInfo]):
             progress: call it with the number of bytes that have moved since the last call.
         """
 
-    def release_source(self) -> None:  # noqa: B027  (an optional hook)
+    def release_source(self) -> None:
         """Every worker has finished: let go of what was exported for this update only."""
 
-    def abort_update(self) -> None:  # noqa: B027  (an optional hook)
+    def abort_update(self) -> None:
         """The update failed: make a running :meth:`send_weights` raise soon. Called from any thread."""
 
     @abstractmethod

@@ -25,9 +25,18 @@ Errors are data: a sentence plus typed fields. They survive pickling by a proces
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import attrs
+
+
+def _texts(values: Iterable[str]) -> tuple[str, ...]:
+    return tuple(values)
+
+
+def _numbers(values: Iterable[int]) -> tuple[int, ...]:
+    return tuple(values)
 
 
 def _rebuild(cls: type[WeightTransferError], fields: dict[str, Any]) -> WeightTransferError:
@@ -69,7 +78,7 @@ class BackendNotFoundError(PluginError, LookupError):
     """No installed distribution provides the named backend."""
 
     name: str = attrs.field(default="", kw_only=True)
-    installed: tuple[str, ...] = attrs.field(default=(), kw_only=True, converter=tuple)
+    installed: tuple[str, ...] = attrs.field(default=(), kw_only=True, converter=_texts)
     hint: str = attrs.field(default="", kw_only=True)
 
 
@@ -78,14 +87,14 @@ class BackendConflictError(PluginError):
     """Two distributions provide the same backend name."""
 
     name: str = attrs.field(default="", kw_only=True)
-    providers: tuple[str, ...] = attrs.field(default=(), kw_only=True, converter=tuple)
+    providers: tuple[str, ...] = attrs.field(default=(), kw_only=True, converter=_texts)
 
 
 @attrs.define(slots=False, eq=False, str=False, repr=False)
 class BackendLoadError(PluginError, ImportError):
     """The plugin, or a class that it names, cannot be imported."""
 
-    name: str = attrs.field(default="", kw_only=True)  # type: ignore[assignment]  # ImportError.name is optional
+    name: str = attrs.field(default="", kw_only=True)
     provider: str = attrs.field(default="", kw_only=True)
     reason: str = attrs.field(default="", kw_only=True)
 
@@ -105,7 +114,7 @@ class BackendVersionError(PluginError):
 
     name: str = attrs.field(default="", kw_only=True)
     provider: str = attrs.field(default="", kw_only=True)
-    wanted: tuple[int, ...] = attrs.field(default=(), kw_only=True, converter=tuple)
+    wanted: tuple[int, ...] = attrs.field(default=(), kw_only=True, converter=_numbers)
     window: str = attrs.field(default="", kw_only=True)
 
 
@@ -185,7 +194,10 @@ def error_to_dict(error: BaseException) -> dict[str, Any]:
     if not isinstance(error, WeightTransferError):
         message = f"{type(error).__name__}: {error}"
         return {"type": "TransferError", "message": "The other side failed unexpectedly.", "cause": message}
-    return {"type": type(error).__name__, **{key: value for key, value in attrs.asdict(error).items() if value is not None}}
+    return {
+        "type": type(error).__name__,
+        **{key: value for key, value in attrs.asdict(error).items() if value is not None},
+    }
 
 
 def error_from_dict(data: dict[str, Any]) -> WeightTransferError:

@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 
-from weight_transfer.config import seconds
+from weight_transfer.config import seconds_field
 from weight_transfer.errors import ManifestMismatchError
 from weight_transfer.manifest import Manifest, digest_json
 from weight_transfer.structuring import register, unstructure
@@ -42,7 +42,7 @@ class WeightTransferInitInfo:
 
     rank_offset: int
     world_size: int
-    timeout: float = attrs.field(converter=seconds)
+    timeout: float = seconds_field()
 
 
 @attrs.frozen(kw_only=True)
@@ -58,7 +58,7 @@ class WeightTransferUpdateInfo:
     """
 
     manifest: Manifest = sent_once()
-    timeout: float = attrs.field(converter=seconds)
+    timeout: float = seconds_field()
     version: int | str | None = None
     is_checkpoint_format: bool = True
     digests: tuple[str, ...] | None = None
@@ -152,13 +152,15 @@ class WireDecoder:
                 continue
             if "value" in wire:
                 if digest_json(wire["value"]) != wire["digest"]:
-                    raise ManifestMismatchError(f"Field {name!r} of the update does not have the digest it came with; send it again.")
+                    raise ManifestMismatchError(
+                        f"Field {name!r} of the update does not have the digest it came with; send it again."
+                    )
                 result[name] = wire["value"]
             elif self._known.get(name, ("", None))[0] == wire["digest"]:
                 result[name] = self._known[name][1]
             else:
                 raise ManifestMismatchError(
-                    f"Field {name!r} of the update came as a digest that this worker does not know; initialise it again."
+                    f"Field {name!r} of the update came as a digest that is unknown here; initialise this worker again."
                 )
         return result
 

@@ -4,8 +4,8 @@ For 64-bit words x[i] of one block, with odd multipliers m[i] that differ by pos
 
     y[i] = x[i] * m[i];  digest = digest * p + sum(mix(y[i]))
 
-``mix`` is a bijection, so a change of any single word changes the digest for sure; swapped, shifted or torn words change
-it all but certainly. It finds faults, not forgeries: it is no cryptographic hash.
+``mix`` is a bijection, so a change of any single word changes the digest for sure; swapped, shifted or torn words
+change it all but certainly. It finds faults, not forgeries: it is no cryptographic hash.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class WeightLoader(Protocol):
     """Takes weights part by part."""
 
     def begin(self, manifest: Manifest) -> None:
-        """An update begins; raise :class:`~weight_transfer.ManifestMismatchError` if it cannot fit. Changes nothing yet."""
+        """An update begins; changes nothing yet. Raise ``ManifestMismatchError`` if it cannot fit."""
 
     def __call__(self, weights: Weights) -> None:
         """Load these weights. The tensors are only valid during the call."""
@@ -51,7 +51,7 @@ class InPlaceTarget(Protocol):
         """Return the worker's own tensors by name, if the loader only copies."""
 
     def write_in_place(self) -> None:
-        """Say that bytes are about to be written there; raises when the deadline has passed or the update was aborted."""
+        """Say that bytes are about to be written there; raises after the deadline or an abort."""
 
 
 def destinations_of(load_weights: Callable[[Weights], object]) -> Mapping[str, Tensor] | None:
@@ -101,7 +101,7 @@ class KernelFormatLoader:
             targets, tensors = [targets[index] for index in moving], [tensors[index] for index in moving]
         if targets:
             with torch.no_grad():
-                torch._foreach_copy_(targets, tensors)  # noqa: SLF001
+                torch._foreach_copy_(targets, tensors)
 
     def finish(self) -> None:
         return
@@ -208,8 +208,7 @@ class _CopyByName:
             target = targets.get(name)
             if target is None or target.shape != tensor.shape or target.dtype != tensor.dtype:
                 has = f"{dtype_name(target.dtype)} {list(target.shape)}" if target is not None else "no such parameter"
-                raise ManifestMismatchError(
-                    f"{ParamMeta(name, dtype_name(tensor.dtype), tensor.shape)} was sent, but the worker's model has {has}.", phase="update"
-                )
+                sent = ParamMeta(name, dtype_name(tensor.dtype), tensor.shape)
+                raise ManifestMismatchError(f"{sent} was sent, but the worker's model has {has}.", phase="update")
             with torch.no_grad():
                 target.copy_(tensor)

@@ -90,7 +90,9 @@ class LoadedBackend:
             raise self._contract(f"its probe must return a Probe, got {type(answer).__name__}")
         return answer
 
-    def create_worker_engine(self, config: WeightTransferConfig, parallel: ParallelConfig) -> WeightTransferEngine[Any, Any]:
+    def create_worker_engine(
+        self, config: WeightTransferConfig, parallel: ParallelConfig
+    ) -> WeightTransferEngine[Any, Any]:
         """Create the worker's engine; this is the moment at which the transport's libraries are imported.
 
         Raises:
@@ -99,7 +101,10 @@ class LoadedBackend:
         """
         from weight_transfer.engine import WeightTransferEngine
 
-        return self._create(self.backend.worker_engine, WeightTransferEngine, config, parallel)
+        engine: WeightTransferEngine[Any, Any] = self._create(
+            self.backend.worker_engine, WeightTransferEngine, config, parallel
+        )
+        return engine
 
     def create_trainer_engine(
         self, config: WeightTransferConfig, parallel: ParallelConfig
@@ -107,7 +112,10 @@ class LoadedBackend:
         """Create the trainer's engine; see :meth:`create_worker_engine`."""
         from weight_transfer.engine import TrainerWeightTransferEngine
 
-        return self._create(self.backend.trainer_engine, TrainerWeightTransferEngine, config, parallel)
+        engine: TrainerWeightTransferEngine[Any, Any] = self._create(
+            self.backend.trainer_engine, TrainerWeightTransferEngine, config, parallel
+        )
+        return engine
 
     def notify(self, hook: str, event: object) -> None:
         """Call every listener of ``hook``. A listener that fails is logged once and not called again."""
@@ -127,21 +135,26 @@ class LoadedBackend:
         answers = self.plugins.hook.weight_transfer_diagnostics()
         return {title: text for answer in reversed(answers) if answer for title, text in answer.items()}
 
-    def _create(self, reference: str, base: type, config: WeightTransferConfig, parallel: ParallelConfig) -> Any:
+    def _create(self, reference: str, base: type[Any], config: WeightTransferConfig, parallel: ParallelConfig) -> Any:
         answer = self.probe()
         if not answer.available:
+            message = (
+                f"Backend {self.name!r} ({self.provider}) cannot work on this machine: {answer.reason}. {answer.fix}"
+            )
             raise BackendUnavailableError(
-                f"Backend {self.name!r} ({self.provider}) cannot work on this machine: {answer.reason}. {answer.fix}".rstrip(),
+                message.rstrip(),
                 name=self.name,
                 provider=str(self.provider),
                 reason=answer.reason,
                 fix=answer.fix,
             )
-        cls = self._resolve(reference)
+        cls: Any = self._resolve(reference)
         if not (isinstance(cls, type) and issubclass(cls, base)):
             raise self._contract(f"{reference} must be a subclass of {base.__name__}")
         if isabstract(cls):
-            raise self._contract(f"{reference} does not implement {', '.join(sorted(cls.__abstractmethods__))}")
+            raise self._contract(
+                f"{reference} does not implement {', '.join(sorted(getattr(cls, '__abstractmethods__', ())))}"
+            )
         return cls(config, parallel)
 
     def _resolve(self, reference: str) -> Any:
@@ -217,7 +230,8 @@ def _listen(plugins: pluggy.PluginManager, observer: object, name: str | None) -
         plugins.register(observer, name=name)
         plugins.check_pending()
     except pluggy.PluginValidationError as error:
-        plugins.unregister(observer)
+        if plugins.is_registered(observer):  # pluggy 1.6 registers before it validates, 1.7 after
+            plugins.unregister(observer)
         raise PluginError(f"Observer {name or repr(observer)} cannot listen: {_one_line(error)}.") from error
 
 
@@ -225,7 +239,9 @@ def _register_observer(loaded: LoadedBackend, name: str) -> None:
     refs = entry_points(OBSERVERS_GROUP, name)
     if not refs:
         installed = [ref.name for ref in entry_points(OBSERVERS_GROUP)]
-        raise PluginError(f"No observer is called {name!r}; installed are {', '.join(installed) or 'none'}{nearest(name, installed)}")
+        raise PluginError(
+            f"No observer is called {name!r}; installed are {', '.join(installed) or 'none'}{nearest(name, installed)}"
+        )
     if len(refs) > 1:
         raise PluginError(f"Observer {name!r} is provided twice: {' and '.join(str(ref.provider) for ref in refs)}.")
     _listen(loaded.plugins, import_module(refs[0].value), str(refs[0].provider))
@@ -246,7 +262,9 @@ def _select(name: str) -> BackendRef:
     hint = nearest(name, installed).lstrip("; ")
     if name in PUBLISHED:
         hint = f"Install it with: pip install {PUBLISHED[name]}"
-    message = f"No installed distribution provides the backend {name!r}; installed are {', '.join(installed) or 'none'}."
+    message = (
+        f"No installed distribution provides the backend {name!r}; installed are {', '.join(installed) or 'none'}."
+    )
     hint = hint[:1].upper() + hint[1:]
     raise BackendNotFoundError(f"{message} {hint}".rstrip(), name=name, installed=installed, hint=hint)
 
@@ -290,5 +308,3 @@ def _one_line(error: pluggy.PluginValidationError) -> str:
 
 def _strict() -> bool:
     return os.environ.get(ENV_STRICT, "") not in ("", "0")
-
-

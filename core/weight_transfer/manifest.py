@@ -38,9 +38,15 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _dimensions(_instance: object, _attribute: object, shape: tuple[int, ...]) -> None:
+def _dimensions(shape: Iterable[int]) -> tuple[int, ...]:
+    shape = tuple(shape)
     if any(isinstance(size, bool) or not isinstance(size, int) or size < 0 for size in shape):
         raise ValueError(f"a shape holds whole numbers of at least 0, got {list(shape)}")
+    return shape
+
+
+def _is_dtype(_instance: object, _attribute: object, name: str) -> None:
+    torch_dtype(name)
 
 
 @attrs.frozen
@@ -55,9 +61,8 @@ class ParamMeta:
     """
 
     name: str
-    dtype: str = attrs.field(validator=lambda _instance, _attribute, value: torch_dtype(value) and None)
-    shape: tuple[int, ...] = attrs.field(converter=tuple, validator=_dimensions)
-
+    dtype: str = attrs.field(validator=_is_dtype)
+    shape: tuple[int, ...] = attrs.field(converter=_dimensions)
     nbytes: int = attrs.field(init=False, eq=False)
 
     @nbytes.default
@@ -66,6 +71,10 @@ class ParamMeta:
 
     def __str__(self) -> str:
         return f"{self.name}: {self.dtype} {list(self.shape)}"
+
+
+def _params(params: Iterable[ParamMeta]) -> tuple[ParamMeta, ...]:
+    return tuple(params)
 
 
 def _unique(_instance: object, _attribute: object, params: tuple[ParamMeta, ...]) -> None:
@@ -80,7 +89,7 @@ def _unique(_instance: object, _attribute: object, params: tuple[ParamMeta, ...]
 class Manifest:
     """The parameters of one update, in the order in which they travel."""
 
-    params: tuple[ParamMeta, ...] = attrs.field(converter=tuple, validator=_unique)
+    params: tuple[ParamMeta, ...] = attrs.field(converter=_params, validator=_unique)
 
     @cached_property
     def digest(self) -> str:
@@ -114,14 +123,22 @@ class Manifest:
         if isinstance(data, Manifest):
             return data
         columns = ("names", "dtype_names", "shapes")
-        if not isinstance(data, dict) or set(data) != set(columns) or not all(isinstance(data[c], list) for c in columns):
+        if (
+            not isinstance(data, dict)
+            or set(data) != set(columns)
+            or not all(isinstance(data[c], list) for c in columns)
+        ):
             raise ValueError("a manifest holds exactly the lists names, dtype_names and shapes")
         names, dtypes, shapes = (data[column] for column in columns)
         if not len(names) == len(dtypes) == len(shapes):
-            raise ValueError(f"names, dtype_names and shapes must be equally long, got {len(names)}, {len(dtypes)}, {len(shapes)}")
+            raise ValueError(
+                f"names, dtype_names and shapes must be equally long, got {len(names)}, {len(dtypes)}, {len(shapes)}"
+            )
         for name, dtype, shape in zip(names, dtypes, shapes, strict=True):
             if not (isinstance(name, str) and isinstance(dtype, str) and isinstance(shape, list)):
-                raise ValueError(f"a parameter is a name, a dtype name and a list of sizes, got {name!r}, {dtype!r}, {shape!r}")
+                raise ValueError(
+                    f"a parameter is a name, a dtype name and a list of sizes, got {name!r}, {dtype!r}, {shape!r}"
+                )
         return cls(ParamMeta(*row) for row in zip(names, dtypes, shapes, strict=True))
 
     def require(self, expected: Iterable[ParamMeta], whose: str) -> None:
@@ -132,7 +149,7 @@ class Manifest:
             whose: how the message calls that side, e.g. ``"the worker's model"``.
 
         Raises:
-            ManifestMismatchError: parameters are missing, extra, or of another shape or dtype; the first of each is named.
+            ManifestMismatchError: parameters are missing, extra, or of another shape or dtype; each is named.
         """
         theirs = {param.name: param for param in expected}
         ours = self.by_name

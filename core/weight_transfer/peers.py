@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from weight_transfer.control.channel import ControlChannel
 from weight_transfer.deadline import Deadline
 from weight_transfer.engine import WorkerSlot
 from weight_transfer.errors import TransferError, WeightTransferError
 
 if TYPE_CHECKING:
     from weight_transfer.config import WeightTransferConfig
-    from weight_transfer.control.channel import ControlChannel
 
 
 @attrs.define(eq=False)
@@ -52,13 +52,15 @@ def make_peers(workers: Sequence[str | ControlChannel], count: int, config: Weig
     """Return a peer per worker; a URL becomes an HTTP channel."""
     peers = []
     for index, worker in enumerate(workers):
-        owned = isinstance(worker, str)
+        channel: ControlChannel
         if isinstance(worker, str):
             from weight_transfer.control.http_client import HttpChannel
 
-            worker = HttpChannel(worker, token=config.token, timeout=config.timeout)
-        address = getattr(worker, "address", None) or f"worker {index}"
-        peers.append(Peer(str(address), worker, count, owned))
+            channel = HttpChannel(worker, token=config.token, timeout=config.timeout)
+        else:
+            channel = worker
+        address = getattr(channel, "address", None) or f"worker {index}"
+        peers.append(Peer(str(address), channel, count, owned=channel is not worker))
     return peers
 
 
@@ -101,7 +103,7 @@ class Calls:
             threading.Thread(target=self._run, args=(peer, call), name=name, daemon=True).start()
 
     def wait(self, deadline: Deadline) -> dict[Peer, WeightTransferError]:
-        """Return the peers that failed, in the order of their failures; one that does not answer in time has failed too."""
+        """Return the peers that failed, in the order of their failures; one that is late has failed too."""
         while self._pending:
             try:
                 peer, error = self._answers.get(timeout=deadline.remaining())

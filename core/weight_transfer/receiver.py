@@ -98,7 +98,7 @@ class WeightReceiver:
 
     @property
     def version(self) -> Version | None:
-        """The version that is served, or None while there is none: before the first, during an update, after a failure."""
+        """The version that is served; None before the first, during an update and after a failure."""
         with self._changed:
             self._give_up_if_abandoned()
             return None if self._state is ReceiverState.UPDATING else self._version
@@ -120,7 +120,9 @@ class WeightReceiver:
             while (version := self.version) is None:
                 self._require_open("serving")
                 if deadline.expired:
-                    raise deadline.timeout(f"waiting for a version to serve (state {self._state})", backend=self.config.backend)
+                    raise deadline.timeout(
+                        f"waiting for a version to serve (state {self._state})", backend=self.config.backend
+                    )
                 self._changed.wait(min(deadline.remaining(), 1.0))
             self._readers += 1
         try:
@@ -236,7 +238,7 @@ class WeightReceiver:
                 self._end_update(reason)
 
     def status(self) -> dict[str, Any]:
-        """Return ``state``, ``version``, ``backend``, ``workers`` (1) and ``error`` (since the last good update), JSON-safe."""
+        """Return ``state``, ``version``, ``backend``, ``workers`` (1) and ``error`` (since the last good update)."""
         return {
             "state": str(self.state),
             "version": self.version,
@@ -262,7 +264,9 @@ class WeightReceiver:
         info = engine.parse_update_info(self._decoder.decode(update_info, engine.update_info_cls))
         loader = self._loaders[info.is_checkpoint_format]
         loader.begin(info.manifest)
-        update.begin(info, loader, lambda event: self._backend.notify("weight_transfer_progress", event), self.config.backend)
+        update.begin(
+            info, loader, lambda event: self._backend.notify("weight_transfer_progress", event), self.config.backend
+        )
         self._backend.notify("weight_transfer_started", self._started(update))
         engine.receive_weights(info, update)
         update.finish()
@@ -339,7 +343,8 @@ class WeightReceiver:
         """Turn a foreign exception into a TransferError; this is the one boundary where that happens on a worker."""
         if not isinstance(error, Exception):
             return error
-        fields = {"backend": self.config.backend, "phase": phase, "version": update.version if update else None}
+        fields: dict[str, Any] = {"backend": self.config.backend, "phase": phase}
+        fields["version"] = update.version if update else None
         if update is not None and update.aborted:
             return TransferError(f"The update was aborted: {update.abort_reason}.", **fields)
         if isinstance(error, WeightTransferError):
@@ -360,7 +365,12 @@ class WeightReceiver:
     def _finished(self, update: Update, version: Version | None, error: str | None) -> None:
         seconds = time.monotonic() - update.since
         event = TransferFinished(
-            role="worker", backend=self.config.backend, version=version, nbytes=update.nbytes, seconds=seconds, error=error
+            role="worker",
+            backend=self.config.backend,
+            version=version,
+            nbytes=update.nbytes,
+            seconds=seconds,
+            error=error,
         )
         self._backend.notify("weight_transfer_finished", event)
 
@@ -369,7 +379,7 @@ _ADVICE = {
     ReceiverState.CREATED: "call init_weight_transfer_engine first",
     ReceiverState.READY: "call start_weight_update first",
     ReceiverState.UPDATING: "finish or abort the running update first",
-    ReceiverState.FAILED: "the last update failed and no version is served; call init_weight_transfer_engine and send a full update",
+    ReceiverState.FAILED: "the last update failed; call init_weight_transfer_engine and send a full update",
     ReceiverState.CLOSED: "create a new receiver",
 }
 

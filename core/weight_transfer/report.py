@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 
-from weight_transfer.events import Version  # noqa: TC001  (attrs resolves it at run time)
+from weight_transfer.events import Version
 
 
 @attrs.frozen(kw_only=True)

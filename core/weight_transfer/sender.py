@@ -155,9 +155,10 @@ class WeightSender:
     # One update, in the order in which it happens.
 
     def _observed_send(self, source: LockstepSource, manifest: Manifest, version: Version) -> TransferReport:
-        common = {"role": "trainer", "backend": self.config.backend, "version": version}
-        size = {"nbytes": manifest.nbytes, "params": len(manifest.params)}
-        self._backend.notify("weight_transfer_started", TransferStarted(**common, **size, workers=len(self._peers)))
+        common: dict[str, Any] = {"role": "trainer", "backend": self.config.backend, "version": version}
+        common["nbytes"] = manifest.nbytes
+        started = TransferStarted(**common, params=len(manifest.params), workers=len(self._peers))
+        self._backend.notify("weight_transfer_started", started)
         since = time.monotonic()
         message = None
         try:
@@ -165,11 +166,12 @@ class WeightSender:
         except BaseException as error:
             message = str(error)
             self._abort(message)
-            raise self._named(error, version) from error.__cause__
+            named = self._named(error, version)
+            if named is error:
+                raise
+            raise named from error
         finally:
-            event = TransferFinished(
-                **common, nbytes=manifest.nbytes, seconds=time.monotonic() - since, error=message
-            )
+            event = TransferFinished(**common, seconds=time.monotonic() - since, error=message)
             self._backend.notify("weight_transfer_finished", event)
 
     def _send(self, source: LockstepSource, manifest: Manifest, version: Version) -> TransferReport:
@@ -248,7 +250,7 @@ class WeightSender:
                 time.sleep(_RETRY_INTERVAL)
         if status.get("backend", self.config.backend) != self.config.backend:
             raise HandshakeError(
-                f"The worker uses backend {status['backend']!r}, the trainer {self.config.backend!r}; configure the same.",
+                f"The worker uses backend {status['backend']!r}, the trainer {self.config.backend!r}; use one.",
                 peer=peer.address,
                 phase="init",
             )
@@ -363,7 +365,9 @@ class WeightSender:
             return error
         kind = TransferTimeoutError if isinstance(error, TimeoutError) else TransferError
         cause = f"{type(error).__name__}: {error}"
-        named = kind("The trainer failed to send its weights.", backend=self.config.backend, version=version, cause=cause)
+        named = kind(
+            "The trainer failed to send its weights.", backend=self.config.backend, version=version, cause=cause
+        )
         named.__cause__ = error
         return named
 
@@ -371,7 +375,9 @@ class WeightSender:
         if version is not None:
             return version
         if isinstance(self._version, str):
-            raise ConfigError(f"The last version is called {self._version!r}; name the new one: send(model, version=...).")
+            raise ConfigError(
+                f"The last version is called {self._version!r}; name the new one: send(model, version=...)."
+            )
         return 0 if self._version is None else self._version + 1
 
     def _as_source(self, weights: nn.Module | WeightSource) -> WeightSource:
@@ -388,7 +394,9 @@ class WeightSender:
         if self._closed:
             raise LifecycleError(f"{method}: this sender is closed; create a new one.", method=method, state="closed")
         if not self._exclusive.acquire(blocking=False):
-            raise LifecycleError(f"{method}: another thread is sending; one update at a time.", method=method, state="sending")
+            raise LifecycleError(
+                f"{method}: another thread is sending; one update at a time.", method=method, state="sending"
+            )
         try:
             yield
         finally:

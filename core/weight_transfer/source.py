@@ -96,7 +96,7 @@ class ModuleSource(WeightSource):
         self._manifest = Manifest(())
 
     def manifest(self) -> Manifest:
-        """Read the module anew and return what it holds; iteration and :meth:`resident` then speak of the same tensors."""
+        """Read the module anew; iteration and :meth:`resident` then speak of the same tensors."""
         rename = self._rename or (lambda name: name)
         weights = [(rename(name), tensor) for name, tensor in named_weights(self.module)]
         self._weights = dict(weights)
@@ -142,7 +142,7 @@ class CheckpointSource(WeightSource):
         device: where to materialise tensors.
 
     Raises:
-        ConfigError: there is no safetensors file, the index names a file that is missing, or safetensors is not installed.
+        ConfigError: there is no safetensors file, or the index names one that is missing.
         IntegrityError: a file is truncated or damaged; it is named.
     """
 
@@ -160,7 +160,9 @@ class CheckpointSource(WeightSource):
         lacking = sorted(self._index.keys() - self._manifest.by_name.keys())
         if lacking:
             file = self.path / self._index[lacking[0]]
-            raise IntegrityError(f"{file} lacks {lacking[0]!r}, which {self.INDEX} promises; copy or download it again.")
+            raise IntegrityError(
+                f"{file} lacks {lacking[0]!r}, which {self.INDEX} promises; copy or download it again."
+            )
 
     def manifest(self) -> Manifest:
         return self._manifest
@@ -179,7 +181,9 @@ class CheckpointSource(WeightSource):
             try:
                 handles[file] = _safetensors().safe_open(file, framework="pt", device=self.device)
             except FileNotFoundError as error:
-                raise ConfigError(f"{self.path / self.INDEX} names {file.name}, which does not exist; complete the checkpoint.") from error
+                raise ConfigError(
+                    f"{self.path / self.INDEX} names {file.name}, which does not exist; complete the checkpoint."
+                ) from error
             except (OSError, _safetensors().SafetensorError) as error:
                 raise _damaged(file, error) from error
         return handles
@@ -191,7 +195,9 @@ class CheckpointSource(WeightSource):
             return [self.path / name for name in sorted(set(self._index.values()))]
         found = sorted(self.path.glob("*.safetensors"))
         if not found:
-            raise ConfigError(f"{self.path} holds no safetensors file; name a checkpoint's directory or one .safetensors file.")
+            raise ConfigError(
+                f"{self.path} holds no safetensors file; name a checkpoint's directory or one .safetensors file."
+            )
         return found
 
     def _read_index(self) -> dict[str, str]:

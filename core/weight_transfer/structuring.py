@@ -40,7 +40,7 @@ def structure(data: Mapping[str, Any], cls: type[T], where: str) -> T:
         raise ConfigError(f"{where} must be a table of keys and values, got {_show(data)}.")
     try:
         return _CONVERTER.structure(data, cls)
-    except Exception as error:  # noqa: BLE001  (cattrs collects whatever a validator raises; all become one sentence)
+    except Exception as error:
         raise ConfigError(" ".join(_sentences(error, cls, where, ""))) from error
 
 
@@ -61,20 +61,28 @@ def _sentences(error: BaseException, cls: Any, where: str, path: str) -> list[st
     if isinstance(error, ForbiddenExtraKeysError):
         valid = [field.name for field in attrs.fields(error.cl)]
         return [
-            f"{where}: unknown key {(path + '.' + key).lstrip('.')!r}{nearest(key, valid) or '; valid keys are ' + ', '.join(valid) + '.'}"
+            f"{where}: unknown key {f'{path}.{key}'.lstrip('.')!r}{nearest(key, valid) or _listed(valid)}"
             for key in sorted(error.extra_fields)
         ]
     if isinstance(error, ClassValidationError):
         grouped, others = error.group_exceptions()
         inner = [_sentences(child, cls, where, f"{path}.{note.name}") for child, note in grouped]
-        return [text for texts in [*inner, *(_sentences(child, cls, where, path) for child in others)] for text in texts]
+        return [
+            text for texts in [*inner, *(_sentences(child, cls, where, path) for child in others)] for text in texts
+        ]
     if isinstance(error, IterableValidationError):
         grouped_items, others = error.group_exceptions()
         inner = [_sentences(child, cls, where, f"{path}[{note.index}]") for child, note in grouped_items]
-        return [text for texts in [*inner, *(_sentences(child, cls, where, path) for child in others)] for text in texts]
+        return [
+            text for texts in [*inner, *(_sentences(child, cls, where, path) for child in others)] for text in texts
+        ]
     if isinstance(error, KeyError):
         return [f"{name}: this key is required and missing."]
     return [f"{name}: {str(error).rstrip('.')}."]
+
+
+def _listed(valid: list[str]) -> str:
+    return f"; valid keys are {', '.join(valid)}." if valid else "; it takes no keys."
 
 
 def _show(value: object) -> str:
@@ -101,6 +109,11 @@ def _bytes(value: Any, _type: Any) -> bytes:
         return base64.b64decode(value, validate=True)
     except (TypeError, binascii.Error) as error:
         raise TypeError(f"expected base64 text, got {_show(value)}") from error
+
+
+def _is_literal(kind: Any) -> bool:
+    origin: Any = get_origin(kind)
+    return origin is Literal
 
 
 def _literal(value: Any, kind: Any) -> Any:
@@ -151,9 +164,11 @@ def _make_converter() -> cattrs.Converter:
     converter.register_structure_hook(bool, partial(_strict, bool, "true or false"))
     converter.register_structure_hook(float, _float)
     converter.register_structure_hook(bytes, _bytes)
-    converter.register_structure_hook_func(lambda kind: get_origin(kind) is Literal, _literal)
+    converter.register_structure_hook_func(_is_literal, _literal)
     converter.register_structure_hook(int | str, _int_or_str)
-    converter.register_structure_hook(int | str | None, lambda value, kind: None if value is None else _int_or_str(value, kind))
+    converter.register_structure_hook(
+        int | str | None, lambda value, kind: None if value is None else _int_or_str(value, kind)
+    )
     converter.register_structure_hook_factory(attrs.has, _attrs_class)
     converter.register_structure_hook_factory(_is_items, _items)
     converter.register_unstructure_hook(bytes, lambda value: base64.b64encode(value).decode())

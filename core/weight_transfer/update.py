@@ -40,7 +40,7 @@ class Update:
         self.touched = False
         self.complete = False
         self.abort_reason: str | None = None
-        self._backend: str | None = None
+        self._backend = ""
         self._done = 0
         self._told = 0.0
 
@@ -102,8 +102,9 @@ class Update:
         """Raise unless every parameter was loaded and the deadline has not passed."""
         self.check()
         if self._missing:
+            some = next(iter(self._missing))
             raise ManifestMismatchError(
-                f"{len(self._missing)} of {self.params} parameters did not arrive, {next(iter(self._missing))!r} for one.",
+                f"{len(self._missing)} of {self.params} parameters did not arrive, such as {some!r}.",
                 phase="update",
                 version=self.version,
             )

@@ -8,10 +8,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
+
 from support.actors import Actor
 from weight_transfer import PeerLostError, TransferError, TransferTimeoutError
 
@@ -29,7 +29,7 @@ def spawn() -> Iterator[Spawn]:
         def start(role: str, **spec: Any) -> Actor:
             actor = Actor(role, **spec)
             stack.callback(actor.stop)
-            return actor
+            return actor.ready()
 
         yield start
 
@@ -40,7 +40,9 @@ def _port(url: str) -> int:
 
 @pytest.mark.parametrize("config", [ADOPT, STAGE, ADOPT | {"verify": True}], ids=["adopt", "stage", "verify"])
 @pytest.mark.parametrize("in_place", [True, False], ids=["in place", "loader"])
-def test_every_bit_arrives_when_weights_go_from_a_to_b_and_back(spawn: Spawn, config: dict[str, Any], in_place: bool) -> None:
+def test_every_bit_arrives_when_weights_go_from_a_to_b_and_back(
+    spawn: Spawn, config: dict[str, Any], in_place: bool
+) -> None:
     workers = [spawn("worker", seed=seed, config=config, in_place=in_place) for seed in (11, 12)]
     trainer = spawn("trainer", config=config, workers=[worker.hello for worker in workers])
     seen = []
@@ -53,7 +55,9 @@ def test_every_bit_arrives_when_weights_go_from_a_to_b_and_back(spawn: Spawn, co
 
 
 @pytest.mark.parametrize("config", [ADOPT, STAGE], ids=["adopt", "stage"])
-def test_a_worker_killed_in_an_update_is_named_at_once_and_rejoins_after_a_restart(spawn: Spawn, config: dict[str, Any]) -> None:
+def test_a_worker_killed_in_an_update_is_named_at_once_and_rejoins_after_a_restart(
+    spawn: Spawn, config: dict[str, Any]
+) -> None:
     victim, survivor = (spawn("worker", seed=seed, config=config) for seed in (11, 12))
     trainer = spawn("trainer", config=config, workers=[victim.hello, survivor.hello])
     trainer.ask("send", seed=1, version=1)
@@ -95,7 +99,9 @@ def test_with_continue_the_others_publish_when_a_worker_dies(spawn: Spawn, confi
 
 
 @pytest.mark.parametrize("config", [ADOPT, STAGE], ids=["adopt", "stage"])
-def test_a_trainer_killed_in_an_update_leaves_no_version_and_a_new_one_takes_over(spawn: Spawn, config: dict[str, Any]) -> None:
+def test_a_trainer_killed_in_an_update_leaves_no_version_and_a_new_one_takes_over(
+    spawn: Spawn, config: dict[str, Any]
+) -> None:
     config = config | {"timeout": 3}
     worker = spawn("worker", seed=11, config=config)
     trainer = spawn("trainer", config=config, workers=[worker.hello])
@@ -175,7 +181,9 @@ def test_nothing_accumulates_over_many_updates_and_nothing_is_left_behind(spawn:
     assert set(os.listdir("/dev/shm")) == before  # shared memory without a name: nothing to unlink, even after SIGKILL
 
 
-def test_a_second_update_sends_less_than_4_kb_of_control_traffic_whatever_the_number_of_parameters(spawn: Spawn) -> None:
+def test_a_second_update_sends_less_than_4_kb_of_control_traffic_whatever_the_number_of_parameters(
+    spawn: Spawn,
+) -> None:
     """Counted on the wire, both directions, headers included, for one worker."""
     worker = spawn("worker", seed=11, config=ADOPT)
     with CountingProxy(_port(worker.hello)) as proxy:
@@ -218,5 +226,3 @@ class CountingProxy:
             self.nbytes += len(data)
             target.sendall(data)
         target.shutdown(socket.SHUT_WR)
-
-

@@ -16,7 +16,7 @@ from weight_transfer.errors import WeightTransferError, error_from_dict, error_t
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
-        "torch",
+        "torch.distributed.fsdp",
         "weight_transfer.control.http_client",
         "weight_transfer.control.http_server",
         "weight_transfer.receiver",
@@ -32,12 +32,18 @@ class Actor:
         hello: what it said when it was ready.
     """
 
+    hello: Any = None
+
     def __init__(self, role: str, **spec: Any) -> None:
         self._pipe, theirs = _CONTEXT.Pipe()
         self.process = _CONTEXT.Process(target=_run, args=(role, spec, theirs), daemon=True)
         self.process.start()
         theirs.close()
+
+    def ready(self) -> Actor:
+        """Wait until it has started."""
         self.hello = self.reply()
+        return self
 
     def tell(self, command: str, **arguments: Any) -> None:
         """Send a command without waiting for its reply."""

@@ -32,7 +32,9 @@ class Odd(nn.Module):
         with torch.no_grad():
             for weight in self.state_dict().values():
                 size = (weight.numel() * weight.element_size(),)
-                noise = torch.randint(0, 2 if weight.dtype is torch.bool else 120, size, dtype=torch.uint8, generator=generator)
+                noise = torch.randint(
+                    0, 2 if weight.dtype is torch.bool else 120, size, dtype=torch.uint8, generator=generator
+                )
                 weight.copy_(noise.view(weight.dtype).view(weight.shape))
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import weight_transfer as wt
 
-from support.actors import Stage
+import weight_transfer as wt
 from support.models import Odd, digest
 from support.worker import shared_mappings
+
+if TYPE_CHECKING:
+    from support.actors import Stage
 
 
 def main(stage: Stage, config: dict[str, Any], workers: list[str], rows: int = 1024) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import weight_transfer as wt
 
-from support.actors import Stage
+import weight_transfer as wt
 from support.models import Odd, digest
+
+if TYPE_CHECKING:
+    from support.actors import Stage
 
 
 class Loader:
@@ -49,19 +51,22 @@ def main(
     torch.set_num_threads(1)
     model = Odd(seed, rows)
     loader = Loader(model, stage)
-    with wt.WeightReceiver(config, model, load_weights=None if in_place else loader) as receiver:
-        with wt.serve(receiver, port=port) as server:
-            stage.say(server.url)
-            stage.serve(
-                {
-                    "digest": lambda: digest(model),
-                    "status": receiver.status,
-                    "arm": loader.arm,
-                    "release": loader.release,
-                    "calls": lambda: loader.calls,
-                    "maps": shared_mappings,
-                }
-            )
+    load_weights = None if in_place else loader
+    with (
+        wt.WeightReceiver(config, model, load_weights=load_weights) as receiver,
+        wt.serve(receiver, port=port) as server,
+    ):
+        stage.say(server.url)
+        stage.serve(
+            {
+                "digest": lambda: digest(model),
+                "status": receiver.status,
+                "arm": loader.arm,
+                "release": loader.release,
+                "calls": lambda: loader.calls,
+                "maps": shared_mappings,
+            }
+        )
 
 
 def shared_mappings() -> int:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weight_transfer.control.channel import ControlChannel, LocalChannel
+
+if TYPE_CHECKING:
+    from weight_transfer.control.http_client import HttpChannel
+    from weight_transfer.control.http_server import Server, create_app, serve
 
 __all__ = ["ControlChannel", "HttpChannel", "LocalChannel", "Server", "create_app", "serve"]
 

@@ -85,7 +85,7 @@ class LocalChannel:
         }
 
     def _each(self, call: Callable[[WeightReceiver], None], together: bool = False) -> None:
-        """Call for each receiver; ``together``: the first failure aborts the update of the others, which may wait for it."""
+        """Call for each receiver; ``together``: the first failure aborts the update of the others."""
         if len(self._receivers) == 1:
             call(self._receivers[0])
             return

@@ -9,7 +9,7 @@ try:
 except ImportError as error:  # pragma: no cover
     raise ImportError("A worker's URL needs HTTP support: pip install 'weight-transfer[http]'") from error
 
-from weight_transfer.errors import HandshakeError, PeerLostError, TransferTimeoutError, error_from_dict
+from weight_transfer.errors import ConfigError, HandshakeError, PeerLostError, TransferTimeoutError, error_from_dict
 
 if TYPE_CHECKING:
     from weight_transfer.events import Version
@@ -58,6 +58,12 @@ class HttpChannel:
         """Close the connections."""
         self._client.close()
 
+    def __enter__(self) -> HttpChannel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def _post(self, route: str, body: dict[str, Any], timeout: float | None = None) -> None:
         self._request("POST", route, body, timeout)
 
@@ -67,6 +73,11 @@ class HttpChannel:
         where = {"peer": self.address, "phase": route.partition("_")[0]}
         try:
             response = self._client.request(method, f"/{route}", json=body, timeout=limits)
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.LocalProtocolError) as error:
+            message = (
+                f"{self.address!r} is not a worker's URL such as 'http://127.0.0.1:8001', or the token is malformed."
+            )
+            raise ConfigError(message, cause=_text(error)) from error
         except httpx.ConnectTimeout as error:
             raise PeerLostError("The worker cannot be reached.", cause=_text(error), **where) from error
         except httpx.TimeoutException as error:
@@ -80,12 +91,16 @@ class HttpChannel:
         try:
             answer = response.json() if response.content else None
         except ValueError as error:
-            raise HandshakeError(f"/{route} answered with something else than JSON; is this the worker's URL?", **where) from error
+            raise HandshakeError(
+                f"/{route} answered with something else than JSON; is this the worker's URL?", **where
+            ) from error
         if response.is_success:
             return answer
         if isinstance(answer, dict) and isinstance(answer.get("error"), dict):
             raise error_from_dict(answer["error"])
-        raise HandshakeError(f"/{route} answered with HTTP status {response.status_code}; is this the worker's URL?", **where)
+        raise HandshakeError(
+            f"/{route} answered with HTTP status {response.status_code}; is this the worker's URL?", **where
+        )
 
 
 def _text(error: Exception) -> str:

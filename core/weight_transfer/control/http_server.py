@@ -45,7 +45,13 @@ if TYPE_CHECKING:
 
 _START_TIMEOUT = 30.0  # seconds
 _KEEP_ALIVE = 3600  # seconds that an idle connection between two updates stays open
-_STATUS = ((HandshakeError, 401), (ConfigError, 400), (LifecycleError, 409), (ManifestMismatchError, 409), (TransferTimeoutError, 504))
+_STATUS = (
+    (HandshakeError, 401),
+    (ConfigError, 400),
+    (LifecycleError, 409),
+    (ManifestMismatchError, 409),
+    (TransferTimeoutError, 504),
+)
 
 
 def create_app(channel: ControlChannel, token: str | None = None) -> Starlette:
@@ -139,7 +145,9 @@ class Server:
         self._thread = threading.Thread(target=self._run, name=f"weight-transfer server {self.url}", daemon=True)
         self._thread.start()
         if not self._uvicorn.up.wait(_START_TIMEOUT):
-            raise TransferTimeoutError(f"The server at {self.url} did not start within {_START_TIMEOUT:g} s.", phase="init")
+            raise TransferTimeoutError(
+                f"The server at {self.url} did not start within {_START_TIMEOUT:g} s.", phase="init"
+            )
 
     def wait(self) -> None:
         """Block until the server ends."""
@@ -189,7 +197,9 @@ def serve(
     config = getattr(receiver, "config", None)
     token = token or getattr(config, "token", None)
     if not _is_loopback(host) and not token:
-        raise ConfigError(f"Listening on {host}, beyond loopback, needs a token: set token in the config on both sides.")
+        raise ConfigError(
+            f"Listening on {host}, beyond loopback, needs a token: set token in the config on both sides."
+        )
     return Server(create_app(receiver, token), host, port)
 
 
@@ -201,11 +211,14 @@ def _is_loopback(host: str) -> bool:
 
 
 def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
+        listener.listen()
     except OSError as error:
-        raise ConfigError(f"Cannot listen on {host} port {port}; choose another, or 0 for a free one.", cause=str(error)) from error
+        listener.close()
+        message = f"Cannot listen on {host} port {port}; choose another, or 0 for a free one."
+        raise ConfigError(message, cause=str(error)) from error
     return listener

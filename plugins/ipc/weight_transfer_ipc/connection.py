@@ -1,4 +1,4 @@
-"""The Unix socket between the trainer and one worker: it passes file descriptors, and it tells at once when a peer dies.
+"""The Unix socket between the trainer and a worker: passes file descriptors, and tells at once when a peer dies.
 
 Addresses are abstract (Linux), so no file is left behind. Both ends check that the other one has the same user id, and
 the worker shows the token that came with its init info.
@@ -38,7 +38,9 @@ class Connection:
         _, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
         if uid != os.getuid():
             sock.close()
-            raise HandshakeError(f"User {uid} owns the other end, not {os.getuid()}; run both as one user.", backend="ipc", peer=peer)
+            raise HandshakeError(
+                f"User {uid} owns the other end, not {os.getuid()}; run both as one user.", backend="ipc", peer=peer
+            )
 
     @classmethod
     def connect(cls, address: str, deadline: Deadline) -> Connection:
@@ -50,7 +52,7 @@ class Connection:
         except OSError as error:
             sock.close()
             raise PeerLostError(
-                "The trainer's Unix socket cannot be reached; both processes must run on one host, in one network namespace.",
+                "The trainer's Unix socket cannot be reached; ipc needs one host and one network namespace.",
                 backend="ipc",
                 peer="trainer",
                 cause=str(error),
@@ -126,7 +128,12 @@ class Connection:
         return data
 
     def _lost(self, error: OSError | None = None) -> PeerLostError:
-        return PeerLostError("The other process closed its connection or died.", backend="ipc", peer=self.peer, cause=str(error) if error else None)
+        return PeerLostError(
+            "The other process closed its connection or died.",
+            backend="ipc",
+            peer=self.peer,
+            cause=str(error) if error else None,
+        )
 
 
 class _mapped:  # noqa: N801  (used like a function)

@@ -12,18 +12,19 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
-import torch
+
 from weight_transfer.deadline import Deadline
 from weight_transfer.engine import LoadWeights, TrainerWeightTransferEngine, WeightTransferEngine, WorkerSlot
 from weight_transfer.errors import HandshakeError, ManifestMismatchError, PeerLostError
 from weight_transfer.info import WeightTransferInitInfo, WeightTransferUpdateInfo, sent_once
-
 from weight_transfer_ipc.connection import Connection, Listener
 from weight_transfer_ipc.export import Export, Exporter
 from weight_transfer_ipc.memory import map_read_only
 from weight_transfer_ipc.ring import RingLayout, RingReader, RingWriter
 
 if TYPE_CHECKING:
+    import torch
+
     from weight_transfer.config import ParallelConfig, WeightTransferConfig
     from weight_transfer.manifest import Manifest
     from weight_transfer.source import WeightSource
@@ -184,7 +185,9 @@ class IpcWorkerEngine(WeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
         self._trainer.send({"token": init_info.token, "rank": rank}, [], deadline)
         welcome, _ = self._trainer.receive(deadline)
         if welcome != {"welcome": rank}:
-            raise HandshakeError("The trainer's socket answered with something else than a welcome.", backend="ipc", peer="trainer")
+            raise HandshakeError(
+                "The trainer's socket answered with something else than a welcome.", backend="ipc", peer="trainer"
+            )
 
     def receive_weights(self, update_info: IpcUpdateInfo, load_weights: LoadWeights) -> None:
         assert self._trainer is not None
@@ -214,8 +217,12 @@ class IpcWorkerEngine(WeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
         sizes = {segment.id: segment.nbytes for segment in info.export.segments}
         if info.ring is not None:
             sizes[_RING] = info.ring.nbytes
-        if len(info.export.segment_ids) != len(info.manifest.params) or len(info.export.offsets) != len(info.manifest.params):
-            raise ManifestMismatchError("The trainer's table of addresses and its manifest differ in length.", backend="ipc")
+        if len(info.export.segment_ids) != len(info.manifest.params) or len(info.export.offsets) != len(
+            info.manifest.params
+        ):
+            raise ManifestMismatchError(
+                "The trainer's table of addresses and its manifest differ in length.", backend="ipc"
+            )
         self._chunks, self._ring = [], None
         self._memory = {segment: memory for segment, memory in self._memory.items() if segment in sizes}
         while self._memory.keys() != sizes.keys():
@@ -236,7 +243,9 @@ class IpcWorkerEngine(WeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
         if len(fds) != 1 or not isinstance(segment, int) or segment not in sizes or segment in self._memory:
             for fd in fds:
                 os.close(fd)
-            raise HandshakeError(f"The trainer sent segment {segment!r}, which was not announced.", backend="ipc", peer="trainer")
+            raise HandshakeError(
+                f"The trainer sent segment {segment!r}, which was not announced.", backend="ipc", peer="trainer"
+            )
         self._memory[segment] = map_read_only(fds[0], sizes[segment])
 
 

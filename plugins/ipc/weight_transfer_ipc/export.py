@@ -14,9 +14,9 @@ from itertools import count
 
 import attrs
 import torch
+
 from weight_transfer.buckets import ALIGNMENT
 from weight_transfer.manifest import Manifest, torch_dtype
-
 from weight_transfer_ipc.memory import SharedMemory
 
 
@@ -150,7 +150,7 @@ def _sign(manifest: Manifest, resident: Mapping[str, torch.Tensor]) -> tuple[obj
 def _by_storage(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
     groups: dict[int, list[torch.Tensor]] = {}
     for tensor in tensors:
-        groups.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)  # noqa: SLF001
+        groups.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)  # noqa: SLF001  (its identity)
     return list(groups.values())
 
 
@@ -159,7 +159,7 @@ def _is_adoptable(group: Sequence[torch.Tensor]) -> bool:
     if not all(type(tensor) in _PLAIN and tensor.device.type == "cpu" and tensor.numel() for tensor in group):
         return False
     storage = group[0].untyped_storage()
-    references = torch._C._storage_Use_Count(storage._cdata)  # type: ignore[attr-defined]  # noqa: SLF001
+    references = torch._C._storage_Use_Count(storage._cdata)  # noqa: SLF001  (torch has no public way to ask)
     return storage.resizable() and references == len(group) + 1  # one is ``storage`` itself
 
 

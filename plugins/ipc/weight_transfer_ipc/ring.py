@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING
 
 import attrs
 import torch
+
 from weight_transfer.buckets import BucketPlan, Unpacker, bucket_views, pack, plan_buckets
 from weight_transfer.errors import PeerLostError
-
 from weight_transfer_ipc.memory import SharedMemory
 
 if TYPE_CHECKING:
     from weight_transfer.deadline import Deadline
     from weight_transfer.engine import LoadWeights
     from weight_transfer.manifest import Manifest
-
     from weight_transfer_ipc.connection import Connection
 
 

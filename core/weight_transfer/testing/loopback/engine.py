@@ -177,7 +177,7 @@ class LoopbackWorkerEngine(WeightTransferEngine[LoopbackInitInfo, LoopbackUpdate
     def init_transfer_engine(self, init_info: LoopbackInitInfo) -> None:
         if init_info.endpoint not in _rings:
             raise HandshakeError(
-                "The trainer's loopback endpoint is not in this process; loopback connects threads, use ipc for processes.",
+                "The trainer's loopback endpoint is not in this process; use ipc between processes.",
                 backend="loopback",
             )
         self._ring = _rings[init_info.endpoint]

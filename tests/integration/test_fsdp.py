@@ -1,0 +1,80 @@
+"""A trainer of two ranks, sharded with FSDP2: parameters are gathered in lockstep, and rank 0 sends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import weight_transfer as wt
+from support.actors import Actor
+from weight_transfer.control import serve
+
+CONFIG: dict[str, Any] = {"backend": "ipc", "timeout": 30, "bucket_bytes": "4KiB"}
+
+
+@pytest.fixture
+def model() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(33, 64), nn.Linear(64, 17))
+
+
+@pytest.fixture
+def ranks_and_receiver(
+    model: nn.Sequential, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[tuple[list[Actor], wt.WeightReceiver]]:
+    config = CONFIG | getattr(request, "param", {})
+    with ExitStack() as stack:
+        receiver = stack.enter_context(wt.WeightReceiver(config, model))
+        server = stack.enter_context(serve(receiver))
+        pending = [
+            Actor(
+                "fsdp_trainer",
+                rank=rank,
+                world_size=2,
+                store=str(tmp_path / "store"),
+                config=config,
+                workers=[server.url],
+            )
+            for rank in range(2)
+        ]
+        for rank in pending:
+            stack.callback(rank.stop)
+        yield [rank.ready() for rank in pending], receiver
+
+
+@pytest.mark.parametrize("ranks_and_receiver", [{}, {"verify": True}], indirect=True, ids=["plain", "verify"])
+def test_gathered_parameters_arrive_bit_for_bit(
+    ranks_and_receiver: tuple[list[Actor], wt.WeightReceiver], model: nn.Sequential
+) -> None:
+    ranks, receiver = ranks_and_receiver
+    for version, seed in enumerate((1, 2, 1)):
+        for rank in ranks:
+            rank.tell("send", seed=seed, version=version)
+        sent = [rank.reply() for rank in ranks]
+        assert sent[0] == sent[1]
+        assert receiver.version == version
+        for parameter, values in zip(model.parameters(), sent[0], strict=True):
+            assert torch.equal(parameter.detach().flatten(), torch.tensor(values))
+
+
+def test_a_failed_update_leaves_no_rank_in_a_collective(
+    ranks_and_receiver: tuple[list[Actor], wt.WeightReceiver], model: nn.Sequential
+) -> None:
+    ranks, receiver = ranks_and_receiver
+    wrong = model[1]
+    model[1] = nn.Linear(64, 5)
+    for rank in ranks:
+        rank.tell("send", seed=1, version=1)
+    assert isinstance(ranks[0].error(), wt.ManifestMismatchError)
+    ranks[1].reply()
+    model[1] = wrong
+    for rank in ranks:
+        rank.tell("send", seed=2, version=2)
+    sent = [rank.reply() for rank in ranks]
+    assert receiver.version == 2
+    assert torch.equal(next(model.parameters()).detach().flatten(), torch.tensor(sent[0][0]))

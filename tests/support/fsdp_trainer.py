@@ -1,0 +1,43 @@
+"""One rank of a trainer whose parameters are sharded with FSDP2."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+import weight_transfer as wt
+
+if TYPE_CHECKING:
+    from support.actors import Stage
+
+
+def main(stage: Stage, rank: int, world_size: int, store: str, config: dict[str, Any], workers: list[str]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    try:
+        model = nn.Sequential(nn.Linear(33, 64), nn.Linear(64, 17))
+        fully_shard(model)
+        parallel = wt.ParallelConfig(rank=rank, world_size=world_size)
+        with wt.WeightSender(config, workers, parallel_config=parallel) as sender:
+
+            def send(seed: int, version: int) -> list[list[float]]:
+                sent = []
+                for index, parameter in enumerate(model.parameters()):
+                    assert isinstance(parameter, DTensor)
+                    generator = torch.Generator().manual_seed(seed * 100 + index)
+                    full = torch.randn(parameter.shape, generator=generator)
+                    with torch.no_grad():
+                        parameter.copy_(distribute_tensor(full, parameter.device_mesh, parameter.placements))
+                    sent.append(full.flatten().tolist())
+                sender.send(model, version=version)
+                return sent
+
+            stage.say(rank)
+            stage.serve({"send": send})
+    finally:
+        dist.destroy_process_group()
