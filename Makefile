@@ -1,0 +1,42 @@
+# Every target sets itself up in a fresh clone, given python3 (3.11 or newer) with venv and pip.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+PLUGINS := $(wildcard plugins/*/pyproject.toml)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format docs clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## Install all packages, editable, into .venv
+
+$(INSTALLED): pyproject.toml $(PLUGINS) constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all,dev]' $(PLUGINS:%/pyproject.toml=-e %)
+	@touch $@
+
+demo: $(INSTALLED) ## Train a small model on the CPU and send it to two workers (ARGS="--steps 50")
+	$(BIN)/weight-transfer demo $(ARGS)
+
+test: $(INSTALLED) ## Run the tests (ARGS="-k name")
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(INSTALLED) ## Lint, check formatting and types, build the documentation
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/mkdocs build --strict --quiet
+
+format: $(INSTALLED) ## Format the code and fix what the linter can fix
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+docs: $(INSTALLED) ## Serve the documentation while you write it
+	$(BIN)/mkdocs serve
+
+clean: ## Remove .venv, caches and built files
+	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache dist plugins/*/dist site
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

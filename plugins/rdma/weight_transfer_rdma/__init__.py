@@ -1,0 +1,3 @@
+"""The ``rdma`` backend: one-sided reads with NVIDIA NIXL."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,3 @@
+"""A plugin whose driver is missing."""
+
+raise ImportError("libsample.so.1: cannot open shared object file")
