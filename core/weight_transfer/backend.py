@@ -1,6 +1,6 @@
 """What a plugin returns: a small frozen description of its backend, with no heavy import behind it.
 
-A complete plugin module::
+A complete plugin module:
 
     from weight_transfer.backend import API_VERSION, Backend, Capability
     from weight_transfer.hookspecs import hookimpl
@@ -18,7 +18,7 @@ A complete plugin module::
             capabilities={Capability.CPU, Capability.CROSS_PROCESS},
         )
 
-and in its ``pyproject.toml``::
+and in its ``pyproject.toml``:
 
     [project.entry-points."weight_transfer.backends"]
     acme = "weight_transfer_acme.plugin"
@@ -98,12 +98,12 @@ class Backend:
 
     Attributes:
         name: equals the entry point's name and ``config.backend``.
-        api_version: the :data:`API_VERSION` that the plugin was written for.
+        api_version: the `API_VERSION` that the plugin was written for.
         summary: one line for ``weight-transfer backends``.
-        worker_engine: ``"module:Class"`` of the :class:`~weight_transfer.WeightTransferEngine`.
-        trainer_engine: ``"module:Class"`` of the :class:`~weight_transfer.TrainerWeightTransferEngine`.
+        worker_engine: ``"module:Class"`` of the `WeightTransferEngine`.
+        trainer_engine: ``"module:Class"`` of the `TrainerWeightTransferEngine`.
         options: ``"module:Class"`` of the attrs class of the backend's own configuration table, or None.
-        probe: ``"module:function"`` that returns a :class:`Probe`, or None if the backend works everywhere.
+        probe: ``"module:function"`` that returns a `Probe`, or None if the backend works everywhere.
         capabilities: what it can do.
     """
 

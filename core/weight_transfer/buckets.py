@@ -89,7 +89,7 @@ def pack(slots: Sequence[Slot], tensors: Sequence[torch.Tensor], views: Sequence
     Args:
         slots: one bucket of a plan.
         tensors: the contiguous tensor of each slot, any dtype and shape.
-        views: from :func:`bucket_views`.
+        views: from `bucket_views`.
     """
     pairs = [
         (view, as_bytes(tensor)[slot.start : slot.start + slot.nbytes])

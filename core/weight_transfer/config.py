@@ -1,6 +1,6 @@
 """Configuration: which backend, how long, how much memory.
 
-A TOML file::
+A TOML file:
 
     [weight_transfer]
     backend = "ipc"
@@ -153,7 +153,7 @@ def load_config(
     Args:
         source: a TOML file with a ``[weight_transfer]`` table; a dict of such a table; a config; or None for the
             file that ``WEIGHT_TRANSFER_CONFIG`` names, if any.
-        arguments: keys of :class:`WeightTransferConfig`.
+        arguments: keys of `WeightTransferConfig`.
 
     Raises:
         ConfigError: an unknown key, a wrong type or value, or no backend named.

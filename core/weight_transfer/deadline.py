@@ -23,7 +23,7 @@ class Deadline:
         return time.monotonic() >= self._end
 
     def check(self, what: str, **fields: str | None) -> None:
-        """Raise :class:`~weight_transfer.TransferTimeoutError` if the deadline has passed.
+        """Raise `TransferTimeoutError` if the deadline has passed.
 
         Args:
             what: what was being waited for or done, as in "waiting for worker 2".

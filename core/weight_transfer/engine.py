@@ -1,6 +1,6 @@
 """The contract of a backend: one engine in each worker, one in the trainer.
 
-Who calls what, for one trainer and its workers::
+Who calls what, for one trainer and its workers:
 
     trainer                                             each worker
     -------                                             -----------
@@ -14,7 +14,7 @@ Who calls what, for one trainer and its workers::
     8. shutdown()                                       9. shutdown()
 
 States, versions, deadlines over the whole call, verification and events belong to the core
-(:class:`~weight_transfer.WeightSender`, :class:`~weight_transfer.WeightReceiver`). An engine moves bytes, no more.
+(`WeightSender`, `WeightReceiver`). An engine moves bytes, no more.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ LoadWeights = Callable[[list[tuple[str, "Tensor"]]], None]
 class WeightTransferEngine(ABC, Generic[TInitInfo, TUpdateInfo]):
     """The worker's side of a backend.
 
-    Subclasses set :attr:`init_info_cls` and :attr:`update_info_cls` and write the three abstract methods. The core
-    calls them from one thread at a time, in the order of this module's docstring; only :meth:`abort_update` may come
+    Subclasses set `init_info_cls` and `update_info_cls` and write the three abstract methods. The core
+    calls them from one thread at a time, in the order of this module's docstring; only `abort_update` may come
     from another thread at any time.
     """
 
@@ -69,7 +69,7 @@ class WeightTransferEngine(ABC, Generic[TInitInfo, TUpdateInfo]):
         return info
 
     def parse_update_info(self, update_dict: dict[str, Any]) -> TUpdateInfo:
-        """Return the typed update info; see :meth:`parse_init_info`."""
+        """Return the typed update info; see `parse_init_info`."""
         info: TUpdateInfo = structure(update_dict, self.update_info_cls, f"update_info of {type(self).__name__}")
         return info
 
@@ -87,7 +87,7 @@ class WeightTransferEngine(ABC, Generic[TInitInfo, TUpdateInfo]):
 
         Call ``load_weights`` incrementally, with a bounded number of bytes at a time. It raises when the deadline has
         passed or the update was aborted; let that through. With
-        :func:`~weight_transfer.loading.destinations_of` bytes may be written straight into the worker's own tensors,
+        `destinations_of` bytes may be written straight into the worker's own tensors,
         which are then handed to ``load_weights`` themselves.
 
         Raises:
@@ -101,7 +101,7 @@ class WeightTransferEngine(ABC, Generic[TInitInfo, TUpdateInfo]):
         """Give back everything: memory, connections, threads. May be called in any state, and twice."""
 
     def abort_update(self) -> None:
-        """Make a running :meth:`receive_weights` end soon. Called from another thread."""
+        """Make a running `receive_weights` end soon. Called from another thread."""
 
     @property
     def extra_memory(self) -> int:
@@ -130,7 +130,7 @@ class TrainerWeightTransferEngine(ABC, Generic[TInitInfo, TUpdateInfo]):
     """The trainer's side of a backend, on the one trainer rank that sends.
 
     The core calls the methods in the order of this module's docstring, from the thread that called ``send``; only
-    :meth:`abort_update` may come from another thread at any time.
+    `abort_update` may come from another thread at any time.
     """
 
     init_info_cls: ClassVar[type[Any]] = WeightTransferInitInfo
@@ -146,21 +146,21 @@ class TrainerWeightTransferEngine(ABC, Generic[TInitInfo, TUpdateInfo]):
         """Get ready for the workers in ``slots`` and say what each needs to join.
 
         Called once with all slots; called again, with the returning ones only, if the backend declares
-        :attr:`~weight_transfer.Capability.REJOIN`.
+        `REJOIN`.
 
         Returns:
             One dict per slot: the fields that ``init_info_cls`` adds to
-            :class:`~weight_transfer.WeightTransferInitInfo`, JSON-safe.
+            `WeightTransferInitInfo`, JSON-safe.
         """
 
     @abstractmethod
     def join_workers(self, deadline: Deadline) -> None:
-        """Wait until every worker that was promised by the last :meth:`open_endpoint` has joined."""
+        """Wait until every worker that was promised by the last `open_endpoint` has joined."""
 
     def describe_update(self, source: WeightSource, manifest: Manifest, deadline: Deadline) -> dict[str, Any]:
-        """Return the fields that ``update_info_cls`` adds to :class:`~weight_transfer.WeightTransferUpdateInfo`.
+        """Return the fields that ``update_info_cls`` adds to `WeightTransferUpdateInfo`.
 
-        For a field declared with :func:`~weight_transfer.info.sent_once`, return the same object while it is unchanged.
+        For a field declared with `sent_once`, return the same object while it is unchanged.
         """
         return {}
 
@@ -173,7 +173,7 @@ class TrainerWeightTransferEngine(ABC, Generic[TInitInfo, TUpdateInfo]):
         Args:
             source: iterate it to materialise tensors, or export ``source.resident()``.
             manifest: ``source.manifest()``.
-            deadline: raise :class:`~weight_transfer.TransferTimeoutError` when it passes.
+            deadline: raise `TransferTimeoutError` when it passes.
             progress: call it with the number of bytes that have moved since the last call.
         """
 
@@ -181,7 +181,7 @@ class TrainerWeightTransferEngine(ABC, Generic[TInitInfo, TUpdateInfo]):
         """Every worker has finished: let go of what was exported for this update only."""
 
     def abort_update(self) -> None:
-        """The update failed: make a running :meth:`send_weights` raise soon. Called from any thread."""
+        """The update failed: make a running `send_weights` raise soon. Called from any thread."""
 
     @abstractmethod
     def shutdown(self) -> None:

@@ -1,6 +1,5 @@
 """The error tree.
 
-::
 
     WeightTransferError
     ├── ConfigError(ValueError)
@@ -20,7 +19,7 @@
         └── IntegrityError(ValueError)             param, expected, got
 
 Errors are data: a sentence plus typed fields. They survive pickling by a process pool and, through
-:func:`error_to_dict` and :func:`error_from_dict`, a trip over JSON. A foreign exception is kept as text in ``cause``.
+`error_to_dict` and `error_from_dict`, a trip over JSON. A foreign exception is kept as text in ``cause``.
 """
 
 from __future__ import annotations
@@ -201,7 +200,7 @@ def error_to_dict(error: BaseException) -> dict[str, Any]:
 
 
 def error_from_dict(data: dict[str, Any]) -> WeightTransferError:
-    """Rebuild an error from :func:`error_to_dict`; an unknown type becomes a :class:`TransferError`."""
+    """Rebuild an error from `error_to_dict`; an unknown type becomes a `TransferError`."""
     fields = {key: value for key, value in data.items() if key != "type"}
     cls = _tree(WeightTransferError).get(str(data.get("type")), TransferError)
     known = {field.name for field in attrs.fields(cls)}

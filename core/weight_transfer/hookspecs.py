@@ -1,6 +1,6 @@
 """The hooks. Rule: many may listen -> a hook; exactly one answers -> a field of the descriptor or a method of an ABC.
 
-Mark an implementation with :data:`hookimpl`. Give its parameters no default values: pluggy 1.6 and 1.7 treat
+Mark an implementation with `hookimpl`. Give its parameters no default values: pluggy 1.6 and 1.7 treat
 those differently.
 """
 
@@ -40,7 +40,8 @@ def weight_transfer_diagnostics() -> dict[str, str] | None:
 def weight_transfer_started(event: TransferStarted) -> None:
     """Be told that an update begins.
 
-    :param event: who, what and how much.
+    Args:
+        event: who, what and how much.
     """
 
 
@@ -48,7 +49,8 @@ def weight_transfer_started(event: TransferStarted) -> None:
 def weight_transfer_progress(event: TransferProgress) -> None:
     """Be told that bytes have moved; called at most a few times a second.
 
-    :param event: bytes done and in total.
+    Args:
+        event: bytes done and in total.
     """
 
 
@@ -56,5 +58,6 @@ def weight_transfer_progress(event: TransferProgress) -> None:
 def weight_transfer_finished(event: TransferFinished) -> None:
     """Be told that an update ended, well or badly.
 
-    :param event: bytes, seconds and the error, if any.
+    Args:
+        event: bytes, seconds and the error, if any.
     """

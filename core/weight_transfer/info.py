@@ -1,7 +1,7 @@
 """The typed contents of init and update requests. On the wire they are plain JSON dicts.
 
-A field marked with :func:`sent_once` (the manifest, a backend's table of addresses) travels in full only when it
-changed; otherwise its digest goes in its place. :class:`WireEncoder` and :class:`WireDecoder` do that for every
+A field marked with `sent_once` (the manifest, a backend's table of addresses) travels in full only when it
+changed; otherwise its digest goes in its place. `WireEncoder` and `WireDecoder` do that for every
 backend, so that the control traffic of a steady-state update does not grow with the number of parameters.
 """
 
@@ -53,7 +53,7 @@ class WeightTransferUpdateInfo:
         manifest: what is sent, in order.
         timeout: seconds that the update may take from now.
         version: the version that will be published if all goes well.
-        is_checkpoint_format: see :class:`~weight_transfer.WeightTransferConfig`.
+        is_checkpoint_format: see `WeightTransferConfig`.
         digests: digest of each parameter in the manifest's order, if the config says ``verify``.
     """
 
@@ -110,7 +110,7 @@ class WireEncoder:
 
         Args:
             info: the update.
-            known: digest by field name of what the worker has; update it with :meth:`digests` once the worker answered.
+            known: digest by field name of what the worker has; update it with `digests` once the worker answered.
         """
         changing = {f.name: getattr(info, f.name) for f in attrs.fields(type(info)) if _ONCE not in f.metadata}
         data = {name: unstructure(value) for name, value in changing.items() if value is not None}

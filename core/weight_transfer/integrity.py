@@ -1,6 +1,6 @@
 """Position-sensitive digests of tensors, computed where the tensor lies (CPU or GPU), in bounded memory.
 
-For 64-bit words x[i] of one block, with odd multipliers m[i] that differ by position, and wrapping arithmetic::
+For 64-bit words x[i] of one block, with odd multipliers m[i] that differ by position, and wrapping arithmetic:
 
     y[i] = x[i] * m[i];  digest = digest * p + sum(mix(y[i]))
 

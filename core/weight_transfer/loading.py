@@ -45,7 +45,7 @@ class InPlaceLoader(Protocol):
 
 @runtime_checkable
 class InPlaceTarget(Protocol):
-    """What a receiver's ``load_weights`` offers beside being called; see :func:`destinations_of`."""
+    """What a receiver's ``load_weights`` offers beside being called; see `destinations_of`."""
 
     def destinations(self) -> Mapping[str, Tensor] | None:
         """Return the worker's own tensors by name, if the loader only copies."""

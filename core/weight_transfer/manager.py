@@ -51,7 +51,7 @@ class LoadedBackend:
     Attributes:
         backend: the descriptor that the plugin returned.
         provider: who provides it.
-        plugins: a plugin manager that holds this plugin and nothing else; :func:`add_observers` adds listeners.
+        plugins: a plugin manager that holds this plugin and nothing else; `add_observers` adds listeners.
     """
 
     backend: Backend
@@ -109,7 +109,7 @@ class LoadedBackend:
     def create_trainer_engine(
         self, config: WeightTransferConfig, parallel: ParallelConfig
     ) -> TrainerWeightTransferEngine[Any, Any]:
-        """Create the trainer's engine; see :meth:`create_worker_engine`."""
+        """Create the trainer's engine; see `create_worker_engine`."""
         from weight_transfer.engine import TrainerWeightTransferEngine
 
         engine: TrainerWeightTransferEngine[Any, Any] = self._create(
@@ -178,7 +178,7 @@ def load_backend(name: str) -> LoadedBackend:
         BackendNotFoundError: nobody provides it; the message lists what is installed.
         BackendConflictError: two distributions provide it; both are named.
         BackendLoadError: the plugin fails to import.
-        BackendContractError: it returns something else than a :class:`Backend` of that name.
+        BackendContractError: it returns something else than a `Backend` of that name.
         BackendVersionError: it was written for another API version.
     """
     ref = _select(name)
@@ -206,7 +206,7 @@ def add_observers(loaded: LoadedBackend, names: tuple[str, ...], objects: tuple[
     """Register the allowed observers with a loaded backend.
 
     Args:
-        loaded: from :func:`load_backend`.
+        loaded: from `load_backend`.
         names: entry points of the group ``weight_transfer.observers``; the environment variable
             ``WEIGHT_TRANSFER_OBSERVERS``, a comma-separated list, replaces them (empty: none).
         objects: objects or modules with hook implementations of the caller's own.

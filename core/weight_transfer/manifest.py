@@ -115,7 +115,7 @@ class Manifest:
 
     @classmethod
     def from_wire(cls, data: Any, _type: object = None) -> Manifest:
-        """Build a manifest from :meth:`to_wire`; a manifest passes through.
+        """Build a manifest from `to_wire`; a manifest passes through.
 
         Raises:
             ValueError: the columns are missing, of unequal length or hold something else.

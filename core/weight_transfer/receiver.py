@@ -1,6 +1,5 @@
 """The worker's session: takes updates, and never lets a torn one be served.
 
-::
 
     created ──init──▶ ready ──start──▶ updating ──update, finish──▶ ready (new version)
                         ▲                 │
@@ -8,7 +7,7 @@
                         └───────init──────┴─ failed or aborted after it ─▶ failed (no version)
 
 A failed receiver has shut its engine down; ``init_weight_transfer_engine`` and a full update lead out of it. A
-:class:`~weight_transfer.WeightSender` does that by itself at its next ``send``.
+`WeightSender` does that by itself at its next ``send``.
 """
 
 from __future__ import annotations
@@ -51,11 +50,11 @@ class ReceiverState(StrEnum):
 class WeightReceiver:
     """Receives weight versions into a model of this process. Its methods may be called from any thread.
 
-    Give it to :func:`weight_transfer.serve`, to a :class:`~weight_transfer.WeightSender` of the same process, or call
+    Give it to `serve`, to a `WeightSender` of the same process, or call
     the methods that carry vLLM's names from your own RPC.
 
     Args:
-        config: anything that :func:`~weight_transfer.load_config` takes.
+        config: anything that `load_config` takes.
         model: the model that serves.
         parallel_config: this worker's place among the workers behind one control channel.
         load_weights: loads weights in checkpoint format; default is the model's own ``load_weights`` method, else a

@@ -49,14 +49,14 @@ Lost = dict[Peer, WeightTransferError]
 
 
 class WeightSender:
-    """Sends weight versions to all workers. Use it as a context manager, or call :meth:`close`.
+    """Sends weight versions to all workers. Use it as a context manager, or call `close`.
 
     Args:
-        config: anything that :func:`~weight_transfer.load_config` takes.
-        workers: a control channel per worker or replica: a URL, a :class:`~weight_transfer.WeightReceiver` of this
-            process, or any object with the methods of :class:`~weight_transfer.ControlChannel`.
+        config: anything that `load_config` takes.
+        workers: a control channel per worker or replica: a URL, a `WeightReceiver` of this
+            process, or any object with the methods of `ControlChannel`.
         parallel_config: this process's rank among the trainer's ranks. All ranks construct a sender and call
-            :meth:`send`; rank 0 talks to the workers, the others run the collectives of the source.
+            `send`; rank 0 talks to the workers, the others run the collectives of the source.
         workers_per_channel: workers behind each channel, for channels whose ``status`` does not tell.
         observers: objects with hook implementations, beside the ones that the config names.
 
@@ -91,11 +91,11 @@ class WeightSender:
 
     @property
     def version(self) -> Version | None:
-        """The last version that :meth:`send` brought to the workers."""
+        """The last version that `send` brought to the workers."""
         return self._version
 
     def connect(self) -> None:
-        """Join all workers now; :meth:`send` does it by itself. Waits for workers that are not up yet.
+        """Join all workers now; `send` does it by itself. Waits for workers that are not up yet.
 
         Raises:
             PeerLostError: a worker did not answer within ``config.init_timeout`` seconds.

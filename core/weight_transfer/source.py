@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class WeightSource(ABC):
     """A stream of named tensors that can be read again and again.
 
-    Metadata and bytes are separate: :meth:`manifest` is cheap and moves nothing, iteration materialises.
+    Metadata and bytes are separate: `manifest` is cheap and moves nothing, iteration materialises.
     """
 
     @abstractmethod
@@ -52,7 +52,7 @@ class WeightSource(ABC):
 
 
 def as_source(weights: nn.Module | WeightSource) -> WeightSource:
-    """Return ``weights`` as a source; a module becomes a :class:`ModuleSource`.
+    """Return ``weights`` as a source; a module becomes a `ModuleSource`.
 
     Raises:
         ConfigError: it is neither.
@@ -84,7 +84,7 @@ class ModuleSource(WeightSource):
     ``full_tensor()``, a collective: every trainer rank iterates the same module in the same order.
 
     Args:
-        module: read anew by :meth:`manifest`, so that replaced parameters are noticed at each update.
+        module: read anew by `manifest`, so that replaced parameters are noticed at each update.
         rename: maps a parameter's name to the name under which it is sent, e.g. to strip a wrapper's prefix.
     """
 
@@ -96,7 +96,7 @@ class ModuleSource(WeightSource):
         self._manifest = Manifest(())
 
     def manifest(self) -> Manifest:
-        """Read the module anew; iteration and :meth:`resident` then speak of the same tensors."""
+        """Read the module anew; iteration and `resident` then speak of the same tensors."""
         rename = self._rename or (lambda name: name)
         weights = [(rename(name), tensor) for name, tensor in named_weights(self.module)]
         self._weights = dict(weights)

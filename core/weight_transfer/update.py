@@ -81,12 +81,12 @@ class Update:
     def destinations(self) -> Mapping[str, Tensor] | None:
         """Return the worker's own tensors by name, if the loader only copies; else None.
 
-        An engine that writes there calls :meth:`write_in_place` first.
+        An engine that writes there calls `write_in_place` first.
         """
         return self._loader.destinations() if isinstance(self._loader, InPlaceLoader) else None
 
     def write_in_place(self) -> None:
-        """Say that bytes are about to be written into :meth:`destinations`; raises like :meth:`check`."""
+        """Say that bytes are about to be written into `destinations`; raises like `check`."""
         self.check()
         self.touched = True
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,14 +79,8 @@ def test_importing_the_core_imports_no_plugin_no_torch_and_no_metadata(environme
     assert not {"torch", "importlib.metadata", "importlib_metadata"} & set(modules)
 
 
-def test_four_backends_are_listed_in_less_than_three_tenths_of_a_second(environment: MakeEnvironment) -> None:
-    clean = environment(*ALL)
-    seconds = []
-    for _ in range(5):  # the best of them: the others measure the machine's other work
-        begin = time.perf_counter()
-        assert len(listed(clean)) == 4
-        seconds.append(time.perf_counter() - begin)
-    assert min(seconds) < 0.3, seconds
+def test_four_backends_are_listed(environment: MakeEnvironment) -> None:
+    assert len(listed(environment(*ALL))) == 4
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ class ControlChannel(Protocol):
 
     The protocol is structural: the first four methods are those of vLLM's clients. Dicts are JSON-safe and carry their
     own ``timeout`` in seconds. A method returns when all workers behind the channel have done it, and raises a
-    :class:`~weight_transfer.WeightTransferError` otherwise. A sender may call ``abort_weight_update`` while
+    `WeightTransferError` otherwise. A sender may call ``abort_weight_update`` while
     ``update_weights`` is under way in another thread. ``address`` (text) may be given as an attribute, for messages.
     """
 

@@ -19,7 +19,7 @@ _MARGIN = 2.0  # seconds that an answer may take beyond the timeout that the req
 
 
 class HttpChannel:
-    """Talks to :func:`weight_transfer.serve`, or to any server with the same routes.
+    """Talks to `serve`, or to any server with the same routes.
 
     Args:
         address: base URL, such as ``http://127.0.0.1:8001``.

@@ -61,7 +61,7 @@ def create_app(channel: ControlChannel, token: str | None = None) -> Starlette:
     ``/finish_weight_update``, ``/abort_weight_update``, ``GET /status``, and ``GET /healthz`` without a token.
 
     Args:
-        channel: a :class:`~weight_transfer.WeightReceiver`, a :class:`~weight_transfer.LocalChannel`, or any other.
+        channel: a `WeightReceiver`, a `LocalChannel`, or any other.
         token: bearer token that every request but ``/healthz`` must carry.
     """
 

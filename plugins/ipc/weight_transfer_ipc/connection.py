@@ -187,7 +187,7 @@ class Listener:
         return hello["rank"], connection
 
     def interrupt(self) -> None:
-        """End a running :meth:`accept`."""
+        """End a running `accept`."""
         self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:

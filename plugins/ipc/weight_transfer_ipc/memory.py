@@ -41,7 +41,7 @@ class SharedMemory:
         self.address = torch.frombuffer(self._mapping, dtype=torch.uint8).data_ptr()
 
     def storage(self, offset: int, nbytes: int) -> torch.Tensor:
-        """Return a part as a uint8 tensor; its storage keeps the mapping alive after :meth:`close`."""
+        """Return a part as a uint8 tensor; its storage keeps the mapping alive after `close`."""
         return torch.frombuffer(self._mapping, dtype=torch.uint8, count=nbytes, offset=offset)
 
     def close(self) -> None:
