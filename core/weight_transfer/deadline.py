@@ -34,4 +34,4 @@ class Deadline:
 
     def timeout(self, what: str, **fields: str | None) -> TransferTimeoutError:
         """Return the error that says that this deadline passed while ``what``."""
-        return TransferTimeoutError(f"The deadline of {self.seconds:g} s passed while {what}.", **fields)
+        return TransferTimeoutError(f"The deadline of {round(self.seconds, 3):g} s passed while {what}.", **fields)

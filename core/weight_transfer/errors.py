@@ -1,6 +1,5 @@
 """The error tree.
 
-
     WeightTransferError
     ├── ConfigError(ValueError)
     ├── PluginError

@@ -38,6 +38,10 @@ class LockstepSource(WeightSource):
         return self._source.resident()
 
     @property
+    def device(self) -> str:
+        return self._source.device
+
+    @property
     def collective(self) -> bool:
         return self._source.collective
 

@@ -12,10 +12,12 @@ import attrs
 from weight_transfer.control.channel import ControlChannel
 from weight_transfer.deadline import Deadline
 from weight_transfer.engine import WorkerSlot
-from weight_transfer.errors import TransferError, WeightTransferError
+from weight_transfer.errors import TransferError, TransferTimeoutError, WeightTransferError
 
 if TYPE_CHECKING:
     from weight_transfer.config import WeightTransferConfig
+
+_GRACE = 0.5  # seconds
 
 
 @attrs.define(eq=False)
@@ -117,18 +119,27 @@ class Calls:
                 self.failures[peer] = error
         return self.failures
 
-    def settled(self, grace: float) -> dict[Peer, WeightTransferError]:
-        """Return the failures that there are within ``grace`` seconds, waiting for no more than that."""
-        until = Deadline(grace)
-        while self._pending and not self.failures:
+    def explain(self, error: WeightTransferError) -> WeightTransferError:
+        """Return what is behind an engine's ``error``: a worker's own failure, else who is silent, else ``error``.
+
+        Workers get a moment to answer: a failure and its echoes race. A timeout may be an echo of somebody else's.
+        """
+        until = Deadline(_GRACE)
+        while self._pending and all(isinstance(known, TransferTimeoutError) for known in self.failures.values()):
             try:
-                peer, error = self._answers.get(timeout=until.remaining())
+                peer, failure = self._answers.get(timeout=until.remaining())
             except queue.Empty:
                 break
             self._pending.remove(peer)
-            if error is not None:
-                self.failures[peer] = error
-        return self.failures
+            if failure is not None:
+                self.failures[peer] = failure
+        timeouts = [known for known in [error, *self.failures.values()] if isinstance(known, TransferTimeoutError)]
+        own = [known for known in self.failures.values() if not isinstance(known, TransferTimeoutError)]
+        if self._pending and timeouts and not own:
+            silent = ", ".join(peer.address for peer in self._pending)
+            message = f"{silent} did not answer in phase {self._phase} before the deadline."
+            return TransferTimeoutError(message, phase=self._phase, peer=silent, cause=str(timeouts[0]))
+        return next(iter([*own, *timeouts, error]))
 
     def _run(self, peer: Peer, call: Callable[[Peer], object]) -> None:
         error: WeightTransferError | None = None

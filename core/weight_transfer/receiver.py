@@ -149,8 +149,8 @@ class WeightReceiver:
                 engine.init_transfer_engine(engine.parse_init_info(init_info))
             except BaseException as error:
                 engine.shutdown()
-                self._last_error = str(error)
                 named = self._mapped(error, "init")
+                self._last_error = str(named)
                 if named is error:
                     raise
                 raise named from error

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from weight_transfer.backend import Capability
 from weight_transfer.config import ParallelConfig, WeightTransferConfig, load_config
 from weight_transfer.deadline import Deadline
@@ -85,6 +87,7 @@ class WeightSender:
         self._engine: TrainerWeightTransferEngine[Any, Any] | None = None
         self._encoder = WireEncoder()
         self._source: ModuleSource | None = None
+        self._device: str | None = None
         self._version: Version | None = None
         self._exclusive = threading.Lock()
         self._closed = False
@@ -178,6 +181,7 @@ class WeightSender:
         seconds: dict[str, float] = {}
         lost: Lost = {}
         if self._sends:
+            self._settle_on(source.device)
             with _timed(seconds, "init"):
                 lost |= self._join()
                 self._require_one(lost)
@@ -202,6 +206,13 @@ class WeightSender:
             extra_memory=self._engine.extra_memory if self._engine else 0,
         )
 
+    def _settle_on(self, device: str) -> None:
+        """Tell the engine where the weights lie; it is made anew if they have moved."""
+        if self.parallel_config.device is None:
+            if self._device not in (None, device):
+                self._drop_engine()
+            self._device = device
+
     def _join(self) -> Lost:
         """Join the workers that are not joined; all of them, if the backend cannot take in a single one."""
         if all(peer.joined for peer in self._peers):
@@ -213,7 +224,7 @@ class WeightSender:
         if not self._rejoins:
             self._drop_engine()
         joining = [peer for peer in present if not peer.joined]
-        engine = self._engine = self._engine or self._backend.create_trainer_engine(self.config, self.parallel_config)
+        engine = self._engine = self._engine or self._create_engine()
         slots = make_slots(self._peers if self._rejoins else present)
         fields = engine.open_endpoint([slots[peer] for peer in joining], deadline)
         for peer, own in zip(joining, fields, strict=True):
@@ -229,7 +240,10 @@ class WeightSender:
         try:
             engine.join_workers(deadline)
         except WeightTransferError as error:
-            raise next(iter(calls.settled(0.5).values()), error) from error
+            cause = calls.explain(error)
+            if cause is error:
+                raise
+            raise cause from error
         lost |= self._settle(calls.wait(deadline))
         for peer in joining:
             peer.joined = peer not in lost
@@ -299,7 +313,10 @@ class WeightSender:
         try:
             engine.send_weights(source, manifest, deadline, progress)
         except WeightTransferError as error:
-            raise next(iter(calls.settled(0.5).values()), error) from error
+            cause = calls.explain(error)
+            if cause is error:
+                raise
+            raise cause from error
         failures = calls.wait(deadline)
         for peer in wires:
             peer.known = self._encoder.digests(info) if peer not in failures else {}
@@ -338,16 +355,22 @@ class WeightSender:
         """After a failure: no worker keeps the update open, and all of them join again next time."""
         if self._engine is not None:
             self._engine.abort_update()
-        if not self._rejoins:
-            self._drop_engine()
         open_ = [peer for peer in self._started() if hasattr(peer.channel, "abort_weight_update")]
         calls = Calls(open_, lambda peer: peer.channel.abort_weight_update(reason), "abort")
         for peer, error in calls.wait(Deadline(min(_ABORT_TIMEOUT, self.config.timeout))).items():
             logger.warning("worker %s did not confirm the abort: %s", peer.address, error)
         if self._engine is not None:
             self._engine.release_source()
+        if not self._rejoins:
+            self._drop_engine()
         for peer in self._peers:
             peer.forget()
+
+    def _create_engine(self) -> TrainerWeightTransferEngine[Any, Any]:
+        parallel = self.parallel_config
+        if parallel.device is None:
+            parallel = attrs.evolve(parallel, device=self._device or "cpu")
+        return self._backend.create_trainer_engine(self.config, parallel)
 
     def _drop_engine(self) -> None:
         if self._engine is not None:

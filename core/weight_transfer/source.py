@@ -46,6 +46,11 @@ class WeightSource(ABC):
         return {}
 
     @property
+    def device(self) -> str:
+        """The torch device of the tensors that iteration yields."""
+        return "cpu"
+
+    @property
     def collective(self) -> bool:
         """Whether iteration runs collectives, and so must be finished on every rank even when an update fails."""
         return False
@@ -117,6 +122,11 @@ class ModuleSource(WeightSource):
         return {name: tensor for name, tensor in self._weights.items() if not _is_sharded(tensor)}
 
     @property
+    def device(self) -> str:
+        first = next(iter(self._weights.values()), None)
+        return "cpu" if first is None else str(first.device)
+
+    @property
     def collective(self) -> bool:
         return any(map(_is_sharded, self._weights.values()))
 
@@ -150,7 +160,7 @@ class CheckpointSource(WeightSource):
 
     def __init__(self, path: str | Path, device: str = "cpu") -> None:
         self.path = Path(path)
-        self.device = device
+        self._device = device
         self._index = self._read_index()
         self._files = self._open()
         try:
@@ -175,11 +185,15 @@ class CheckpointSource(WeightSource):
                 except _safetensors().SafetensorError as error:
                     raise _damaged(file, error) from error
 
+    @property
+    def device(self) -> str:
+        return self._device
+
     def _open(self) -> dict[Path, Any]:
         handles = {}
         for file in self._paths():
             try:
-                handles[file] = _safetensors().safe_open(file, framework="pt", device=self.device)
+                handles[file] = _safetensors().safe_open(file, framework="pt", device=self._device)
             except FileNotFoundError as error:
                 raise ConfigError(
                     f"{self.path / self.INDEX} names {file.name}, which does not exist; complete the checkpoint."

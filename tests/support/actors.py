@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from multiprocessing.connection import Connection
 from typing import Any
@@ -73,6 +77,16 @@ class Actor:
         """SIGKILL: no exit path of the process runs."""
         self.process.kill()
         self.process.join(10)
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Freeze the process with SIGSTOP inside a ``with`` block."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self.process.pid, signal.SIGCONT)
 
     def stop(self) -> None:
         """End the process by closing its pipe."""

@@ -138,7 +138,7 @@ class Server:
             server_header=False,
             date_header=False,
             timeout_keep_alive=_KEEP_ALIVE,
-            timeout_graceful_shutdown=5,
+            timeout_graceful_shutdown=2,
             ws="none",
         )
         self._uvicorn = _Uvicorn(config)
