@@ -62,3 +62,30 @@ def qwen_half_billion() -> dict[str, tuple[int, ...]]:
 def tiny(count: int, nbytes: int) -> dict[str, tuple[int, ...]]:
     """Return ``count`` bfloat16 vectors of ``nbytes`` bytes each."""
     return {f"experts.{index}.bias": (nbytes // 2,) for index in range(count)}
+
+
+def llama_8b() -> dict[str, tuple[int, ...]]:
+    """Llama-3.1-8B: 291 tensors, 16.06 GB in bfloat16."""
+    return llama(32, 4096, 14336, 32, 8, 128256)
+
+
+def qwen_moe(layers: int = 24) -> dict[str, tuple[int, ...]]:
+    """Qwen3-30B-A3B cut to 24 layers: 9,435 tensors, 31.15 GB in bfloat16."""
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (151936, 2048)}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        for name, rows in (("q", 4096), ("k", 512), ("v", 512)):
+            shapes[f"{prefix}.self_attn.{name}_proj.weight"] = (rows, 2048)
+        shapes[f"{prefix}.self_attn.o_proj.weight"] = (2048, 4096)
+        for name in ("q_norm", "k_norm"):
+            shapes[f"{prefix}.self_attn.{name}.weight"] = (128,)
+        for expert in range(128):
+            for name in ("gate", "up"):
+                shapes[f"{prefix}.mlp.experts.{expert}.{name}_proj.weight"] = (768, 2048)
+            shapes[f"{prefix}.mlp.experts.{expert}.down_proj.weight"] = (2048, 768)
+        shapes[f"{prefix}.mlp.gate.weight"] = (128, 2048)
+        shapes[f"{prefix}.input_layernorm.weight"] = (2048,)
+        shapes[f"{prefix}.post_attention_layernorm.weight"] = (2048,)
+    shapes["model.norm.weight"] = (2048,)
+    shapes["lm_head.weight"] = (151936, 2048)
+    return shapes

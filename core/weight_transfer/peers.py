@@ -120,12 +120,13 @@ class Calls:
         return self.failures
 
     def explain(self, error: WeightTransferError) -> WeightTransferError:
-        """Return what is behind an engine's ``error``: a worker's own failure, else who is silent, else ``error``.
+        """Return what is behind an engine's ``error``: the first worker's failure; after a timeout, who is silent.
 
-        Workers get a moment to answer: a failure and its echoes race. A timeout may be an echo of somebody else's.
+        Workers get a moment to answer. Those that waited for a silent one give up too, so their timeouts are echoes.
         """
         until = Deadline(_GRACE)
-        while self._pending and all(isinstance(known, TransferTimeoutError) for known in self.failures.values()):
+        first: WeightTransferError | None = next(iter(self.failures.values()), None)
+        while self._pending and (first is None or isinstance(first, TransferTimeoutError)):
             try:
                 peer, failure = self._answers.get(timeout=until.remaining())
             except queue.Empty:
@@ -133,13 +134,12 @@ class Calls:
             self._pending.remove(peer)
             if failure is not None:
                 self.failures[peer] = failure
-        timeouts = [known for known in [error, *self.failures.values()] if isinstance(known, TransferTimeoutError)]
-        own = [known for known in self.failures.values() if not isinstance(known, TransferTimeoutError)]
-        if self._pending and timeouts and not own:
+                first = first or failure
+        if self._pending and isinstance(first or error, TransferTimeoutError):
             silent = ", ".join(peer.address for peer in self._pending)
             message = f"{silent} did not answer in phase {self._phase} before the deadline."
-            return TransferTimeoutError(message, phase=self._phase, peer=silent, cause=str(timeouts[0]))
-        return next(iter([*own, *timeouts, error]))
+            return TransferTimeoutError(message, phase=self._phase, peer=silent, cause=str(first or error))
+        return first or error
 
     def _run(self, peer: Peer, call: Callable[[Peer], object]) -> None:
         error: WeightTransferError | None = None

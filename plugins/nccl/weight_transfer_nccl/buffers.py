@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from weight_transfer_nccl.plan import Layout
 
 
+WINDOW = 32
+"""Broadcasts that may be under way at once; those that go from and into tensors' own storage need no bucket."""
+
+
 class Buffers:
     """A fixed number of buckets.
 
@@ -27,6 +31,11 @@ class Buffers:
     def rewind(self) -> None:
         """Begin with the first one: a plan uses the same buckets in every update, so that views can be kept."""
         self._next = 0
+
+    @property
+    def next(self) -> int:
+        """The number of the bucket that `take` will return."""
+        return self._next
 
     def take(self) -> tuple[int, torch.Tensor]:
         """Return the next bucket and its number."""

@@ -12,7 +12,7 @@ import torch
 from weight_transfer.buckets import Slot, as_bytes, bucket_views, typed_view
 from weight_transfer.loading import destinations_of
 from weight_transfer.manifest import torch_dtype
-from weight_transfer_nccl.buffers import Buffers
+from weight_transfer_nccl.buffers import WINDOW, Buffers
 from weight_transfer_nccl.group import Work
 from weight_transfer_nccl.lanes import Lane
 from weight_transfer_nccl.plan import Broadcast
@@ -49,7 +49,6 @@ class Receiving:
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self.buffers = Buffers(layout, device)
-        self._buckets = layout.buckets
         self._device = device
         self._arriving = Lane(device)
         self._loading = Lane(device)
@@ -68,16 +67,19 @@ class Receiving:
             self._arriving.after_caller()
             self._loading.after_caller()
             for index, broadcast in enumerate(plan.broadcasts):
-                if len(posted) == self._buckets:
+                own = places.own(broadcast.slots[0]) if broadcast.direct else None
+                bucket = self.buffers.next if own is None else -1
+                while len(posted) == WINDOW or (bucket >= 0 and any(arrival.bucket == bucket for arrival in posted)):
                     self._load(posted.popleft(), places, load_weights)
-                posted.append(self._post(group, index, broadcast, places, deadline))
+                posted.append(self._post(group, index, broadcast, own, deadline))
             while posted:
                 self._load(posted.popleft(), places, load_weights)
             self._loading.finish(deadline, _WHAT)
 
-    def _post(self, group: Group, index: int, broadcast: Broadcast, places: _Places, deadline: Deadline) -> _Arrival:
-        data = places.own(broadcast.slots[0]) if broadcast.direct else None
-        bucket = -1
+    def _post(
+        self, group: Group, index: int, broadcast: Broadcast, own: torch.Tensor | None, deadline: Deadline
+    ) -> _Arrival:
+        bucket, data = -1, own
         if data is None:
             bucket, buffer = self.buffers.take()
             self._arriving.after(self._loaded.get(bucket))

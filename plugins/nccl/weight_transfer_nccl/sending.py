@@ -6,19 +6,30 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import attrs
+import torch
+
 from weight_transfer.buckets import Slot, as_bytes, bucket_views, pack
-from weight_transfer_nccl.buffers import Buffers
+from weight_transfer_nccl.buffers import WINDOW, Buffers
+from weight_transfer_nccl.group import Work
 from weight_transfer_nccl.lanes import Lane
 
 if TYPE_CHECKING:
-    import torch
-
     from weight_transfer.deadline import Deadline
     from weight_transfer.source import WeightSource
-    from weight_transfer_nccl.group import Group, Work
+    from weight_transfer_nccl.group import Group
     from weight_transfer_nccl.plan import Broadcast, Layout, Plan
 
 _WHAT = "broadcasting the weights"
+
+
+@attrs.frozen
+class _Running:
+    """A broadcast under way, the tensors that it still needs, and its bucket (-1: none)."""
+
+    work: Work
+    parts: list[torch.Tensor]
+    bucket: int
 
 
 class Sending:
@@ -30,7 +41,6 @@ class Sending:
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self.buffers = Buffers(layout, device)
-        self._buckets = layout.buckets
         self._device = device
         self._lane = Lane(device)
         self._plan: Plan | None = None
@@ -44,20 +54,21 @@ class Sending:
             self._plan, self._views = plan, {}
         self.buffers.rewind()
         tensors = _Reader(source, self._device)
-        running: deque[tuple[Work, list[torch.Tensor]]] = deque()
+        running: deque[_Running] = deque()
         with group.guard(deadline, _WHAT):
             self._lane.after_caller()
             with self._lane:
                 for index, broadcast in enumerate(plan.broadcasts):
-                    if len(running) == self._buckets:  # the oldest one's bucket is the next to be filled
-                        running.popleft()[0].wait()
+                    bucket = -1 if broadcast.direct else self.buffers.next
+                    while len(running) == WINDOW or (bucket >= 0 and any(r.bucket == bucket for r in running)):
+                        running.popleft().work.wait()
                     parts = [tensors.get(slot.param) for slot in broadcast.slots]
                     data = self._direct(broadcast, parts) if broadcast.direct else self._pack(index, broadcast, parts)
-                    running.append((group.broadcast(data, deadline), parts))
+                    running.append(_Running(group.broadcast(data, deadline), parts, bucket))
                     tensors.forget(broadcast.slots)
                     progress(broadcast.nbytes)
                 while running:
-                    running.popleft()[0].wait()
+                    running.popleft().work.wait()
             self._lane.finish(deadline, _WHAT)
 
     @staticmethod
