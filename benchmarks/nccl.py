@@ -1,0 +1,243 @@
+"""Speed of the ``nccl`` backend, beside the raw broadcast and other schemes over the same communicator in the same run.
+
+    python benchmarks/nccl.py --device cuda --workers 1 --case dense --case moe
+    python benchmarks/nccl.py --device cpu --workers 2 --case small
+
+One trainer and the workers are processes of one host; on CUDA each has a GPU of its own. The schemes:
+
+* ``limit``: broadcasts of one buffer (1 GiB on CUDA, all bytes on the CPU), again and again, until all bytes have gone;
+* ``ours``: ``WeightSender.send``, all phases, with the control channel over HTTP;
+* ``per tensor``: one broadcast per parameter, from and into its own storage;
+* ``packed``: two buffers of 1 GiB: concatenate, broadcast, split, copy into the parameters (vLLM's scheme, written
+  afresh from its description).
+
+Rounds alternate between the schemes; medians are compared. The bits of every worker are compared with the trainer's
+after A, then B, then A again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+import shapes
+import torch
+from torch import nn
+
+import weight_transfer as wt
+from weight_transfer.deadline import Deadline
+from weight_transfer.integrity import tensor_digest
+from weight_transfer.manifest import digest_json
+from weight_transfer_nccl.group import Group, Rendezvous, new_secret, open_store, reach_store
+
+CASES = {"dense": shapes.llama_8b, "moe": shapes.qwen_moe, "small": shapes.qwen_half_billion}
+SCHEMES = ("limit", "ours", "per tensor", "packed")
+GIB = 2**30
+
+
+def digest(weights: nn.Module) -> str:
+    return digest_json([tensor_digest(parameter) for parameter in weights.parameters()])
+
+
+def quiet(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak(device: torch.device, reset: bool = False) -> int:
+    """Return the most memory that torch had allocated on the device since the last reset, in bytes."""
+    if device.type != "cuda":
+        return 0
+    if reset:
+        torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.max_memory_allocated(device)
+
+
+def broadcast(group: Group, data: torch.Tensor) -> Any:
+    return group.broadcast(data, Deadline(600))
+
+
+def limit(group: Group, weights: nn.Module, _root: bool) -> None:
+    nbytes = sum(parameter.nbytes for parameter in weights.parameters())
+    size = min(GIB, nbytes) if group.device.type == "cuda" else nbytes
+    buffer = _buffer(group.device, size)
+    works = [broadcast(group, buffer[: min(size, nbytes - start)]) for start in range(0, nbytes, size)]
+    for work in works:
+        work.wait()
+
+
+_buffers: dict[int, torch.Tensor] = {}
+
+
+def _buffer(device: torch.device, size: int) -> torch.Tensor:
+    if size not in _buffers:
+        _buffers[size] = torch.ones(size, dtype=torch.uint8, device=device)
+    return _buffers[size]
+
+
+def per_tensor(group: Group, weights: nn.Module, _root: bool) -> None:
+    works = [broadcast(group, parameter.data.view(-1).view(torch.uint8)) for parameter in weights.parameters()]
+    for work in works:
+        work.wait()
+
+
+def packed(group: Group, weights: nn.Module, root: bool) -> None:
+    streams = [torch.cuda.Stream(group.device) if group.device.type == "cuda" else None for _ in range(2)]
+    for index, chunk in enumerate(_chunks(weights, GIB)):
+        with torch.cuda.stream(streams[index % 2]):
+            views = [parameter.data.view(-1).view(torch.uint8) for parameter in chunk]
+            sizes = [view.numel() for view in views]
+            if root:
+                broadcast(group, torch.cat(views)).wait()
+            else:
+                buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=group.device)
+                broadcast(group, buffer).wait()
+                for view, part in zip(views, buffer.split(sizes), strict=True):
+                    view.copy_(part)
+
+
+def _chunks(weights: nn.Module, size: int) -> Iterator[list[torch.Tensor]]:
+    chunk: list[torch.Tensor] = []
+    total = 0
+    for parameter in weights.parameters():
+        chunk.append(parameter)
+        total += parameter.nbytes
+        if total >= size:
+            yield chunk
+            chunk, total = [], 0
+    if chunk:
+        yield chunk
+
+
+BASELINES: dict[str, Callable[[Group, nn.Module, bool], None]] = {
+    "limit": limit,
+    "per tensor": per_tensor,
+    "packed": packed,
+}
+
+
+def work(pipe: Connection, rank: int, size: int, device_name: str, case: str, meeting: Rendezvous, config: Any) -> None:
+    """Be a worker: serve a receiver, and take part in the baselines when told to."""
+    device = torch.device(device_name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    weights = shapes.Weights(CASES[case](), torch.bfloat16, device_name)
+    deadline = Deadline(120)
+    group = Group(reach_store(meeting, deadline), meeting, rank, size, device)
+    group.join(deadline, str)
+    held = peak(device, reset=True)
+    with wt.WeightReceiver(config, weights) as receiver, wt.serve(receiver) as server:
+        pipe.send(server.url)
+        while (command := pipe.recv()) != "stop":
+            if command == "digest":
+                pipe.send(digest(weights))
+            elif command == "extra":
+                pipe.send(peak(device) - held)
+                held = peak(device, reset=True) if device.type == "cuda" else 0
+                held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+            else:
+                BASELINES[command](group, weights, False)
+                quiet(device)
+                pipe.send("done")
+    group.abort()
+
+
+def measure(case: str, arguments: argparse.Namespace) -> None:
+    cuda = arguments.device == "cuda"
+    devices = [f"cuda:{i}" if cuda else "cpu" for i in range(arguments.workers + 1)]
+    device = torch.device(devices[0])
+    if cuda:
+        torch.cuda.set_device(device)
+    store, port = open_store("127.0.0.1", 0)
+    meeting = Rendezvous(address="127.0.0.1", port=port, secret=new_secret(), transport="nccl" if cuda else "gloo")
+    config = {"backend": "nccl", "bucket_bytes": arguments.bucket, "nccl": {"direct_bytes": arguments.direct}}
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = [], []
+    for rank in range(1, arguments.workers + 1):
+        pipe, theirs = context.Pipe()
+        args = (theirs, rank, arguments.workers + 1, devices[rank], case, meeting, config)
+        processes.append(context.Process(target=work, args=args, daemon=True))
+        processes[-1].start()
+        pipes.append(pipe)
+    weights = shapes.Weights(CASES[case](), torch.bfloat16, devices[0])
+    nbytes = sum(parameter.nbytes for parameter in weights.parameters())
+    group = Group(store, meeting, 0, arguments.workers + 1, device)
+    group.join(Deadline(120), str)
+    urls = [pipe.recv() for pipe in pipes]
+    held = torch.cuda.memory_allocated(device) if cuda else 0
+    times: dict[str, list[float]] = {scheme: [] for scheme in SCHEMES}
+    updates: list[float] = []
+    report: wt.TransferReport
+    with wt.WeightSender(config, urls) as sender:
+
+        def ask(command: str) -> list[Any]:
+            for pipe in pipes:
+                pipe.send(command)
+            return [pipe.recv() for pipe in pipes]
+
+        def baseline(scheme: str) -> float:
+            for pipe in pipes:
+                pipe.send(scheme)
+            since = time.perf_counter()
+            BASELINES[scheme](group, weights, True)
+            quiet(device)
+            if any(pipe.recv() != "done" for pipe in pipes):
+                raise SystemExit(f"{scheme}: a worker failed")
+            return time.perf_counter() - since
+
+        def ours() -> float:
+            since = time.perf_counter()
+            nonlocal report
+            report = sender.send(weights)
+            updates.append(report.seconds["update"])
+            return time.perf_counter() - since
+
+        for seed in (1, 2, 1):
+            weights.randomise(seed)
+            if cuda:
+                peak(device, reset=True)
+            ours()
+            if any(theirs != digest(weights) for theirs in ask("digest")):
+                raise SystemExit(f"{case}: a worker's bytes differ from the trainer's")
+        extra = [peak(device) - held, *ask("extra")] if cuda else [2 * sender.config.bucket_bytes]
+        schemes = [scheme for scheme in SCHEMES if scheme not in arguments.skip]
+        for _ in range(arguments.rounds + 1):
+            for scheme in schemes:
+                times[scheme].append(ours() if scheme == "ours" else baseline(scheme))
+        for pipe in pipes:
+            pipe.send("stop")
+    group.abort()
+    for process in processes:
+        process.join(30)
+    medians = {scheme: statistics.median(times[scheme][1:]) for scheme in schemes}
+    memory = " ".join(f"{nbytes / 2**20:.0f}" for nbytes in extra)
+    print(f"{case}: {report.params} tensors, {nbytes / 1e9:.2f} GB, 1 -> {arguments.workers}, bits equal after A, B, A")
+    print(f"  ours, extra memory of the trainer and the workers: {memory} MiB")
+    medians["ours, update"] = statistics.median(updates[-arguments.rounds :])
+    for scheme, seconds in medians.items():
+        rate, ratio = nbytes / seconds / 1e9, medians["limit"] / seconds
+        print(f"  {scheme:12} {seconds * 1e3:9.1f} ms {rate:8.2f} GB/s   ratio {ratio:5.3f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--case", choices=sorted(CASES), action="append", required=True)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--bucket", default="256MiB")
+    parser.add_argument("--direct", default="8MiB")
+    parser.add_argument("--skip", choices=SCHEMES, action="append", default=[])
+    arguments = parser.parse_args()
+    for case in arguments.case:
+        _buffers.clear()
+        measure(case, arguments)
+
+
+if __name__ == "__main__":
+    main()
