@@ -1,0 +1,90 @@
+"""The socket between the trainer and a worker: who may connect, and how a death is noticed."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from weight_transfer import HandshakeError, PeerLostError, TransferTimeoutError
+from weight_transfer.deadline import Deadline
+from weight_transfer_ipc.connection import Connection, Listener
+from weight_transfer_ipc.memory import SharedMemory, map_read_only
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Connection, Connection]]:
+    """Return the trainer's and the worker's end."""
+    listener = Listener()
+    worker = Connection.connect(listener.address, Deadline(5))
+    worker.send({"token": listener.token, "rank": 3}, [], Deadline(5))
+    accepted = listener.accept(Deadline(5))
+    assert accepted is not None
+    rank, trainer = accepted
+    assert rank == 3
+    yield trainer, worker
+    trainer.close()
+    worker.close()
+    listener.close()
+
+
+def test_messages_carry_file_descriptors(pair: tuple[Connection, Connection]) -> None:
+    trainer, worker = pair
+    memory = SharedMemory(4096)
+    memory.storage(0, 4096).fill_(7)
+    trainer.send({"segment": 1}, [memory.fd], Deadline(5))
+    message, fds = worker.receive(Deadline(5))
+    assert message == {"segment": 1}
+    assert map_read_only(fds[0], 4096).tolist() == [7] * 4096
+    memory.close()
+
+
+def test_a_segment_that_is_smaller_than_announced_is_refused() -> None:
+    memory = SharedMemory(4096)
+    with pytest.raises(OSError, match="4096 bytes, 8192 were announced"):
+        map_read_only(os.dup(memory.fd), 8192)
+    memory.close()
+
+
+def test_a_wrong_token_is_turned_away() -> None:
+    listener = Listener()
+    worker = Connection.connect(listener.address, Deadline(5))
+    worker.send({"token": "wrong", "rank": 1}, [], Deadline(5))
+    assert listener.accept(Deadline(5)) is None
+    with pytest.raises(PeerLostError):
+        worker.receive(Deadline(5))
+    worker.close()
+    listener.close()
+
+
+def test_a_silent_peer_is_a_timeout_and_a_dead_one_is_lost(pair: tuple[Connection, Connection]) -> None:
+    trainer, worker = pair
+    worker.check_alive()
+    with pytest.raises(TransferTimeoutError, match="waiting for"):
+        worker.await_signal(Deadline(0.05))
+    trainer.close()
+    with pytest.raises(PeerLostError):
+        worker.await_signal(Deadline(5))
+    with pytest.raises(PeerLostError):
+        worker.check_alive()
+
+
+def test_an_interrupt_from_another_thread_ends_a_wait(pair: tuple[Connection, Connection]) -> None:
+    _, worker = pair
+    threading.Timer(0.05, worker.interrupt).start()
+    with pytest.raises(PeerLostError):
+        worker.await_signal(Deadline(30))
+
+
+def test_garbage_is_a_handshake_error(pair: tuple[Connection, Connection]) -> None:
+    trainer, worker = pair
+    trainer._socket.sendall(b"\0\0\0\4nope")
+    with pytest.raises(HandshakeError, match="does not speak this protocol"):
+        worker.receive(Deadline(5))
+
+
+def test_an_address_that_nobody_listens_on_is_a_lost_peer() -> None:
+    with pytest.raises(PeerLostError, match="one host"):
+        Connection.connect("weight-transfer-nobody", Deadline(1))

@@ -1,0 +1,64 @@
+"""The plan of broadcasts: complete, deterministic, and the same on both sides."""
+
+from __future__ import annotations
+
+import attrs
+from hypothesis import given
+from hypothesis import strategies as st
+
+from weight_transfer import Manifest, ParamMeta
+from weight_transfer_nccl.plan import Layout, make_plan
+
+manifests = st.lists(st.integers(0, 5000), min_size=1, max_size=40).map(
+    lambda sizes: Manifest(tuple(ParamMeta(f"p{index}", "uint8", (size,)) for index, size in enumerate(sizes)))
+)
+layouts = st.builds(
+    Layout,
+    bucket_bytes=st.integers(256, 4096),
+    buckets=st.integers(2, 4),
+    direct_bytes=st.integers(1, 8192),
+)
+
+
+@given(manifests, layouts)
+def test_every_byte_travels_once_and_no_broadcast_exceeds_a_bucket(manifest: Manifest, layout: Layout) -> None:
+    travelled: dict[int, list[tuple[int, int]]] = {index: [] for index in range(len(manifest.params))}
+    for broadcast in make_plan(manifest, layout).broadcasts:
+        assert broadcast.nbytes <= layout.bucket_bytes
+        end = 0
+        for slot in broadcast.slots:
+            assert slot.offset >= end
+            end = slot.offset + slot.nbytes
+            travelled[slot.param].append((slot.start, slot.nbytes))
+        assert end == broadcast.nbytes
+    for index, param in enumerate(manifest.params):
+        position = 0
+        for start, nbytes in travelled[index]:
+            assert start == position
+            position += nbytes
+        assert position == param.nbytes
+        assert travelled[index]
+
+
+@given(manifests, layouts)
+def test_both_sides_derive_the_same_plan(manifest: Manifest, layout: Layout) -> None:
+    again = Manifest.from_wire(manifest.to_wire())
+    assert make_plan(manifest, layout).broadcasts == make_plan(again, layout).broadcasts
+    assert make_plan(manifest, layout).digest == make_plan(again, layout).digest
+
+
+@given(manifests, layouts)
+def test_another_layout_has_another_digest(manifest: Manifest, layout: Layout) -> None:
+    other = attrs.evolve(layout, bucket_bytes=layout.bucket_bytes + 1)
+    assert make_plan(manifest, layout).digest != make_plan(manifest, other).digest
+
+
+def test_large_tensors_travel_alone_and_small_ones_together() -> None:
+    manifest = Manifest(tuple(ParamMeta(f"p{i}", "uint8", (size,)) for i, size in enumerate((10, 5000, 20, 30))))
+    plan = make_plan(manifest, Layout(bucket_bytes=2048, buckets=2, direct_bytes=1000))
+    assert [(b.direct, [s.param for s in b.slots]) for b in plan.broadcasts] == [
+        (True, [1]),
+        (True, [1]),
+        (True, [1]),
+        (False, [0, 2, 3]),
+    ]
