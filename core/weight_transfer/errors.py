@@ -204,4 +204,6 @@ def error_from_dict(data: dict[str, Any]) -> WeightTransferError:
     cls = _tree(WeightTransferError).get(str(data.get("type")), TransferError)
     known = {field.name for field in attrs.fields(cls)}
     fields = {key: value for key, value in fields.items() if key in known}
-    return cls(**{"message": "The other side failed without a message.", **fields})
+    if not isinstance(fields.get("message"), str):
+        fields["message"] = "The other side failed without a message."
+    return cls(**fields)

@@ -12,7 +12,7 @@ import torch
 
 from weight_transfer.errors import ManifestMismatchError
 from weight_transfer.manifest import ParamMeta, dtype_name
-from weight_transfer.source import named_weights
+from weight_transfer.weights import ModuleWeights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -71,24 +71,18 @@ class KernelFormatLoader:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._targets: dict[str, Tensor] = {}
+        self._weights = ModuleWeights(model)
+        self._targets: Mapping[str, Tensor] = {}
         self._checked: Manifest | None = None
 
     def begin(self, manifest: Manifest) -> None:
-        targets = dict(named_weights(self._model))
-        same = (
-            self._checked is manifest
-            and len(targets) == len(self._targets)
-            and all(map(operator.is_, targets.values(), self._targets.values()))
-        )
-        self._targets = targets
-        if not same:
+        targets = self._weights.read()
+        if targets is not self._targets or manifest is not self._checked:
             manifest.require(
                 (ParamMeta(name, dtype_name(tensor.dtype), tensor.shape) for name, tensor in targets.items()),
                 "the worker's model",
             )
-            self._checked = manifest
+            self._targets, self._checked = targets, manifest
 
     def destinations(self) -> Mapping[str, Tensor]:
         return self._targets
@@ -200,10 +194,10 @@ class _CopyByName:
     """The default behind the layerwise stage: copies into the parameters that the model has at that moment."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self._weights = ModuleWeights(model)
 
     def __call__(self, weights: Weights) -> None:
-        targets = dict(named_weights(self._model))
+        targets = self._weights.read()
         for name, tensor in weights:
             target = targets.get(name)
             if target is None or target.shape != tensor.shape or target.dtype != tensor.dtype:

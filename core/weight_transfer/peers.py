@@ -153,6 +153,8 @@ class Calls:
         if isinstance(error, TransferError):
             error.peer = error.peer or peer.address
             error.phase = error.phase or self._phase
+        elif error is not None:
+            error.message = f"{peer.address}: {error.message}"
         self._answers.put((peer, error))
         if error is not None and self._on_failure is not None:
             self._on_failure()

@@ -279,8 +279,8 @@ class WeightReceiver:
         self._last_error = reason
         if update is None:
             return
-        self._finished(update, update.version, reason)
         if update.begun:
+            self._finished(update, update.version, reason)
             self._drop_engine()
         if update.touched:
             self._version = None

@@ -84,6 +84,7 @@ class WeightSender:
         self._sends = self.parallel_config.rank == 0
         self._peers = make_peers(workers, workers_per_channel, self.config) if self._sends else []
         self._rejoins = Capability.REJOIN in self._backend.backend.capabilities
+        self._goes_on = self._rejoins and self.config.on_worker_failure == "continue"
         self._engine: TrainerWeightTransferEngine[Any, Any] | None = None
         self._encoder = WireEncoder()
         self._source: ModuleSource | None = None
@@ -224,6 +225,8 @@ class WeightSender:
         if not self._rejoins:
             self._drop_engine()
         joining = [peer for peer in present if not peer.joined]
+        if not joining:
+            return lost
         engine = self._engine = self._engine or self._create_engine()
         slots = make_slots(self._peers if self._rejoins else present)
         fields = engine.open_endpoint([slots[peer] for peer in joining], deadline)
@@ -241,9 +244,10 @@ class WeightSender:
             engine.join_workers(deadline)
         except WeightTransferError as error:
             cause = calls.explain(error)
-            if cause is error:
-                raise
-            raise cause from error
+            if not (calls.failures and self._goes_on):
+                if cause is error:
+                    raise
+                raise cause from error
         lost |= self._settle(calls.wait(deadline))
         for peer in joining:
             peer.joined = peer not in lost
@@ -302,12 +306,11 @@ class WeightSender:
             **engine.describe_update(source, manifest, deadline),
         )
         wires = {peer: self._encoder.encode(info, peer.known) for peer in self._started()}
-        stops = self.config.on_worker_failure == "abort" or not self._rejoins
         calls = Calls(
             list(wires),
             lambda peer: peer.channel.update_weights(wires[peer]),
             "update",
-            on_failure=engine.abort_update if stops else None,
+            on_failure=None if self._goes_on else engine.abort_update,
         )
         progress = _Progress(self._backend.notify, info, self.config.backend)
         try:

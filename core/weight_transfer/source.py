@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from torch import nn
 
 from weight_transfer.errors import ConfigError, IntegrityError
 from weight_transfer.manifest import Manifest, ParamMeta, dtype_name
+from weight_transfer.weights import ModuleWeights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -69,19 +69,6 @@ def as_source(weights: nn.Module | WeightSource) -> WeightSource:
     raise ConfigError(f"Weights to send must be an nn.Module or a WeightSource, got {type(weights).__name__}.")
 
 
-def named_weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield parameters and persistent buffers, tied ones once, under the names of ``state_dict()``."""
-    yield from module.named_parameters()
-    transient = {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, child in module.named_modules()
-        for name in child._non_persistent_buffers_set  # noqa: SLF001  (torch offers no public way to ask)
-    }
-    for name, buffer in module.named_buffers():
-        if name not in transient:
-            yield name, buffer
-
-
 class ModuleSource(WeightSource):
     """The parameters and persistent buffers of an ``nn.Module``.
 
@@ -96,30 +83,43 @@ class ModuleSource(WeightSource):
     def __init__(self, module: nn.Module, rename: Callable[[str], str] | None = None) -> None:
         self.module = module
         self._rename = rename
-        self._weights: dict[str, torch.Tensor] = {}
-        self._signature: list[tuple[str, torch.dtype, torch.Size]] = []
+        self._reader = ModuleWeights(module)
+        self._read: Mapping[str, torch.Tensor] | None = None
+        self._weights: Mapping[str, torch.Tensor] = {}
+        self._resident: Mapping[str, torch.Tensor] = {}
         self._manifest = Manifest(())
 
     def manifest(self) -> Manifest:
         """Read the module anew; iteration and `resident` then speak of the same tensors."""
-        rename = self._rename or (lambda name: name)
-        weights = [(rename(name), tensor) for name, tensor in named_weights(self.module)]
-        self._weights = dict(weights)
-        if len(self._weights) < len(weights):
-            twice = [name for name, count in Counter(name for name, _ in weights).items() if count > 1]
-            raise ConfigError(f"rename gives several parameters the name {twice[0]!r}; each needs one of its own.")
-        signature = [(name, tensor.dtype, tensor.shape) for name, tensor in self._weights.items()]
-        if signature != self._signature:
-            self._manifest = Manifest(ParamMeta(name, dtype_name(dtype), shape) for name, dtype, shape in signature)
-            self._signature = signature
+        read = self._reader.read()
+        if read is not self._read:
+            self._weights = self._renamed(read)
+            self._resident = {name: tensor for name, tensor in self._weights.items() if not _is_sharded(tensor)}
+            manifest = Manifest(
+                ParamMeta(name, dtype_name(tensor.dtype), tensor.shape) for name, tensor in self._weights.items()
+            )
+            if manifest != self._manifest:
+                self._manifest = manifest
+            self._read = read
         return self._manifest
+
+    def _renamed(self, weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        if self._rename is None:
+            return weights
+        renamed: dict[str, torch.Tensor] = {}
+        for name, tensor in weights.items():
+            new = self._rename(name)
+            if new in renamed:
+                raise ConfigError(f"rename gives several parameters the name {new!r}; each needs one of its own.")
+            renamed[new] = tensor
+        return renamed
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in self._weights.items():
             yield name, _full(tensor)
 
     def resident(self) -> Mapping[str, torch.Tensor]:
-        return {name: tensor for name, tensor in self._weights.items() if not _is_sharded(tensor)}
+        return self._resident
 
     @property
     def device(self) -> str:
@@ -128,7 +128,7 @@ class ModuleSource(WeightSource):
 
     @property
     def collective(self) -> bool:
-        return any(map(_is_sharded, self._weights.values()))
+        return len(self._resident) < len(self._weights)
 
 
 def _is_sharded(tensor: torch.Tensor) -> bool:

@@ -102,6 +102,19 @@ def test_with_continue_the_others_publish_when_a_worker_dies(spawn: Spawn, confi
     assert [worker.ask("digest") for worker in (back, survivor)] == [sent["digest"]] * 2
 
 
+def test_with_continue_a_worker_that_cannot_join_does_not_hold_the_others_up(spawn: Spawn) -> None:
+    config = ADOPT | {"on_worker_failure": "continue", "init_timeout": 60}
+    survivor = spawn("worker", seed=12, config=config)
+    broken = spawn("worker", seed=11, config=config, breaks_at_init=True)
+    trainer = spawn("trainer", config=config, workers=[survivor.hello, broken.hello])
+    trainer.tell("send", seed=1, version=1)
+    sent = trainer.reply()
+    assert broken.hello in [peer for peer, _ in sent["lost"]]
+    sent = trainer.ask("send", seed=2, version=2)
+    assert survivor.ask("digest") == sent["digest"]
+    assert survivor.ask("status")["version"] == 2
+
+
 @ALL
 def test_a_trainer_killed_in_an_update_leaves_no_version_and_a_new_one_takes_over(
     spawn: Spawn, config: dict[str, Any]

@@ -45,15 +45,29 @@ class Loader:
         self._released.set()
 
 
+class Unjoinable(wt.WeightReceiver):
+    """Answers, but can never join."""
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        raise RuntimeError("this worker was told not to join")
+
+
 def main(
-    stage: Stage, seed: int, config: dict[str, Any], port: int = 0, in_place: bool = False, rows: int = 1024
+    stage: Stage,
+    seed: int,
+    config: dict[str, Any],
+    port: int = 0,
+    in_place: bool = False,
+    rows: int = 1024,
+    breaks_at_init: bool = False,
 ) -> None:
     torch.set_num_threads(1)
     model = Odd(seed, rows)
     loader = Loader(model, stage)
     load_weights = None if in_place else loader
+    kind = Unjoinable if breaks_at_init else wt.WeightReceiver
     with (
-        wt.WeightReceiver(config, model, load_weights=load_weights) as receiver,
+        kind(config, model, load_weights=load_weights) as receiver,
         wt.serve(receiver, port=port) as server,
     ):
         stage.say(server.url)

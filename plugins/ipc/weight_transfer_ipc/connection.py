@@ -13,6 +13,7 @@ import os
 import secrets
 import socket
 import struct
+import threading
 from typing import Any
 
 from weight_transfer.deadline import Deadline
@@ -21,6 +22,7 @@ from weight_transfer.errors import HandshakeError, PeerLostError
 _LENGTH = struct.Struct("!I")
 _CREDENTIALS = struct.Struct("3i")  # struct ucred of unix(7): pid, uid, gid
 _MAX_MESSAGE = 1 << 20
+_ACCEPT_INTERVAL = 0.05  # seconds; on Linux nothing wakes an accept on a Unix socket
 _MAX_FDS = 64  # descriptors per message; the kernel's limit is 253
 
 
@@ -168,11 +170,11 @@ class Listener:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.bind("\0" + self.address)
         self._socket.listen(64)
+        self._interrupted = threading.Event()
 
     def accept(self, deadline: Deadline) -> tuple[int, Connection] | None:
         """Wait for the next worker that shows the token; return its rank and connection, or None for an impostor."""
-        self._socket.settimeout(max(deadline.remaining(), 1e-3))
-        sock, _ = self._socket.accept()
+        sock = self._next(deadline)
         try:
             connection = Connection(sock, "a worker")
             hello, fds = connection.receive(Deadline(min(deadline.remaining(), 5.0)))
@@ -187,8 +189,17 @@ class Listener:
         return hello["rank"], connection
 
     def interrupt(self) -> None:
-        """End a running `accept`."""
-        self._socket.shutdown(socket.SHUT_RDWR)
+        """End a running `accept`, and all later ones."""
+        self._interrupted.set()
+
+    def _next(self, deadline: Deadline) -> socket.socket:
+        self._socket.settimeout(_ACCEPT_INTERVAL)
+        while not self._interrupted.is_set():
+            if deadline.expired:
+                raise deadline.timeout("waiting for a worker to connect", backend="ipc", phase="init")
+            with contextlib.suppress(TimeoutError):
+                return self._socket.accept()[0]
+        raise PeerLostError("Waiting for workers to connect was interrupted.", backend="ipc", phase="init")
 
     def close(self) -> None:
         """Stop listening."""

@@ -15,7 +15,7 @@ import attrs
 
 from weight_transfer.deadline import Deadline
 from weight_transfer.engine import LoadWeights, TrainerWeightTransferEngine, WeightTransferEngine, WorkerSlot
-from weight_transfer.errors import HandshakeError, ManifestMismatchError, PeerLostError
+from weight_transfer.errors import HandshakeError, ManifestMismatchError, PeerLostError, TransferTimeoutError
 from weight_transfer.info import WeightTransferInitInfo, WeightTransferUpdateInfo, sent_once
 from weight_transfer_ipc.connection import Connection, Listener
 from weight_transfer_ipc.export import Export, Exporter
@@ -86,11 +86,13 @@ class IpcTrainerEngine(TrainerWeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
         while self._joining:
             try:
                 accepted = self._listener.accept(deadline)
-            except OSError as error:
-                self._listener.close()
-                self._listener = None
+            except TransferTimeoutError as error:
                 waiting = ", ".join(self._joining.values())
                 raise deadline.timeout(f"waiting for {waiting} to connect", backend="ipc", peer=waiting) from error
+            except PeerLostError:
+                self._listener.close()
+                self._listener, self._joining = None, {}
+                raise
             if accepted is None or accepted[0] not in self._joining:
                 continue
             rank, connection = accepted
@@ -123,10 +125,11 @@ class IpcTrainerEngine(TrainerWeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
             self._ring.write(self._staged, self._staged_tensors(source), readers, deadline, progress)
 
     def abort_update(self) -> None:
+        if self._joining and self._listener is not None:  # those that joined before are not to suffer
+            self._listener.interrupt()
+            return
         for worker in list(self._workers.values()):
             worker.interrupt()
-        if self._joining and self._listener is not None:
-            self._listener.interrupt()
 
     def shutdown(self) -> None:
         for worker in self._workers.values():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import attrs
 import torch
 
-from weight_transfer.buckets import BucketPlan, Unpacker, bucket_views, pack, plan_buckets
+from weight_transfer.buckets import ALIGNMENT, BucketPlan, Unpacker, bucket_views, pack, plan_buckets
 from weight_transfer.errors import PeerLostError
 from weight_transfer_ipc.memory import SharedMemory
 
@@ -32,11 +32,15 @@ class RingLayout:
 
     @property
     def nbytes(self) -> int:
-        return self.bucket_bytes * self.buckets
+        return self._stride * self.buckets
 
     def buffers(self, memory: torch.Tensor) -> list[torch.Tensor]:
-        """Return the buckets of a segment (uint8 ``[nbytes]``)."""
-        return list(memory[: self.nbytes].split(self.bucket_bytes))
+        """Return the buckets of a segment (uint8 ``[nbytes]``); each begins at a multiple of the alignment."""
+        return list(memory[: self.nbytes].split(self._stride))
+
+    @property
+    def _stride(self) -> int:
+        return -(-self.bucket_bytes // ALIGNMENT) * ALIGNMENT
 
 
 class RingWriter:

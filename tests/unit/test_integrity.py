@@ -1,0 +1,114 @@
+"""The digest of a tensor notices every fault of a transfer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from weight_transfer.buckets import as_bytes
+from weight_transfer.integrity import _BLOCK, tensor_digest
+
+BYTES = st.binary(min_size=1, max_size=300)
+
+
+def tensor_of(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+@given(BYTES, st.data())
+@settings(max_examples=150, deadline=None)
+def test_any_flipped_bit_changes_the_digest(data: bytes, draw: st.DataObject) -> None:
+    bit = draw.draw(st.integers(0, 8 * len(data) - 1))
+    flipped = bytearray(data)
+    flipped[bit // 8] ^= 1 << bit % 8
+    assert tensor_digest(tensor_of(bytes(flipped))) != tensor_digest(tensor_of(data))
+
+
+@pytest.mark.parametrize("word", [0, _BLOCK - 1, _BLOCK, 2 * _BLOCK])
+def test_any_flipped_bit_changes_the_digest_in_every_block(word: int) -> None:
+    words = torch.zeros(2 * _BLOCK + 1, dtype=torch.int64)
+    digests = {tensor_digest(words)}
+    for value in (1, 1 << 31, -(1 << 63)):
+        words[word] = value
+        digests.add(tensor_digest(words))
+    assert len(digests) == 4
+
+
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=2, max_size=60), st.data())
+@settings(max_examples=100, deadline=None)
+def test_swapped_words_change_the_digest(words: list[int], draw: st.DataObject) -> None:
+    left, right = draw.draw(st.integers(0, len(words) - 1)), draw.draw(st.integers(0, len(words) - 1))
+    swapped = list(words)
+    swapped[left], swapped[right] = swapped[right], swapped[left]
+    before, after = torch.tensor(words, dtype=torch.int64), torch.tensor(swapped, dtype=torch.int64)
+    assert (tensor_digest(before) == tensor_digest(after)) is (words == swapped)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8])
+def test_swapped_rows_and_a_transposition_change_the_digest(dtype: torch.dtype) -> None:
+    rows = torch.arange(64 * 64).remainder(127).reshape(64, 64).to(dtype)
+    assert tensor_digest(rows.flip(0)) != tensor_digest(rows)
+    assert tensor_digest(rows.t()) != tensor_digest(rows)
+    assert tensor_digest(torch.cat([rows[1:2], rows[:1], rows[2:]])) != tensor_digest(rows)
+
+
+def test_blocks_of_equal_bytes_in_another_order_change_the_digest() -> None:
+    first, second = torch.zeros(_BLOCK, dtype=torch.int64), torch.ones(_BLOCK, dtype=torch.int64)
+    assert tensor_digest(torch.cat([first, second])) != tensor_digest(torch.cat([second, first]))
+
+
+@pytest.mark.parametrize("shift", [1, 8, 4096])
+def test_shifted_bytes_change_the_digest(shift: int) -> None:
+    data = torch.randint(0, 256, (20_000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    assert tensor_digest(data.roll(shift)) != tensor_digest(data)
+
+
+@given(st.integers(0, 200), st.integers(1, 64))
+@settings(max_examples=60, deadline=None)
+def test_zeros_at_the_end_count(nbytes: int, more: int) -> None:
+    assert tensor_digest(torch.zeros(nbytes, dtype=torch.uint8)) != tensor_digest(
+        torch.zeros(nbytes + more, dtype=torch.uint8)
+    )
+
+
+@given(BYTES, st.integers(0, 16), st.integers(0, 16))
+@settings(max_examples=100, deadline=None)
+def test_the_digest_does_not_depend_on_where_the_bytes_lie(data: bytes, base: int, offset: int) -> None:
+    buffer = bytearray(base + offset) + bytearray(data)
+    view = torch.frombuffer(buffer, dtype=torch.uint8, offset=base)[offset:]
+    assert tensor_digest(view) == tensor_digest(tensor_of(data))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.bool, torch.complex64, torch.float64])
+def test_the_same_bytes_have_the_same_digest_in_every_layout(dtype: torch.dtype) -> None:
+    tensor = torch.arange(30 * 17).remainder(2).reshape(30, 17).to(dtype)
+    expected = tensor_digest(tensor)
+    assert tensor_digest(tensor.t().contiguous().t()) == expected
+    assert tensor_digest(torch.stack([tensor, torch.zeros_like(tensor)], dim=-1)[..., 0]) == expected
+    assert tensor_digest(as_bytes(tensor)) == expected
+    assert tensor_digest(tensor.reshape(-1)) == expected
+
+
+def test_a_parameter_that_requires_grad_has_a_digest() -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    assert tensor_digest(parameter) == tensor_digest(parameter.detach())
+
+
+def test_the_digest_is_the_same_everywhere() -> None:
+    assert tensor_digest(torch.arange(1000, dtype=torch.int64)) == "48f42209b1c7a4fd"
+    assert tensor_digest(torch.arange(21, dtype=torch.uint8)) == "6ba4b96831fc3629"
+
+
+def test_empty_tensors_have_a_digest_that_no_scalar_has() -> None:
+    empty = tensor_digest(torch.empty(0))
+    assert empty == tensor_digest(torch.empty(3, 0, dtype=torch.int8))
+    assert empty != tensor_digest(torch.tensor(0, dtype=torch.int8))
+    assert len(empty) == 16
+
+
+def test_nan_payloads_and_signs_of_zero_count() -> None:
+    assert tensor_digest(torch.tensor([0.0])) != tensor_digest(torch.tensor([-0.0]))
+    nans = torch.tensor([0x7FC00000, 0x7FC00001], dtype=torch.int32).view(torch.float32)
+    assert tensor_digest(nans[:1]) != tensor_digest(nans[1:])

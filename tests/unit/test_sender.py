@@ -1,0 +1,899 @@
+"""The trainer's session, with receivers in threads of this process: every worker gets every bit, or is named."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import nn
+
+from support.models import Odd, digest
+from weight_transfer import (
+    ConfigError,
+    HandshakeError,
+    IntegrityError,
+    LifecycleError,
+    LocalChannel,
+    Manifest,
+    ManifestMismatchError,
+    ModuleSource,
+    ParallelConfig,
+    PeerLostError,
+    ReceiverState,
+    TransferError,
+    TransferFinished,
+    TransferProgress,
+    TransferReport,
+    TransferStarted,
+    TransferTimeoutError,
+    WeightReceiver,
+    WeightSender,
+    WeightSource,
+    hookimpl,
+)
+from weight_transfer.buckets import pack
+from weight_transfer.testing.loopback import engine as loopback
+
+pytestmark = pytest.mark.timeout(60)
+
+LOOPBACK: dict[str, Any] = {"backend": "loopback", "timeout": 20, "init_timeout": 20, "bucket_bytes": 512}
+IPC: dict[str, Any] = LOOPBACK | {"backend": "ipc"}
+CONTINUE = IPC | {"on_worker_failure": "continue"}
+
+
+class Small(nn.Module):
+    """Awkward weights of all kinds in a few kilobytes, some of them larger than a bucket."""
+
+    def __init__(self, seed: int, rows: int = 16) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(rows, 32, dtype=torch.bfloat16)
+        self.head = nn.Linear(32, rows, bias=False, dtype=torch.bfloat16)
+        self.head.weight = self.embed.weight
+        self.layers = nn.ModuleList(nn.Linear(32, 32, dtype=torch.bfloat16) for _ in range(4))
+        self.transposed = nn.Parameter(torch.empty(12, 8).t())
+        self.scale = nn.Parameter(torch.empty(()))
+        self.empty = nn.Parameter(torch.empty(0, 7))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("mask", torch.zeros(33, dtype=torch.bool))
+        self.register_buffer("quantised", torch.zeros(65, dtype=torch.float8_e4m3fn))
+        self.register_buffer("cache", torch.zeros(5), persistent=False)
+        self.randomise(seed)
+
+    def randomise(self, seed: int) -> None:
+        Odd.randomise(cast("Odd", self), seed)
+
+
+class Worker:
+    """An inference worker: a model, its receiver, and a loader that fails when it is told to."""
+
+    def __init__(self, config: dict[str, Any], rank: int = 0, world_size: int = 1, seed: int = 99) -> None:
+        self.model = Small(seed)
+        self.fail_with: Exception | None = None
+        self.receiver = WeightReceiver(
+            config,
+            self.model,
+            parallel_config=ParallelConfig(rank=rank, world_size=world_size),
+            load_weights=self.load,
+        )
+
+    def load(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        targets = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        with torch.no_grad():
+            for name, tensor in weights:
+                if self.fail_with is not None and name.startswith("layers.2"):
+                    raise self.fail_with
+                targets[name].copy_(tensor)
+
+    @property
+    def serves(self) -> tuple[Any, str]:
+        return self.receiver.version, digest(self.model)
+
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def closing() -> Iterator[Callable[[Any], Any]]:
+    """Close what is passed through it at the end of the test."""
+    opened: list[Any] = []
+
+    def _closing(thing: Any) -> Any:
+        opened.append(thing)
+        return thing
+
+    yield _closing
+    for thing in reversed(opened):
+        thing.close()
+
+
+@pytest.fixture
+def new_worker(closing: Callable[[Any], Any]) -> Callable[..., Worker]:
+    def _new_worker(config: dict[str, Any] = LOOPBACK, **arguments: Any) -> Worker:
+        worker = Worker(config, **arguments)
+        closing(worker.receiver)
+        return worker
+
+    return _new_worker
+
+
+@pytest.fixture
+def new_sender(closing: Callable[[Any], Any]) -> Callable[..., WeightSender]:
+    def _new_sender(workers: list[Any], config: dict[str, Any] = LOOPBACK, **arguments: Any) -> WeightSender:
+        channels = [worker.receiver if isinstance(worker, Worker) else worker for worker in workers]
+        sender: WeightSender = closing(WeightSender(config, channels, **arguments))
+        return sender
+
+    return _new_sender
+
+
+@pytest.fixture
+def pair(new_worker: Make, new_sender: Make) -> tuple[WeightSender, list[Worker]]:
+    """A sender and two workers of the loopback backend."""
+    workers = [new_worker(), new_worker()]
+    return new_sender(workers), workers
+
+
+class Channel:
+    """A channel of the user's own, in front of a receiver; a test can replace any of its methods."""
+
+    def __init__(self, receiver: WeightReceiver) -> None:
+        self.receiver = receiver
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self.receiver.init_weight_transfer_engine(json.loads(json.dumps(init_info)))
+
+    def start_weight_update(self) -> None:
+        self.receiver.start_weight_update()
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.receiver.update_weights(json.loads(json.dumps(update_info)))
+
+    def finish_weight_update(self, weight_version: int | str | None = None) -> None:
+        self.receiver.finish_weight_update(weight_version)
+
+
+class FullChannel(Channel):
+    address = "http://worker.example:8001"
+
+    def abort_weight_update(self, reason: str = "") -> None:
+        self.receiver.abort_weight_update(reason)
+
+    def status(self) -> dict[str, Any]:
+        return self.receiver.status()
+
+
+METHODS = ("status", "init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update")
+PHASE_OF = dict(zip(METHODS, ("init", "init", "start", "update", "finish"), strict=True))
+
+
+# The bits.
+
+
+def test_every_bit_goes_from_a_to_b_and_back_to_a_to_three_workers_behind_two_channels(
+    new_worker: Make, new_sender: Make
+) -> None:
+    alone = new_worker(seed=97)
+    replica = [new_worker(rank=rank, world_size=2, seed=98 + rank) for rank in (0, 1)]
+    sender = new_sender([alone, LocalChannel(*(worker.receiver for worker in replica))])
+    a, b = Small(1), Small(2)
+    assert digest(a) != digest(b)
+    for version, model in enumerate((a, b, a)):
+        report = sender.send(model)
+        assert report.version == sender.version == version
+        assert [worker.serves for worker in (alone, *replica)] == [(version, digest(model))] * 3
+
+
+def test_one_model_that_is_trained_on_is_sent_as_it_is_at_each_send(pair: tuple[WeightSender, list[Worker]]) -> None:
+    sender, workers = pair
+    model = Small(1)
+    seen = []
+    for seed in (1, 2, 1):
+        model.randomise(seed)
+        sender.send(model)
+        seen.append(digest(model))
+        model.randomise(77)  # the source may change as soon as send returns
+        assert [digest(worker.model) for worker in workers] == seen[-1:] * 2
+    assert seen[0] == seen[2] != seen[1]
+
+
+def test_kernel_format_writes_into_the_models_own_tensors(new_sender: Make, closing: Callable[[Any], Any]) -> None:
+    model, a, b = Small(9), Small(1), Small(2)
+    addresses = [tensor.data_ptr() for tensor in model.state_dict().values()]
+    receiver = closing(WeightReceiver(LOOPBACK, model))
+    sender = new_sender([receiver], LOOPBACK | {"is_checkpoint_format": False})
+    for version in (a, b, a):
+        sender.send(version)
+        assert digest(model) == digest(version)
+    assert [tensor.data_ptr() for tensor in model.state_dict().values()] == addresses
+
+
+def test_the_report_says_what_went_where_and_at_what_cost(pair: tuple[WeightSender, list[Worker]]) -> None:
+    sender, _ = pair
+    model = Small(1)
+    manifest = ModuleSource(model).manifest()
+    report = sender.send(model, version="step-5")
+    assert isinstance(report, TransferReport)
+    assert (report.backend, report.version) == ("loopback", "step-5")
+    assert (report.nbytes, report.params) == (manifest.nbytes, len(manifest.params))
+    assert (report.workers, report.lost) == (("worker 0", "worker 1"), ())
+    assert list(report.seconds) == ["init", "start", "update", "finish"]
+    assert report.total_seconds == pytest.approx(sum(report.seconds.values()))
+    assert report.gbps == pytest.approx(manifest.nbytes / report.seconds["update"] / 1e9)
+    assert str(report).startswith("version step-5: 0.000 GB to 2 workers over loopback at ")
+
+
+def test_extra_memory_is_buckets_times_bucket_bytes_and_comes_back(
+    pair: tuple[WeightSender, list[Worker]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rings: dict[str, Any] = {}
+    monkeypatch.setattr(loopback, "_rings", rings)
+    sender, _ = pair
+    for seed in (1, 2):
+        assert sender.send(Small(seed)).extra_memory == 2 * 512
+        (ring,) = rings.values()
+        assert sum(buffer.nbytes for buffer in ring.buffers) == 2 * 512
+    sender.close()
+    assert rings == {}
+
+
+def test_no_reader_ever_sees_a_torn_version(new_worker: Make, new_sender: Make) -> None:
+    worker = new_worker()
+    sender = new_sender([worker])
+    a, b = Small(1), Small(2)
+    expected = {0: digest(a), 1: digest(b)}
+    sender.send(a, version=0)
+    done, seen, torn = threading.Event(), set(), []
+
+    def sample() -> None:
+        while not done.is_set():
+            with worker.receiver.serving() as version:
+                seen.add(version)
+                if digest(worker.model) != expected[version % 2]:
+                    torn.append(version)
+
+    readers = [threading.Thread(target=sample) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    for version in range(1, 21):
+        sender.send((a, b)[version % 2], version=version)
+    done.set()
+    for reader in readers:
+        reader.join(20)
+    assert torn == []
+    assert len(seen) > 2
+
+
+# Versions.
+
+
+def test_versions_count_from_0_unless_they_are_named(pair: tuple[WeightSender, list[Worker]]) -> None:
+    sender, workers = pair
+    model = Small(1)
+    assert sender.version is None
+    assert [sender.send(model).version, sender.send(model).version] == [0, 1]
+    assert [sender.send(model, version=10).version, sender.send(model).version] == [10, 11]
+    assert sender.send(model, version="final").version == "final"
+    assert [worker.receiver.version for worker in workers] == ["final"] * 2
+    with pytest.raises(ConfigError, match="The last version is called 'final'; name the new one"):
+        sender.send(model)
+    assert sender.send(model, version=0).version == 0
+
+
+def test_a_failed_send_takes_no_version(pair: tuple[WeightSender, list[Worker]]) -> None:
+    sender, workers = pair
+    sender.send(Small(1))
+    workers[0].fail_with = OSError("full")
+    with pytest.raises(TransferError) as caught:
+        sender.send(Small(2))
+    assert (caught.value.version, sender.version) == (1, 0)
+    workers[0].fail_with = None
+    assert sender.send(Small(2)).version == 1
+
+
+# Workers that fail.
+
+
+def test_a_model_that_does_not_fit_leaves_everything_as_it_was_and_usable(
+    new_sender: Make, closing: Callable[[Any], Any]
+) -> None:
+    models = [Small(8), Small(9)]
+    receivers = [closing(WeightReceiver(LOOPBACK, model)) for model in models]  # without loaders: shapes are checked
+    sender = new_sender(receivers)
+    sender.send(Small(1))
+    with pytest.raises(ManifestMismatchError) as caught:
+        sender.send(Small(2, rows=17))
+    error = caught.value
+    assert "embed.weight: bfloat16 [17, 32] was sent, but the worker's model has bfloat16 [16, 32]" in str(error)
+    assert error.peer in {"worker 0", "worker 1"}
+    assert str(error).startswith(f"{error.peer}: ")
+    assert (error.backend, error.phase, error.version) == ("loopback", "update", 1)
+    assert [receiver.version for receiver in receivers] == [0, 0]
+    assert [digest(model) for model in models] == [digest(Small(1))] * 2
+    sender.send(Small(2))
+    assert [digest(model) for model in models] == [digest(Small(2))] * 2
+
+
+@pytest.mark.parametrize("config", [LOOPBACK, IPC], ids=["loopback", "ipc"])
+def test_a_worker_whose_loader_raises_is_named_and_the_next_send_recovers_all(
+    new_worker: Make, new_sender: Make, config: dict[str, Any]
+) -> None:
+    workers = [new_worker(config) for _ in range(3)]
+    sender = new_sender(workers, config)
+    a, b = Small(1), Small(2)
+    sender.send(a)
+    workers[1].fail_with = KeyError("layers.2.weight")
+    since = time.monotonic()
+    with pytest.raises(TransferError) as caught:
+        sender.send(b)
+    assert time.monotonic() - since < 10, "the failure is reported at once, and not at the deadline"
+    error = caught.value
+    assert (error.peer, error.phase, error.version, error.backend) == ("worker 1", "update", 1, config["backend"])
+    assert error.cause == "KeyError: 'layers.2.weight'"
+    assert [worker.receiver.version for worker in workers if worker.receiver.version == 1] == []
+    assert workers[1].receiver.state is ReceiverState.FAILED
+    assert ReceiverState.UPDATING not in [worker.receiver.state for worker in workers], (
+        "the others were told to give up"
+    )
+    workers[1].fail_with = None
+    for model in (b, a):
+        sender.send(model)
+        assert [worker.serves for worker in workers] == [(sender.version, digest(model))] * 3
+
+
+def test_one_failing_rank_of_a_replica_fails_the_replica_at_once(new_worker: Make, new_sender: Make) -> None:
+    replica = [new_worker(rank=rank, world_size=2) for rank in (0, 1)]
+    sender = new_sender([LocalChannel(*(worker.receiver for worker in replica))])
+    sender.send(Small(1))
+    replica[1].fail_with = KeyError("layers.2.weight")
+    since = time.monotonic()
+    with pytest.raises(TransferError) as caught:
+        sender.send(Small(2))
+    assert time.monotonic() - since < 10
+    assert caught.value.cause == "KeyError: 'layers.2.weight'"
+    assert [worker.receiver.version for worker in replica] == [None, None]
+    replica[1].fail_with = None
+    sender.send(Small(2))
+    assert [worker.serves for worker in replica] == [(1, digest(Small(2)))] * 2
+
+
+def test_with_continue_the_others_publish_and_the_failed_one_rejoins(new_worker: Make, new_sender: Make) -> None:
+    workers = [new_worker(CONTINUE) for _ in range(3)]
+    sender = new_sender(workers, CONTINUE)
+    a, b = Small(1), Small(2)
+    assert sender.send(a).lost == ()
+    workers[1].fail_with = OSError("full")
+    report = sender.send(b)
+    assert report.workers == ("worker 0", "worker 2")
+    ((peer, text),) = report.lost
+    assert peer == "worker 1"
+    assert "OSError: full" in text
+    assert [worker.receiver.version for worker in workers] == [1, None, 1]
+    assert [digest(workers[index].model) for index in (0, 2)] == [digest(b)] * 2
+    workers[1].fail_with = None
+    report = sender.send(a)
+    assert (report.workers, report.lost) == (("worker 0", "worker 1", "worker 2"), ())
+    assert [worker.serves for worker in workers] == [(2, digest(a))] * 3
+
+
+def test_with_continue_a_send_that_reaches_nobody_is_an_error(new_worker: Make, new_sender: Make) -> None:
+    workers = [new_worker(CONTINUE) for _ in range(2)]
+    sender = new_sender(workers, CONTINUE)
+    sender.send(Small(1))
+    for worker in workers:
+        worker.fail_with = OSError("full")
+    with pytest.raises(TransferError, match="OSError: full"):
+        sender.send(Small(2))
+    for worker in workers:
+        worker.fail_with = None
+    sender.send(Small(2))
+    assert [worker.serves for worker in workers] == [(1, digest(Small(2)))] * 2
+
+
+def test_with_continue_workers_that_fail_one_after_another_are_no_success_either(
+    new_sender: Make, closing: Callable[[Any], Any]
+) -> None:
+    class Unreachable(FullChannel):
+        def status(self) -> dict[str, Any]:
+            raise PeerLostError("The worker cannot be reached.")
+
+    def fail(_weights: object) -> None:
+        raise OSError("full")
+
+    model = nn.Linear(2, 2)
+    failing, unreachable = (closing(WeightReceiver(CONTINUE, nn.Linear(2, 2), load_weights=fail)) for _ in range(2))
+    sender = new_sender([Unreachable(unreachable), failing], CONTINUE)
+    with pytest.raises(TransferError, match="OSError: full") as caught:
+        sender.send(model)
+    assert caught.value.peer == "worker 1"
+    assert sender.version is None
+
+
+def test_a_channel_that_raises_anything_is_reported_with_its_cause(new_worker: Make, new_sender: Make) -> None:
+    class Broken(FullChannel):
+        def update_weights(self, update_info: dict[str, Any]) -> None:
+            raise ZeroDivisionError("rpc")
+
+    workers = [new_worker(), new_worker()]
+    sender = new_sender([workers[0], Broken(workers[1].receiver)])
+    with pytest.raises(TransferError) as caught:
+        sender.send(Small(1))
+    assert (caught.value.peer, caught.value.phase) == (FullChannel.address, "update")
+    assert caught.value.cause == "ZeroDivisionError: rpc"
+    assert [worker.receiver.version for worker in workers] == [None, None]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_channel_that_never_returns_is_a_timeout_that_names_it(
+    new_worker: Make, new_sender: Make, method: str
+) -> None:
+    config = LOOPBACK | {"timeout": 0.5, "init_timeout": 0.5}
+    workers = [new_worker(config), new_worker(config)]
+    release = threading.Event()
+    channel = FullChannel(workers[1].receiver)
+
+    def hang(*_: object) -> None:
+        release.wait(30)
+        raise PeerLostError("released at the end of the test")
+
+    setattr(channel, method, hang)
+    sender = new_sender([workers[0], channel], config)
+    since = time.monotonic()
+    with pytest.raises(TransferTimeoutError) as caught:
+        sender.send(Small(1))
+    seconds = time.monotonic() - since
+    release.set()
+    assert 0.4 < seconds < 5
+    assert re.search("deadline|did not answer", str(caught.value))
+    assert (caught.value.peer, caught.value.phase) == (FullChannel.address, PHASE_OF[method])
+    delattr(channel, method)
+    report = sender.send(Small(2))
+    assert report.workers == ("worker 0", FullChannel.address)
+    assert [digest(worker.model) for worker in workers] == [digest(Small(2))] * 2
+
+
+def test_a_channel_that_hangs_even_in_abort_does_not_hold_the_trainer_for_long(
+    new_worker: Make, new_sender: Make
+) -> None:
+    config = LOOPBACK | {"timeout": 0.3}
+    worker = new_worker(config)
+    release = threading.Event()
+    channel: Any = FullChannel(worker.receiver)
+    channel.update_weights = channel.abort_weight_update = lambda *_: release.wait(30)
+    since = time.monotonic()
+    with pytest.raises(TransferTimeoutError):
+        new_sender([channel], config).send(Small(1))
+    assert time.monotonic() - since < 5
+    release.set()
+
+
+def test_a_worker_that_samples_for_too_long_keeps_its_version(new_worker: Make, new_sender: Make) -> None:
+    config = LOOPBACK | {"timeout": 0.3}
+    workers = [new_worker(config), new_worker(LOOPBACK)]
+    sender = new_sender(workers, config)
+    sender.send(Small(1))
+    with workers[0].receiver.serving():
+        with pytest.raises(TransferTimeoutError) as caught:
+            sender.send(Small(2))
+        assert caught.value.peer == "worker 0"
+        assert workers[1].receiver.version == 0
+        with workers[0].receiver.serving() as version:  # its own deadline passes at about the same time
+            assert version == 0
+    sender.send(Small(2))
+    assert [worker.serves for worker in workers] == [(1, digest(Small(2)))] * 2
+
+
+def test_a_worker_that_was_restarted_joins_again_within_the_next_send(new_worker: Make, new_sender: Make) -> None:
+    workers = [new_worker(), new_worker()]
+    channel = FullChannel(workers[1].receiver)
+    sender = new_sender([workers[0], channel])
+    sender.send(Small(1))
+    workers[1].receiver.close()
+    workers[1] = new_worker(seed=5)
+    channel.receiver = workers[1].receiver
+    report = sender.send(Small(2))
+    assert report.workers == ("worker 0", FullChannel.address)
+    assert [worker.serves for worker in workers] == [(1, digest(Small(2)))] * 2
+
+
+def test_a_worker_of_another_backend_is_a_failed_handshake(new_worker: Make, new_sender: Make) -> None:
+    with pytest.raises(HandshakeError, match="The worker uses backend 'ipc', the trainer 'loopback'") as caught:
+        new_sender([new_worker(), new_worker(IPC)]).connect()
+    assert caught.value.peer == "worker 1"
+
+
+# The source.
+
+
+class Generated(WeightSource):
+    """A source that a test scripts: calls ``at(pass, index)`` before each tensor."""
+
+    def __init__(self, model: nn.Module, at: Callable[[int, int], None], collective: bool = False) -> None:
+        self._inner = ModuleSource(model)
+        self._at = at
+        self._collective = collective
+        self.passes = 0
+        self.yielded = 0
+
+    def manifest(self) -> Manifest:
+        return self._inner.manifest()
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        self.passes += 1
+        number = self.passes
+        for index, item in enumerate(self._inner):
+            self._at(number, index)
+            self.yielded += 1
+            yield item
+
+    @property
+    def collective(self) -> bool:
+        return self._collective
+
+
+def raise_at(number: int, index: int, error: Exception) -> Callable[[int, int], None]:
+    def at(current: int, place: int) -> None:
+        if (current, place) == (number, index):
+            raise error
+
+    return at
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind"), [(OSError("disk on fire"), TransferError), (TimeoutError("all-gather"), TransferTimeoutError)]
+)
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_source_that_raises_midway_fails_the_update_and_the_next_send_recovers(
+    new_worker: Make, new_sender: Make, verify: bool, raised: Exception, kind: type[TransferError]
+) -> None:
+    workers = [new_worker(), new_worker()]
+    sender = new_sender(workers, LOOPBACK | {"verify": verify})
+    sender.send(Small(1))
+    since = time.monotonic()
+    with pytest.raises(kind) as caught:
+        sender.send(Generated(Small(2), raise_at(1, 5, raised)))
+    assert time.monotonic() - since < 10
+    assert type(caught.value) is kind
+    assert caught.value.cause == f"{type(raised).__name__}: {raised}"
+    assert (caught.value.backend, caught.value.version) == ("loopback", 1)
+    assert 1 not in [worker.receiver.version for worker in workers]
+    sender.send(Small(2))
+    assert [worker.serves for worker in workers] == [(1, digest(Small(2)))] * 2
+
+
+def test_a_source_that_is_too_slow_is_a_timeout(new_worker: Make, new_sender: Make) -> None:
+    config = LOOPBACK | {"timeout": 0.3}
+    worker = new_worker()
+    stuck = threading.Event()
+    since = time.monotonic()
+    with pytest.raises(TransferTimeoutError):
+        new_sender([worker], config).send(Generated(Small(1), lambda number, index: stuck.wait(0.1) and None))
+    assert time.monotonic() - since < 5
+    assert worker.receiver.version is None
+
+
+def test_a_failed_update_leaves_no_rank_in_a_collective(pair: tuple[WeightSender, list[Worker]]) -> None:
+    sender, workers = pair
+    model = Small(1)
+    count = len(ModuleSource(model).manifest().params)
+    workers[0].fail_with = OSError("full")
+    source = Generated(model, lambda number, index: None, collective=True)
+    with pytest.raises(TransferError, match="OSError: full"):
+        sender.send(source)
+    assert (source.passes, source.yielded) == (1, count)
+
+
+@pytest.mark.parametrize(("verify", "passes"), [(False, 1), (True, 2)])
+def test_a_rank_that_does_not_send_runs_the_same_passes_and_talks_to_nobody(verify: bool, passes: int) -> None:
+    model = Small(1)
+    count = len(ModuleSource(model).manifest().params)
+    source = Generated(model, lambda number, index: None, collective=True)
+    config = LOOPBACK | {"verify": verify}
+    parallel = ParallelConfig(rank=1, world_size=2)
+    with WeightSender(config, ["http://127.0.0.1:9"], parallel_config=parallel) as sender:
+        report = sender.send(source)
+    assert (source.passes, source.yielded) == (passes, passes * count)
+    assert (report.version, report.workers) == (0, ())
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        (nn.Identity(), "The weights to send have no parameters"),
+        ({"weight": torch.zeros(1)}, "Weights to send must be an nn.Module or a WeightSource, got dict"),
+    ],
+)
+def test_nothing_to_send_is_an_error(pair: tuple[WeightSender, list[Worker]], weights: Any, words: str) -> None:
+    sender, _ = pair
+    with pytest.raises(ConfigError) as caught:
+        sender.send(weights)
+    assert words in str(caught.value)
+    assert sender.send(Small(1)).version == 0
+
+
+# Verifying.
+
+
+def corrupt(monkeypatch: pytest.MonkeyPatch, bucket: int) -> None:
+    """Flip one bit on the wire: in the trainer's bucket of that number, after it was packed."""
+    packed: list[Any] = []
+
+    def pack_and_corrupt(slots: Any, tensors: Any, views: Any) -> None:
+        pack(slots, tensors, views)
+        if len(packed) == bucket:
+            next(view for view in views if view.numel())[0] ^= 1
+        packed.append(slots)
+
+    monkeypatch.setattr(loopback, "pack", pack_and_corrupt)
+
+
+def test_verify_finds_one_wrong_bit_on_the_wire_and_names_the_parameter(
+    new_worker: Make, new_sender: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers = [new_worker(), new_worker()]
+    sender = new_sender(workers, LOOPBACK | {"verify": True})
+    a, b = Small(1), Small(2)
+    sender.send(a)
+    with monkeypatch.context() as wire:
+        corrupt(wire, bucket=1)
+        with pytest.raises(IntegrityError) as caught:
+            sender.send(b)
+    error = caught.value
+    assert error.param is not None
+    assert error.param in dict(b.named_parameters())
+    assert error.expected is not None
+    assert error.got is not None
+    assert error.expected != error.got
+    assert error.peer in {"worker 0", "worker 1"}
+    assert 1 not in [worker.receiver.version for worker in workers]
+    sender.send(b)
+    assert [worker.serves for worker in workers] == [(1, digest(b))] * 2
+
+
+def test_without_verify_nobody_looks_at_the_bits(
+    new_worker: Make, new_sender: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = new_worker()
+    corrupt(monkeypatch, bucket=1)
+    new_sender([worker]).send(Small(1))
+    assert worker.receiver.version == 0
+    assert digest(worker.model) != digest(Small(1)), "the corrupted bit of the test above does reach a worker"
+
+
+def test_verify_finds_weights_that_changed_while_they_were_sent(new_worker: Make, new_sender: Make) -> None:
+    worker = new_worker()
+    model = Small(1)
+
+    def train_on(number: int, index: int) -> None:
+        if (number, index) == (2, 0):  # the second pass is the one that sends
+            model.randomise(2)
+
+    with pytest.raises(IntegrityError):
+        new_sender([worker], LOOPBACK | {"verify": True}).send(Generated(model, train_on))
+    assert worker.receiver.version is None
+
+
+# The control plane.
+
+
+class Counting(FullChannel):
+    """Counts the bytes of JSON that a channel carries."""
+
+    def __init__(self, receiver: WeightReceiver) -> None:
+        super().__init__(receiver)
+        self.nbytes = 0
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self.nbytes += len(json.dumps(init_info))
+        super().init_weight_transfer_engine(init_info)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.nbytes += len(json.dumps(update_info))
+        super().update_weights(update_info)
+
+
+@pytest.mark.parametrize("config", [LOOPBACK, IPC], ids=["loopback", "ipc"])
+def test_control_traffic_of_a_steady_update_does_not_grow_with_the_number_of_parameters(
+    new_sender: Make, closing: Callable[[Any], Any], config: dict[str, Any]
+) -> None:
+    sizes = []
+    for count in (2, 600):
+        model, served = (nn.ParameterList(torch.full((3,), fill) for _ in range(count)) for fill in (1.0, 0.0))
+        channel = Counting(closing(WeightReceiver(config, served)))
+        sender = new_sender([channel], config)
+        sender.send(model, version=1)
+        channel.nbytes = 0
+        with torch.no_grad():
+            for parameter in model:
+                parameter.add_(1)
+        sender.send(model, version=2)
+        assert all(bool((parameter == 2).all()) for parameter in served)
+        sizes.append(channel.nbytes)
+    assert sizes[1] <= sizes[0] + 20 < 1024
+
+
+@pytest.mark.parametrize("config", [LOOPBACK, IPC], ids=["loopback", "ipc"])
+def test_a_bare_channel_with_vllms_four_methods_is_enough(
+    new_worker: Make, new_sender: Make, config: dict[str, Any]
+) -> None:
+    worker = new_worker(config)
+    channel = Channel(worker.receiver)
+    assert not hasattr(channel, "status")
+    sender = new_sender([channel], config)
+    for model in (Small(1), Small(2), Small(1)):
+        sender.send(model)
+        assert worker.serves == (sender.version, digest(model))
+    worker.fail_with = OSError("full")
+    with pytest.raises(TransferError, match="OSError: full"):
+        sender.send(Small(2))
+    worker.fail_with = None
+    sender.send(Small(2))
+    assert worker.serves == (3, digest(Small(2)))
+
+
+def test_a_bare_channel_may_front_several_workers_if_the_sender_is_told(new_worker: Make, new_sender: Make) -> None:
+    class Replica:
+        """Four methods, two workers."""
+
+        def __init__(self, *receivers: WeightReceiver) -> None:
+            both = LocalChannel(*receivers)
+            self.init_weight_transfer_engine = both.init_weight_transfer_engine
+            self.start_weight_update = both.start_weight_update
+            self.update_weights = both.update_weights
+            self.finish_weight_update = both.finish_weight_update
+
+    workers = [new_worker(rank=rank, world_size=2) for rank in (0, 1)]
+    sender = new_sender([Replica(*(worker.receiver for worker in workers))], workers_per_channel=2)
+    sender.send(Small(1))
+    assert [worker.serves for worker in workers] == [(0, digest(Small(1)))] * 2
+
+
+def test_a_replica_tells_its_status_as_one(new_worker: Make, new_sender: Make) -> None:
+    workers = [new_worker(rank=rank, world_size=2) for rank in (0, 1)]
+    channel = LocalChannel(*(worker.receiver for worker in workers))
+    assert channel.status() == {"state": "created", "version": None, "backend": "loopback", "workers": 2, "error": None}
+    new_sender([channel]).send(Small(1), version=4)
+    assert (channel.status()["state"], channel.status()["version"]) == ("ready", 4)
+    workers[1].receiver.start_weight_update()
+    assert (channel.status()["state"], channel.status()["version"]) == ("mixed", None)
+
+
+# The session.
+
+
+def test_workers_can_be_joined_before_the_first_send(pair: tuple[WeightSender, list[Worker]]) -> None:
+    sender, workers = pair
+    sender.connect()
+    assert [worker.receiver.state for worker in workers] == [ReceiverState.READY] * 2
+    sender.connect()
+    sender.send(Small(1))
+    assert [worker.receiver.version for worker in workers] == [0, 0]
+
+
+def test_a_failed_connect_can_be_repeated(new_worker: Make, new_sender: Make) -> None:
+    worker = new_worker()
+    channel: Any = FullChannel(worker.receiver)
+
+    def refuse(_info: dict[str, Any]) -> None:
+        raise HandshakeError("Not today.")
+
+    channel.init_weight_transfer_engine = refuse
+    sender = new_sender([channel])
+    with pytest.raises(HandshakeError, match="Not today") as caught:
+        sender.connect()
+    assert caught.value.peer == FullChannel.address
+    del channel.init_weight_transfer_engine
+    sender.connect()
+    assert worker.receiver.state is ReceiverState.READY
+
+
+@pytest.mark.parametrize("workers", [[], (), "http://127.0.0.1:8001"])
+def test_a_sender_needs_a_list_of_workers(workers: Any) -> None:
+    with pytest.raises(ConfigError, match="WeightSender needs a list of workers"):
+        WeightSender(LOOPBACK, workers)
+
+
+def test_a_second_thread_is_refused_while_one_sends(pair: tuple[WeightSender, list[Worker]]) -> None:
+    sender, workers = pair
+    inside, leave = threading.Event(), threading.Event()
+
+    def at(_number: int, index: int) -> None:
+        inside.set()
+        assert leave.wait(20)
+
+    model = Small(1)
+    sending = threading.Thread(target=lambda: sender.send(Generated(model, at)))
+    sending.start()
+    assert inside.wait(20)
+    for act in (lambda: sender.send(model), sender.connect):
+        with pytest.raises(LifecycleError, match="another thread is sending; one update at a time") as caught:
+            act()
+        assert caught.value.state == "sending"
+    leave.set()
+    sending.join(20)
+    assert [worker.serves for worker in workers] == [(0, digest(model))] * 2
+
+
+def test_a_closed_sender_refuses_and_its_workers_go_on_serving(pair: tuple[WeightSender, list[Worker]]) -> None:
+    sender, workers = pair
+    with sender:
+        sender.send(Small(1))
+    sender.close()
+    for method, act in {"send": lambda: sender.send(Small(2)), "connect": sender.connect}.items():
+        with pytest.raises(LifecycleError, match="this sender is closed; create a new one") as caught:
+            act()
+        assert (caught.value.method, caught.value.state) == (method, "closed")
+    assert [worker.serves for worker in workers] == [(0, digest(Small(1)))] * 2
+
+
+@pytest.mark.parametrize("config", [LOOPBACK, IPC], ids=["loopback", "ipc"])
+def test_a_new_sender_takes_the_workers_over(new_worker: Make, new_sender: Make, config: dict[str, Any]) -> None:
+    workers = [new_worker(config), new_worker(config)]
+    for seed in (1, 2, 1):
+        sender = new_sender(workers, config)
+        sender.send(Small(seed))
+        sender.close()
+        assert [worker.serves for worker in workers] == [(0, digest(Small(seed)))] * 2
+
+
+# Listeners.
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.heard: list[Any] = []
+
+    @hookimpl
+    def weight_transfer_started(self, event: Any) -> None:
+        self.heard.append(event)
+
+    @hookimpl
+    def weight_transfer_progress(self, event: Any) -> None:
+        self.heard.append(event)
+
+    @hookimpl
+    def weight_transfer_finished(self, event: Any) -> None:
+        self.heard.append(event)
+
+
+def test_both_roles_tell_of_the_start_the_bytes_and_the_end_in_this_order(
+    new_sender: Make, closing: Callable[[Any], Any]
+) -> None:
+    trainer, worker = Recorder(), Recorder()
+    receiver = closing(WeightReceiver(LOOPBACK, Small(9), observers=(worker,)))
+    sender = new_sender([receiver], observers=(trainer,))
+    model = Small(1)
+    nbytes, params = ModuleSource(model).manifest().nbytes, len(ModuleSource(model).manifest().params)
+    for version in (3, 4):
+        trainer.heard.clear()
+        worker.heard.clear()
+        sender.send(model, version=version)
+        for role, heard in {"trainer": trainer.heard, "worker": worker.heard}.items():
+            started, *progress, finished = heard
+            common = {"role": role, "backend": "loopback", "version": version}
+            assert started == TransferStarted(**common, nbytes=nbytes, params=params, workers=1)
+            assert {type(event) for event in progress} == {TransferProgress}
+            assert {(event.role, event.version, event.total) for event in progress} == {(role, version, nbytes)}
+            done = [event.done for event in progress]
+            assert done == sorted(done)
+            assert done[-1] == nbytes
+            assert type(finished) is TransferFinished
+            assert (finished.version, finished.nbytes, finished.error) == (version, nbytes, None)
+            assert finished.seconds > 0
+
+
+def test_listeners_hear_of_a_failed_update_with_its_sentence(new_worker: Make, new_sender: Make) -> None:
+    recorder = Recorder()
+    worker = new_worker()
+    worker.fail_with = OSError("full")
+    sender = new_sender([worker], observers=(recorder,))
+    with pytest.raises(TransferError) as caught:
+        sender.send(Small(1))
+    started, finished = recorder.heard[0], recorder.heard[-1]
+    assert (type(started), type(finished)) == (TransferStarted, TransferFinished)
+    assert finished.error == str(caught.value)
