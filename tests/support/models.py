@@ -43,5 +43,5 @@ def digest(model: nn.Module) -> str:
     result = hashlib.sha256()
     for name, weight in model.state_dict().items():
         result.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
-        result.update(weight.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        result.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return result.hexdigest()

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from support.actors import Stage
 
 
-def main(stage: Stage, config: dict[str, Any], workers: list[str], rows: int = 1024) -> None:
+def main(stage: Stage, config: dict[str, Any], workers: list[str], rows: int = 1024, device: str = "cpu") -> None:
     torch.set_num_threads(1)
-    model = Odd(seed=0, rows=rows)
+    model = Odd(seed=0, rows=rows).to(device)
     with wt.WeightSender(config, workers) as sender:
 
         def send(seed: int, version: int) -> dict[str, Any]:

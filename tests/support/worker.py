@@ -60,9 +60,10 @@ def main(
     in_place: bool = False,
     rows: int = 1024,
     breaks_at_init: bool = False,
+    device: str = "cpu",
 ) -> None:
     torch.set_num_threads(1)
-    model = Odd(seed, rows)
+    model = Odd(seed, rows).to(device)
     loader = Loader(model, stage)
     load_weights = None if in_place else loader
     kind = Unjoinable if breaks_at_init else wt.WeightReceiver
