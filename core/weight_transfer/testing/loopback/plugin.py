@@ -14,5 +14,5 @@ def weight_transfer_backend() -> Backend:
         summary="threads of one process; for tests and for authors of backends",
         worker_engine="weight_transfer.testing.loopback.engine:LoopbackWorkerEngine",
         trainer_engine="weight_transfer.testing.loopback.engine:LoopbackTrainerEngine",
-        capabilities={Capability.CPU, Capability.CUDA},
+        capabilities=frozenset({Capability.CPU}),
     )
