@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "backend": ("API_VERSION", "Backend", "Capability"),
-    "config": ("ParallelConfig", "WeightTransferConfig", "load_config"),
+    "config": ("ParallelConfig", "WeightTransferConfig"),
     "control": ("ControlChannel", "HttpChannel", "LocalChannel", "Server", "create_app", "serve"),
     "discovery": ("BackendRef", "Provider", "backends"),
     "engine": ("TrainerWeightTransferEngine", "WeightTransferEngine", "WorkerSlot"),
@@ -45,6 +45,7 @@ _MODULES = {
     "loading": ("CheckpointFormatLoader", "KernelFormatLoader"),
     "manager": ("LoadedBackend", "load_backend"),
     "manifest": ("Manifest", "ParamMeta"),
+    "read_config": ("load_config",),
     "receiver": ("ReceiverState", "WeightReceiver"),
     "report": ("TransferReport",),
     "sender": ("WeightSender",),

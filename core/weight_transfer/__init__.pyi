@@ -5,7 +5,6 @@ from weight_transfer.backend import Backend as Backend
 from weight_transfer.backend import Capability as Capability
 from weight_transfer.config import ParallelConfig as ParallelConfig
 from weight_transfer.config import WeightTransferConfig as WeightTransferConfig
-from weight_transfer.config import load_config as load_config
 from weight_transfer.control import ControlChannel as ControlChannel
 from weight_transfer.control import HttpChannel as HttpChannel
 from weight_transfer.control import LocalChannel as LocalChannel
@@ -48,6 +47,7 @@ from weight_transfer.manager import LoadedBackend as LoadedBackend
 from weight_transfer.manager import load_backend as load_backend
 from weight_transfer.manifest import Manifest as Manifest
 from weight_transfer.manifest import ParamMeta as ParamMeta
+from weight_transfer.read_config import load_config as load_config
 from weight_transfer.receiver import ReceiverState as ReceiverState
 from weight_transfer.receiver import WeightReceiver as WeightReceiver
 from weight_transfer.report import TransferReport as TransferReport

@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from weight_transfer.config import ParallelConfig, WeightTransferConfig, load_config
+from weight_transfer.config import ParallelConfig, WeightTransferConfig
 from weight_transfer.deadline import Deadline
 from weight_transfer.errors import LifecycleError, TransferError, TransferTimeoutError, WeightTransferError
 from weight_transfer.events import TransferFinished, TransferStarted
 from weight_transfer.info import WireDecoder
 from weight_transfer.loading import Weights, loader_for
 from weight_transfer.manager import add_observers, load_backend
+from weight_transfer.read_config import load_config
 from weight_transfer.update import Update
 
 if TYPE_CHECKING:
@@ -215,8 +216,9 @@ class WeightReceiver:
             if version is None:
                 raise self._lifecycle("finish_weight_update", "the update has no version; name one")
             self._finished(update, version, None)
-            self._version, self._update, self._last_error = version, None, None
-            self._set_state(ReceiverState.READY)
+            with self._changed:
+                self._version, self._update, self._last_error = version, None, None
+                self._set_state(ReceiverState.READY)
 
     def abort_weight_update(self, reason: str = "the trainer aborted the update") -> None:
         """Give up a running update, also from another thread. Without one, does nothing.
@@ -275,18 +277,19 @@ class WeightReceiver:
     def _end_update(self, reason: str) -> None:
         """Leave the updating state after a failure: served as before if untouched, else no version."""
         update = self._update
-        self._update = None
         self._last_error = reason
         if update is None:
             return
         if update.begun:
             self._finished(update, update.version, reason)
             self._drop_engine()
-        if update.touched:
-            self._version = None
-            self._set_state(ReceiverState.FAILED)
-        else:
-            self._set_state(ReceiverState.CREATED if self._engine is None else ReceiverState.READY)
+        with self._changed:  # an abort that still sees the update waits for this
+            self._update = None
+            if update.touched:
+                self._version = None
+                self._set_state(ReceiverState.FAILED)
+            else:
+                self._set_state(ReceiverState.CREATED if self._engine is None else ReceiverState.READY)
 
     def _give_up_if_abandoned(self) -> None:
         """A trainer that died between two calls leaves an update open; its deadline ends that too."""

@@ -2,52 +2,40 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import attrs
-
-from weight_transfer.backend import Capability
-from weight_transfer.config import ParallelConfig, WeightTransferConfig, load_config
+from weight_transfer.config import ParallelConfig, WeightTransferConfig
 from weight_transfer.deadline import Deadline
 from weight_transfer.errors import (
     ConfigError,
-    HandshakeError,
     LifecycleError,
-    PeerLostError,
     TransferError,
     TransferTimeoutError,
     WeightTransferError,
 )
 from weight_transfer.events import TransferFinished, TransferProgress, TransferStarted
+from weight_transfer.fleet import Fleet, Lost
 from weight_transfer.info import WeightTransferUpdateInfo, WireEncoder
 from weight_transfer.integrity import tensor_digest
 from weight_transfer.lockstep import LockstepSource
 from weight_transfer.manager import add_observers, load_backend
-from weight_transfer.peers import Calls, Peer, make_peers, make_slots
+from weight_transfer.peers import Calls, make_peers
+from weight_transfer.read_config import load_config
 from weight_transfer.report import TransferReport
 from weight_transfer.source import ModuleSource, WeightSource, as_source
-from weight_transfer.structuring import structure, unstructure
 
 if TYPE_CHECKING:
     from torch import nn
 
     from weight_transfer.control import ControlChannel
-    from weight_transfer.engine import TrainerWeightTransferEngine
     from weight_transfer.events import Version
     from weight_transfer.manifest import Manifest
 
-logger = logging.getLogger(__name__)
-
-_ABORT_TIMEOUT = 10.0  # seconds that workers get to abort a failed update
-_RETRY_INTERVAL = 0.1  # seconds between two looks at a worker that does not answer yet
 _PROGRESS_INTERVAL = 0.1  # seconds
-
-Lost = dict[Peer, WeightTransferError]
 
 
 class WeightSender:
@@ -82,13 +70,10 @@ class WeightSender:
         if isinstance(workers, str) or not workers:
             raise ConfigError('WeightSender needs a list of workers, as in workers=["http://127.0.0.1:8001"].')
         self._sends = self.parallel_config.rank == 0
-        self._peers = make_peers(workers, workers_per_channel, self.config) if self._sends else []
-        self._rejoins = Capability.REJOIN in self._backend.backend.capabilities
-        self._goes_on = self._rejoins and self.config.on_worker_failure == "continue"
-        self._engine: TrainerWeightTransferEngine[Any, Any] | None = None
+        peers = make_peers(workers, workers_per_channel, self.config) if self._sends else []
+        self._fleet = Fleet(self._backend, self.config, self.parallel_config, peers)
         self._encoder = WireEncoder()
         self._source: ModuleSource | None = None
-        self._device: str | None = None
         self._version: Version | None = None
         self._exclusive = threading.Lock()
         self._closed = False
@@ -108,9 +93,9 @@ class WeightSender:
         with self._operation("connect"):
             if self._sends:
                 try:
-                    self._join()
+                    self._fleet.join()
                 except BaseException as error:
-                    self._abort(str(error))
+                    self._fleet.abort(str(error))
                     raise
 
     def send(self, weights: nn.Module | WeightSource, version: Version | None = None) -> TransferReport:
@@ -144,11 +129,7 @@ class WeightSender:
     def close(self) -> None:
         """Shut the engine and the channels down. The workers keep serving their version."""
         self._closed = True
-        self._drop_engine()
-        for peer in self._peers:
-            close = getattr(peer.channel, "close", None)
-            if peer.owned and close is not None:
-                close()
+        self._fleet.close()
 
     def __enter__(self) -> WeightSender:
         return self
@@ -161,7 +142,7 @@ class WeightSender:
     def _observed_send(self, source: LockstepSource, manifest: Manifest, version: Version) -> TransferReport:
         common: dict[str, Any] = {"role": "trainer", "backend": self.config.backend, "version": version}
         common["nbytes"] = manifest.nbytes
-        started = TransferStarted(**common, params=len(manifest.params), workers=len(self._peers))
+        started = TransferStarted(**common, params=len(manifest.params), workers=len(self._fleet.peers))
         self._backend.notify("weight_transfer_started", started)
         since = time.monotonic()
         message = None
@@ -169,7 +150,7 @@ class WeightSender:
             return self._send(source, manifest, version)
         except BaseException as error:
             message = str(error)
-            self._abort(message)
+            self._fleet.abort(message)
             named = self._named(error, version)
             if named is error:
                 raise
@@ -182,121 +163,34 @@ class WeightSender:
         seconds: dict[str, float] = {}
         lost: Lost = {}
         if self._sends:
-            self._settle_on(source.device)
+            self._fleet.place(source.device)
             with _timed(seconds, "init"):
-                lost |= self._join()
-                self._require_one(lost)
+                lost |= self._fleet.join()
+                self._fleet.require_one(lost)
             deadline = Deadline(self.config.timeout)
             with _timed(seconds, "start"):
-                lost |= self._start(deadline)
-                self._require_one(lost)
+                lost |= self._fleet.start(deadline)
+                self._fleet.require_one(lost)
             with _timed(seconds, "update"):
                 lost |= self._update(source, manifest, version, deadline)
-                self._require_one(lost)
+                self._fleet.require_one(lost)
             with _timed(seconds, "finish"):
-                lost |= self._finish(version, deadline)
-                self._require_one(lost)
+                lost |= self._fleet.finish(version, deadline)
+                self._fleet.require_one(lost)
         return TransferReport(
             backend=self.config.backend,
             version=version,
             nbytes=manifest.nbytes,
             params=len(manifest.params),
-            workers=tuple(peer.address for peer in self._peers if peer not in lost),
+            workers=tuple(peer.address for peer in self._fleet.peers if peer not in lost),
             lost=tuple((peer.address, str(error)) for peer, error in lost.items()),
             seconds=seconds,
-            extra_memory=self._engine.extra_memory if self._engine else 0,
+            extra_memory=self._fleet.engine.extra_memory if self._fleet.engine else 0,
         )
-
-    def _settle_on(self, device: str) -> None:
-        """Tell the engine where the weights lie; it is made anew if they have moved."""
-        if self.parallel_config.device is None:
-            if self._device not in (None, device):
-                self._drop_engine()
-            self._device = device
-
-    def _join(self) -> Lost:
-        """Join the workers that are not joined; all of them, if the backend cannot take in a single one."""
-        if all(peer.joined for peer in self._peers):
-            return {}
-        deadline = Deadline(self.config.init_timeout)
-        absent = [peer for peer in self._peers if not peer.joined]
-        lost = self._settle(Calls(absent, lambda peer: self._greet(peer, deadline), "init").wait(deadline))
-        present = [peer for peer in self._peers if peer not in lost]
-        if not self._rejoins:
-            self._drop_engine()
-        joining = [peer for peer in present if not peer.joined]
-        if not joining:
-            return lost
-        engine = self._engine = self._engine or self._create_engine()
-        slots = make_slots(self._peers if self._rejoins else present)
-        fields = engine.open_endpoint([slots[peer] for peer in joining], deadline)
-        for peer, own in zip(joining, fields, strict=True):
-            slot = slots[peer]
-            common = {"rank_offset": slot.rank_offset, "world_size": slot.world_size, "timeout": deadline.remaining()}
-            peer.init_info = unstructure(structure({**own, **common}, engine.init_info_cls, "init_info"))
-        calls = Calls(
-            joining,
-            lambda peer: peer.channel.init_weight_transfer_engine(peer.init_info),
-            "init",
-            on_failure=engine.abort_update,
-        )
-        try:
-            engine.join_workers(deadline)
-        except WeightTransferError as error:
-            cause = calls.explain(error)
-            if not (calls.failures and self._goes_on):
-                if cause is error:
-                    raise
-                raise cause from error
-        lost |= self._settle(calls.wait(deadline))
-        for peer in joining:
-            peer.joined = peer not in lost
-        return lost
-
-    def _greet(self, peer: Peer, deadline: Deadline) -> None:
-        """Wait until a worker answers, and learn from its status what it is."""
-        status_of = getattr(peer.channel, "status", None)
-        if status_of is None:
-            return
-        while True:
-            try:
-                status = status_of()
-                break
-            except PeerLostError:
-                if self.config.on_worker_failure == "continue" or deadline.remaining() < _RETRY_INTERVAL:
-                    raise
-                time.sleep(_RETRY_INTERVAL)
-        if status.get("backend", self.config.backend) != self.config.backend:
-            raise HandshakeError(
-                f"The worker uses backend {status['backend']!r}, the trainer {self.config.backend!r}; use one.",
-                peer=peer.address,
-                phase="init",
-            )
-        peer.count = int(status.get("workers", peer.count))
-
-    def _start(self, deadline: Deadline) -> Lost:
-        """Open the update; a worker that was restarted since the last one joins again first."""
-        lost: Lost = {}
-        failures = self._start_joined(deadline)
-        gone = {peer: error for peer, error in failures.items() if isinstance(error, (LifecycleError, PeerLostError))}
-        lost |= self._settle({peer: error for peer, error in failures.items() if peer not in gone})
-        if gone:
-            for peer in gone:
-                peer.forget()
-            lost |= self._join()
-            lost |= self._settle(self._start_joined(deadline))
-        return lost
-
-    def _start_joined(self, deadline: Deadline) -> Lost:
-        peers = [peer for peer in self._peers if peer.joined and not peer.started]
-        failures = Calls(peers, lambda peer: peer.channel.start_weight_update(), "start").wait(deadline)
-        for peer in peers:
-            peer.started = peer not in failures
-        return failures
 
     def _update(self, source: LockstepSource, manifest: Manifest, version: Version, deadline: Deadline) -> Lost:
-        assert self._engine is not None
-        engine = self._engine
+        assert self._fleet.engine is not None
+        engine = self._fleet.engine
         info: WeightTransferUpdateInfo = engine.update_info_cls(
             manifest=manifest,
             timeout=max(deadline.remaining(), 1e-3),
@@ -305,12 +199,12 @@ class WeightSender:
             digests=tuple(tensor_digest(tensor) for _, tensor in source) if self.config.verify else None,
             **engine.describe_update(source, manifest, deadline),
         )
-        wires = {peer: self._encoder.encode(info, peer.known) for peer in self._started()}
+        wires = {peer: self._encoder.encode(info, peer.known) for peer in self._fleet.started}
         calls = Calls(
             list(wires),
             lambda peer: peer.channel.update_weights(wires[peer]),
             "update",
-            on_failure=None if self._goes_on else engine.abort_update,
+            on_failure=None if self._fleet.goes_on else engine.abort_update,
         )
         progress = _Progress(self._backend.notify, info, self.config.backend)
         try:
@@ -323,64 +217,10 @@ class WeightSender:
         failures = calls.wait(deadline)
         for peer in wires:
             peer.known = self._encoder.digests(info) if peer not in failures else {}
-        lost = self._settle(failures)
+        lost = self._fleet.settle(failures)
         progress(progress.left)
         engine.release_source()
         return lost
-
-    def _finish(self, version: Version, deadline: Deadline) -> Lost:
-        peers = self._started()
-        failures = Calls(peers, lambda peer: peer.channel.finish_weight_update(version), "finish").wait(deadline)
-        for peer in peers:
-            peer.started = False
-        return self._settle(failures)
-
-    def _started(self) -> list[Peer]:
-        return [peer for peer in self._peers if peer.started]
-
-    def _settle(self, failures: Lost) -> Lost:
-        """Decide about workers that failed: raise the first error, or go on without them, as the config says."""
-        for peer in failures:
-            peer.forget()
-        others = any(peer.joined for peer in self._peers) or len(failures) < len(self._peers)
-        if failures and (self.config.on_worker_failure == "abort" or not others):
-            raise next(iter(failures.values()))
-        for peer, error in failures.items():
-            logger.warning("going on without worker %s: %s", peer.address, error)
-        return failures
-
-    def _require_one(self, lost: Lost) -> None:
-        """Raise the last failure if no worker is left: they may have failed one after another, in different phases."""
-        if lost and not any(peer.joined for peer in self._peers):
-            raise next(reversed(lost.values()))
-
-    def _abort(self, reason: str) -> None:
-        """After a failure: no worker keeps the update open, and all of them join again next time."""
-        if self._engine is not None:
-            self._engine.abort_update()
-        open_ = [peer for peer in self._started() if hasattr(peer.channel, "abort_weight_update")]
-        calls = Calls(open_, lambda peer: peer.channel.abort_weight_update(reason), "abort")
-        for peer, error in calls.wait(Deadline(min(_ABORT_TIMEOUT, self.config.timeout))).items():
-            logger.warning("worker %s did not confirm the abort: %s", peer.address, error)
-        if self._engine is not None:
-            self._engine.release_source()
-        if not self._rejoins:
-            self._drop_engine()
-        for peer in self._peers:
-            peer.forget()
-
-    def _create_engine(self) -> TrainerWeightTransferEngine[Any, Any]:
-        parallel = self.parallel_config
-        if parallel.device is None:
-            parallel = attrs.evolve(parallel, device=self._device or "cpu")
-        return self._backend.create_trainer_engine(self.config, parallel)
-
-    def _drop_engine(self) -> None:
-        if self._engine is not None:
-            self._engine.shutdown()
-            self._engine = None
-        for peer in self._peers:
-            peer.forget()
 
     def _named(self, error: BaseException, version: Version) -> BaseException:
         """Give an error its context, and a foreign exception its place in the tree; the trainer's one such boundary."""

@@ -1,0 +1,214 @@
+"""The sender's workers as a whole: joined to the engine's group, started, finished, aborted, and counted when lost."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from weight_transfer.backend import Capability
+from weight_transfer.deadline import Deadline
+from weight_transfer.errors import HandshakeError, LifecycleError, PeerLostError, WeightTransferError
+from weight_transfer.peers import Calls, Peer, make_slots
+from weight_transfer.structuring import structure, unstructure
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from weight_transfer.config import ParallelConfig, WeightTransferConfig
+    from weight_transfer.engine import TrainerWeightTransferEngine
+    from weight_transfer.events import Version
+    from weight_transfer.manager import LoadedBackend
+
+logger = logging.getLogger(__name__)
+
+_ABORT_TIMEOUT = 10.0  # seconds that workers get to abort a failed update
+_RETRY_INTERVAL = 0.1  # seconds between two looks at a worker that does not answer yet
+
+Lost = dict[Peer, WeightTransferError]
+"""Workers that failed, in the order of their failures."""
+
+
+class Fleet:
+    """The workers, and the trainer's engine that they have joined.
+
+    Each phase returns the workers that it lost, or raises the first failure: ``on_worker_failure`` decides.
+
+    Attributes:
+        peers: all workers, lost ones included: they may come back.
+        engine: the trainer's engine; None before the first join, and after a failure of a backend without ``REJOIN``.
+    """
+
+    def __init__(
+        self,
+        backend: LoadedBackend,
+        config: WeightTransferConfig,
+        parallel_config: ParallelConfig,
+        peers: Sequence[Peer],
+    ) -> None:
+        self.peers = list(peers)
+        self.engine: TrainerWeightTransferEngine[Any, Any] | None = None
+        self._backend = backend
+        self._config = config
+        self._parallel_config = parallel_config
+        self._device: str | None = None
+        self._rejoins = Capability.REJOIN in backend.backend.capabilities
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the others go on when one worker fails in the middle of an update."""
+        return self._rejoins and self._config.on_worker_failure == "continue"
+
+    @property
+    def started(self) -> list[Peer]:
+        """The workers on which the update is open."""
+        return [peer for peer in self.peers if peer.started]
+
+    def place(self, device: str) -> None:
+        """Tell the engine where the weights lie; it is made anew if they have moved."""
+        if self._parallel_config.device is None:
+            if self._device not in (None, device):
+                self.drop_engine()
+            self._device = device
+
+    def join(self) -> Lost:
+        """Join the workers that are not joined; all of them, if the backend cannot take in a single one."""
+        if all(peer.joined for peer in self.peers):
+            return {}
+        deadline = Deadline(self._config.init_timeout)
+        absent = [peer for peer in self.peers if not peer.joined]
+        lost = self.settle(Calls(absent, lambda peer: self._greet(peer, deadline), "init").wait(deadline))
+        present = [peer for peer in self.peers if peer not in lost]
+        if not self._rejoins:
+            self.drop_engine()
+        joining = [peer for peer in present if not peer.joined]
+        if not joining:
+            return lost
+        engine = self.engine = self.engine or self._create_engine()
+        slots = make_slots(self.peers if self._rejoins else present)
+        fields = engine.open_endpoint([slots[peer] for peer in joining], deadline)
+        for peer, own in zip(joining, fields, strict=True):
+            slot = slots[peer]
+            common = {"rank_offset": slot.rank_offset, "world_size": slot.world_size, "timeout": deadline.remaining()}
+            peer.init_info = unstructure(structure({**own, **common}, engine.init_info_cls, "init_info"))
+        calls = Calls(
+            joining,
+            lambda peer: peer.channel.init_weight_transfer_engine(peer.init_info),
+            "init",
+            on_failure=engine.abort_update,
+        )
+        try:
+            engine.join_workers(deadline)
+        except WeightTransferError as error:
+            cause = calls.explain(error)
+            if not (calls.failures and self.goes_on):
+                if cause is error:
+                    raise
+                raise cause from error
+        lost |= self.settle(calls.wait(deadline))
+        for peer in joining:
+            peer.joined = peer not in lost
+        return lost
+
+    def _greet(self, peer: Peer, deadline: Deadline) -> None:
+        """Wait until a worker answers, and learn from its status what it is."""
+        status_of = getattr(peer.channel, "status", None)
+        if status_of is None:
+            return
+        while True:
+            try:
+                status = status_of()
+                break
+            except PeerLostError:
+                if self._config.on_worker_failure == "continue" or deadline.remaining() < _RETRY_INTERVAL:
+                    raise
+                time.sleep(_RETRY_INTERVAL)
+        if status.get("backend", self._config.backend) != self._config.backend:
+            raise HandshakeError(
+                f"The worker uses backend {status['backend']!r}, the trainer {self._config.backend!r}; use one.",
+                peer=peer.address,
+                phase="init",
+            )
+        peer.count = int(status.get("workers", peer.count))
+
+    def start(self, deadline: Deadline) -> Lost:
+        """Open the update; a worker that was restarted since the last one joins again first."""
+        lost: Lost = {}
+        failures = self._start_joined(deadline)
+        gone = {peer: error for peer, error in failures.items() if isinstance(error, (LifecycleError, PeerLostError))}
+        lost |= self.settle({peer: error for peer, error in failures.items() if peer not in gone})
+        if gone:
+            for peer in gone:
+                peer.forget()
+            lost |= self.join()
+            lost |= self.settle(self._start_joined(deadline))
+        return lost
+
+    def _start_joined(self, deadline: Deadline) -> Lost:
+        peers = [peer for peer in self.peers if peer.joined and not peer.started]
+        failures = Calls(peers, lambda peer: peer.channel.start_weight_update(), "start").wait(deadline)
+        for peer in peers:
+            peer.started = peer not in failures
+        return failures
+
+    def finish(self, version: Version, deadline: Deadline) -> Lost:
+        """Have the version published."""
+        peers = self.started
+        failures = Calls(peers, lambda peer: peer.channel.finish_weight_update(version), "finish").wait(deadline)
+        for peer in peers:
+            peer.started = False
+        return self.settle(failures)
+
+    def settle(self, failures: Lost) -> Lost:
+        """Decide about workers that failed: raise the first error, or go on without them, as the config says."""
+        others = any(peer.joined for peer in self.peers) or len(failures) < len(self.peers)
+        if failures and (self._config.on_worker_failure == "abort" or not others):
+            raise next(iter(failures.values()))
+        for peer, error in failures.items():
+            peer.forget()
+            logger.warning("going on without worker %s: %s", peer.address, error)
+        return failures
+
+    def require_one(self, lost: Lost) -> None:
+        """Raise the last failure if no worker is left: they may have failed one after another, in different phases."""
+        if lost and not any(peer.joined for peer in self.peers):
+            raise next(reversed(lost.values()))
+
+    def abort(self, reason: str) -> None:
+        """After a failure: no worker keeps the update open, and all of them join again next time."""
+        if self.engine is not None:
+            self.engine.abort_update()
+        open_ = [peer for peer in self.started if hasattr(peer.channel, "abort_weight_update")]
+        calls = Calls(open_, lambda peer: peer.channel.abort_weight_update(reason), "abort")
+        for peer, error in calls.wait(Deadline(min(_ABORT_TIMEOUT, self._config.timeout))).items():
+            logger.warning("worker %s did not confirm the abort: %s", peer.address, error)
+        if self.engine is not None:
+            self.engine.release_source()
+        if not self._rejoins:
+            self.drop_engine()
+        for peer in self.peers:
+            peer.forget()
+
+    def _create_engine(self) -> TrainerWeightTransferEngine[Any, Any]:
+        parallel = self._parallel_config
+        if parallel.device is None:
+            parallel = attrs.evolve(parallel, device=self._device or "cpu")
+        return self._backend.create_trainer_engine(self._config, parallel)
+
+    def drop_engine(self) -> None:
+        """Shut the engine down; all workers have to join a new one."""
+        if self.engine is not None:
+            self.engine.shutdown()
+            self.engine = None
+        for peer in self.peers:
+            peer.forget()
+
+    def close(self) -> None:
+        """Shut the engine down, and the channels that the sender made."""
+        self.drop_engine()
+        for peer in self.peers:
+            close = getattr(peer.channel, "close", None)
+            if peer.owned and close is not None:
+                close()

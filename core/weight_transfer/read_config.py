@@ -1,0 +1,132 @@
+"""Reads the configuration from objects, arguments, the environment, dicts and TOML files."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from weight_transfer.config import WeightTransferConfig
+from weight_transfer.discovery import backends
+from weight_transfer.errors import ConfigError
+from weight_transfer.manager import PUBLISHED, load_backend
+from weight_transfer.structuring import nearest, structure
+
+TABLE = "weight_transfer"
+ENV_PREFIX = "WEIGHT_TRANSFER_"
+
+
+def load_config(
+    source: WeightTransferConfig | Mapping[str, Any] | str | Path | None = None, /, **arguments: Any
+) -> WeightTransferConfig:
+    """Return the configuration, checked to the last key, the backend's own options included.
+
+    Precedence: a config object (returned as it is, with ``arguments`` replaced), keyword arguments, environment
+    variables (``WEIGHT_TRANSFER_BACKEND``, ``WEIGHT_TRANSFER_TIMEOUT`` and so on), then the file or dict.
+
+    Args:
+        source: a TOML file with a ``[weight_transfer]`` table; a dict of such a table; a config; or None for the
+            file that ``WEIGHT_TRANSFER_CONFIG`` names, if any.
+        arguments: keys of `WeightTransferConfig`.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type or value, or no backend named.
+        BackendNotFoundError: the backend that is named is not installed; or it cannot be loaded.
+    """
+    if isinstance(source, WeightTransferConfig):
+        return _with_options(_replace(source, arguments))
+    where, data = _read(source)
+    tables = {key: value for key, value in data.items() if isinstance(value, Mapping) and key != "options"}
+    core = {key: value for key, value in data.items() if key not in tables}
+    core |= _environment() | arguments
+    if "backend" not in core:
+        raise ConfigError(
+            f'{where}: no backend is named; set backend, as in backend = "ipc" (`weight-transfer backends` lists them).'
+        )
+    if "options" not in core:
+        core["options"] = tables.get(str(core["backend"]), {})
+    config = structure(core, WeightTransferConfig, where)
+    _check_tables(tables, where)
+    return _with_options(config, where)
+
+
+def _replace(config: WeightTransferConfig, arguments: dict[str, Any]) -> WeightTransferConfig:
+    if not arguments:
+        return config
+    fields = {field.name: getattr(config, field.name) for field in attrs.fields(WeightTransferConfig)}
+    if arguments.get("backend", config.backend) != config.backend:
+        fields["options"] = {}
+    return structure(fields | arguments, WeightTransferConfig, "WeightTransferConfig")
+
+
+def _read(source: Mapping[str, Any] | str | Path | None) -> tuple[str, dict[str, Any]]:
+    if source is None:
+        source = os.environ.get(ENV_PREFIX + "CONFIG")
+        if source is None:
+            return "configuration", {}
+    if isinstance(source, Mapping):
+        table = source.get(TABLE, source)
+        if not isinstance(table, Mapping):
+            raise ConfigError(f"configuration: {TABLE} must be a table of keys and values, got {table!r}.")
+        return "configuration", dict(table)
+    if not isinstance(source, (str, Path)):
+        raise ConfigError(
+            f"A configuration is a WeightTransferConfig, a dict or the path of a TOML file, got {source!r}."
+        )
+    path = Path(source)
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the configuration file.", cause=str(error)) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a valid TOML file.", cause=str(error)) from error
+    if not isinstance(document.get(TABLE), dict):
+        raise ConfigError(f"{path}: expected a [{TABLE}] table, found {', '.join(document) or 'nothing'}.")
+    return f"{path} [{TABLE}]", document[TABLE]
+
+
+def _environment() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for field in attrs.fields(WeightTransferConfig):
+        text = os.environ.get(ENV_PREFIX + field.name.upper())
+        if text is None or field.name == "options":
+            continue
+        try:
+            found[field.name] = _from_text(field.name, text)
+        except ValueError as error:
+            raise ConfigError(f"environment variable {ENV_PREFIX}{field.name.upper()}: {error}.") from error
+    return found
+
+
+def _from_text(name: str, text: str) -> Any:
+    if name in ("timeout", "init_timeout"):
+        return float(text)
+    if name == "buckets":
+        return int(text)
+    if name in ("is_checkpoint_format", "verify"):
+        if text.lower() not in ("0", "1", "false", "true"):
+            raise ValueError(f"expected true or false, got {text!r}")
+        return text.lower() in ("1", "true")
+    if name == "observers":
+        return [part.strip() for part in text.split(",") if part.strip()]
+    return text
+
+
+def _check_tables(tables: Mapping[str, Any], where: str) -> None:
+    known = sorted({ref.name for ref in backends()} | set(PUBLISHED))
+    keys = [field.name for field in attrs.fields(WeightTransferConfig)]
+    for name in tables:
+        if name in keys:
+            raise ConfigError(f"{where}: {name}: expected a value, got a table.")
+        if name not in known:
+            hint = nearest(name, [*known, *keys]) or f"; installed backends are {', '.join(known)}."
+            raise ConfigError(f"{where}: unknown table {name!r}{hint}")
+
+
+def _with_options(config: WeightTransferConfig, where: str = "configuration") -> WeightTransferConfig:
+    options = load_backend(config.backend).parse_options(config.options, f"{where}, table {config.backend!r}")
+    return attrs.evolve(config, options=options)
