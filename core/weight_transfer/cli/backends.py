@@ -1,0 +1,104 @@
+"""``weight-transfer backends``: what is installed, who provides it and, if asked, whether it works here."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from weight_transfer.discovery import BackendRef
+
+Row = dict[str, Any]
+
+
+@click.command(short_help="List the installed backends.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list, for programs.")
+@click.option("--check", is_flag=True, help="Load each plugin and ask it whether it works on this machine.")
+@click.pass_context
+def backends(ctx: click.Context, as_json: bool, check: bool) -> None:
+    """List the installed backends and who provides them, from metadata alone.
+
+    A backend's name is what a config says in `backend = "..."`. With --check the exit status is 1 if a plugin cannot
+    be loaded; one that works, but not on this machine, is no failure.
+
+    \b
+    Example:
+      weight-transfer backends
+      weight-transfer backends --check --json
+    """  # noqa: D301  (click wants the character itself)
+    from weight_transfer.discovery import backends as installed
+
+    rows = [_described(ref) | (_checked(ref.name) if check else {}) for ref in installed()]
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+    elif rows:
+        click.echo("\n".join(_lines(rows, check)))
+    else:
+        click.echo("No backend is installed. Install one, such as: pip install weight-transfer-ipc")
+    if any(row.get("error") for row in rows):
+        ctx.exit(1)
+
+
+def _described(ref: BackendRef) -> Row:
+    provider = ref.provider
+    return {
+        "name": ref.name,
+        "module": provider.module,
+        "distribution": provider.distribution,
+        "version": provider.version,
+    }
+
+
+def _checked(name: str) -> Row:
+    """Load and probe one backend; what goes wrong is part of the answer."""
+    from weight_transfer.errors import WeightTransferError
+    from weight_transfer.manager import load_backend
+
+    row: Row = {"available": False, "reason": None, "fix": None, "capabilities": [], "summary": None}
+    row |= {"diagnostics": {}, "error": None}
+    try:
+        loaded = load_backend(name)
+        row["summary"] = loaded.backend.summary
+        row["capabilities"] = sorted(loaded.backend.capabilities)
+        probe = loaded.probe()
+        row |= {"available": probe.available, "reason": probe.reason, "fix": probe.fix or None}
+        row["diagnostics"] = probe.details | loaded.diagnostics()
+    except WeightTransferError as error:
+        row |= {"available": False, "error": str(error)}
+    except Exception as error:  # noqa: BLE001  (a plugin's diagnostics may raise anything; the others are shown)
+        row |= {"available": False, "error": f"Its diagnostics failed: {type(error).__name__}: {error}"}
+    return row
+
+
+def _lines(rows: list[Row], check: bool) -> list[str]:
+    """Return a table; with ``check`` each backend is followed by its reasons and diagnostics, indented."""
+    header = ("NAME", "PROVIDED BY", "STATUS", "SUMMARY")
+    cells = [(row["name"], _provenance(row), _status(row), row.get("summary") or "") for row in rows]
+    shown = len(header) if check else 2
+    widths = [max(len(line[column]) for line in (header, *cells)) for column in range(shown)]
+    lines = []
+    for line, row in zip((header, *cells), ({}, *rows), strict=True):
+        lines.append("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=False)).rstrip())
+        lines += [f"{'':{widths[0]}}  {note}" for note in _notes(row)]
+    return lines
+
+
+def _provenance(row: Row) -> str:
+    return f"{row['distribution']} {row['version']} [{row['module']}]"
+
+
+def _status(row: Row) -> str:
+    if row.get("error"):
+        return "broken"
+    return "available" if row.get("available") else "unavailable"
+
+
+def _notes(row: Row) -> list[str]:
+    if row.get("error"):
+        return [f"error: {row['error']}"]
+    notes = [f"{row['reason']}"] if row.get("reason") else []
+    notes += [f"fix: {row['fix']}"] if row.get("fix") else []
+    notes += [f"capabilities: {', '.join(row['capabilities'])}"] if row.get("capabilities") else []
+    return notes + [f"{title}: {text}" for title, text in row.get("diagnostics", {}).items()]

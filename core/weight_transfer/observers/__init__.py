@@ -1,0 +1,1 @@
+"""Observers that come with the core. Name them in a config: ``observers = ["progress"]``."""
