@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 dist: Any = torch.distributed  # what it holds depends on the build, so type checkers see half of it
 
 _POLL = 0.02  # seconds between two looks at the store
+_ABORT_WAIT = 3.0  # seconds
+_STORE_TIMEOUT = timedelta(seconds=2)
 _LAST_WORKS = 64  # more than there are buckets: those before the last few have been waited for
 _NEVER = timedelta(days=365)  # NCCL's own watchdog would end the process: deadlines are ours
 
@@ -158,6 +160,7 @@ class Group:
             if self._aborted.is_set():
                 raise TransferError("Joining was aborted.", backend="nccl", phase="init")
             deadline.check("building the communicator", backend="nccl", phase="init")
+        self._store.set_timeout(_STORE_TIMEOUT)  # torch asks the store at times, and its host may stand still
         if answer[0] is not None:
             raise PeerLostError(
                 "The communicator could not be built.", backend="nccl", phase="init", cause=_first_line(answer[0])
@@ -219,11 +222,14 @@ class Group:
         backend, self._backend = self._backend, None
         if backend is None:
             return
-        if self._meeting.transport == "nccl":
-            backend.abort()
-        # gloo has no abort: its connections close with its last reference, which waits for the running operation, and
-        # that ends by its own timeout at the latest.
-        threading.Thread(target=_drop, args=([backend],), name="weight-transfer nccl close", daemon=True).start()
+        # NCCL's abort ends the running kernels and then waits for its peers, for ever if one of them is stopped.
+        # gloo has no abort: its connections close with the last reference, after the running operations, which end by
+        # their own timeouts.
+        wait = _ABORT_WAIT if self._meeting.transport == "nccl" else 0.0
+        closing = threading.Thread(target=_close, args=([backend], self._meeting.transport), daemon=True)
+        del backend
+        closing.start()
+        closing.join(wait)
 
     def _await_members(self, deadline: Deadline, name_of: Callable[[int], str]) -> None:
         missing = [rank for rank in range(self._world_size) if rank != self._rank]
@@ -291,7 +297,9 @@ def _without_watchdog() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _drop(last_reference: list[Any]) -> None:
+def _close(last_reference: list[Any], transport: str) -> None:
+    if transport == "nccl":
+        last_reference[0].abort()
     last_reference.clear()
 
 
