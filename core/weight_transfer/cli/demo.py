@@ -43,13 +43,13 @@ def demo(
       weight-transfer demo
       weight-transfer demo --backend loopback --workers 3 --steps 40 --every 5
     """  # noqa: D301  (click wants the character itself)
-    from weight_transfer.demo import run
+    from weight_transfer.demo import run_demo
     from weight_transfer.read_config import load_config
 
     source: Any = config_file or os.environ.get("WEIGHT_TRANSFER_CONFIG") or {"backend": "ipc"}
     config = load_config(source, **({"backend": backend} if backend else {}))
     with _view(plain) as view:
-        identical = run(config, workers=workers, steps=steps, every=every, view=view)
+        identical = run_demo(config, workers=workers, steps=steps, every=every, view=view)
     if not identical:
         ctx.exit(1)
 

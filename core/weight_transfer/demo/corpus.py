@@ -1,6 +1,6 @@
-"""Ten sonnets of Shakespeare (1609, in modern spelling; public domain), as bytes: the vocabulary has 256 tokens.
+"""Six sonnets of Shakespeare (1609, in modern spelling; public domain), as bytes: the vocabulary has 256 tokens.
 
-Ten, because that much a model of two million parameters can learn in 120 steps so well that one sees it.
+Six, because that much a model of two million parameters can learn in 120 steps so well that one sees it.
 """
 
 from __future__ import annotations

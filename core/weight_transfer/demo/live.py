@@ -15,8 +15,6 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from weight_transfer.demo.view import worker_name
-
 if TYPE_CHECKING:
     from weight_transfer.demo.proof import Verdict
     from weight_transfer.demo.view import Facts, Sample
@@ -27,7 +25,7 @@ _PHASES = ("init", "start", "update", "finish")
 _PANEL_HEIGHT = 5  # lines, of which three are text
 _OTHER_LINES = 9  # of the screen: everything but panels and rows of the table
 _BARS = "▁▂▃▄▅▆▇█"
-_SPARKS = 24  # bars in the picture of the loss
+_SPARKS = 16  # bars in the picture of the loss
 
 
 class LiveView:
@@ -81,12 +79,12 @@ class LiveView:
 
     def sampled(self, sample: Sample) -> None:
         with self._lock:
-            self._samples[sample.peer] = sample
+            self._samples[sample.worker] = sample
 
     def proved(self, verdicts: Sequence[Verdict]) -> None:
         self.__exit__()
         for verdict in verdicts:
-            self._console.print(Text(str(verdict), style="green" if verdict.holds else "bold red"), soft_wrap=True)
+            self._console.print(Text(str(verdict), style="green" if verdict.holds else "bold red"))
 
     def _render(self) -> RenderableType:
         with self._lock:
@@ -102,15 +100,15 @@ class LiveView:
             yield self._training(facts)
             yield Text()
             yield self._table(facts)
-            for peer, where in facts.workers:
-                yield self._panel(peer, where)
+            for name, where in facts.workers:
+                yield self._panel(name, where)
         if self._spinner is not None:
             yield self._spinner
 
     def _training(self, facts: Facts) -> RenderableType:
         done = len(self._losses)
         line = Table.grid(padding=(0, 1))
-        bar = ProgressBar(total=facts.steps, completed=done, width=24, complete_style="cyan")
+        bar = ProgressBar(total=facts.steps, completed=done, width=20, complete_style="cyan", finished_style="cyan")
         cells: list[RenderableType] = [Text("step", "dim"), bar, f"{done}/{facts.steps}"]
         if self._losses:
             cells += [Text("loss", "dim"), f"{self._losses[-1]:.3f}", Text(_sparks(self._losses), "cyan")]
@@ -131,14 +129,14 @@ class LiveView:
             table.add_row(Text(str(report.version), "bold"), told, f"{report.gbps:.2f}", total, "=", *phases)
         return table
 
-    def _panel(self, peer: str, where: str) -> RenderableType:
-        sample = self._samples.get(peer)
+    def _panel(self, name: str, where: str) -> RenderableType:
+        sample = self._samples.get(name)
         state = "updating" if self._sending is not None else sample.state if sample else "created"
         version = "no version" if sample is None else f"version {sample.version}"
-        text = Text(sample.prompt, "dim") + Text(sample.text, "bold") if sample else Text("")
+        text = Text.assemble((sample.prompt, "dim"), (sample.text, "bold")) if sample else Text("random weights", "dim")
         return Panel(
             text,
-            title=Text.assemble((worker_name(peer), "bold"), (f" · {where}", "dim")),
+            title=Text.assemble((name, "bold"), (f" · {where}", "dim")),
             title_align="left",
             subtitle=Text.assemble((version, "bold"), " · ", (state, "green" if state == "ready" else "yellow")),
             subtitle_align="right",

@@ -20,13 +20,13 @@ class Verdict:
     """What one worker has, compared with the trainer; ``str()`` is the sentence.
 
     Attributes:
-        peer: the worker.
+        worker: its name.
         version: that it serves, and ``wanted``: that the trainer sent last.
         sha256: of its weights, and ``expected``: of the trainer's.
         tokens: that it generates, and ``reference``: that the trainer generates from the same prompt.
     """
 
-    peer: str
+    worker: str
     version: Version | None
     wanted: Version
     sha256: str
@@ -40,7 +40,6 @@ class Verdict:
         return (self.version, self.sha256, self.tokens) == (self.wanted, self.expected, self.reference)
 
     def __str__(self) -> str:
-        name = self.peer if self.peer.startswith("worker") else f"worker {self.peer}"
         version = f"version {self.version}"
         if self.version != self.wanted:
             version += f" instead of {self.wanted}"
@@ -51,7 +50,7 @@ class Verdict:
         if self.tokens != self.reference:
             same = [mine == theirs for mine, theirs in zip(self.tokens, self.reference, strict=False)]
             tokens = f"generates OTHER tokens from number {[*same, False].index(False)} on"
-        return f"{name}: {version}, {weights}, {tokens}"
+        return f"{self.worker}: {version}, {weights}, {tokens}"
 
 
 def prove(model: torch.nn.Module, workers: Sequence[Worker], version: Version, count: int) -> list[Verdict]:
@@ -69,7 +68,7 @@ def prove(model: torch.nn.Module, workers: Sequence[Worker], version: Version, c
         found = worker.fingerprint()
         verdicts.append(
             Verdict(
-                peer=worker.peer,
+                worker=worker.name,
                 version=found["version"],
                 wanted=version,
                 sha256=found["sha256"],

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from weight_transfer.backend import Capability
 from weight_transfer.demo.proof import prove
-from weight_transfer.demo.view import Facts, Sample, View
+from weight_transfer.demo.view import Facts, Sample, View, counted
 from weight_transfer.demo.workers import Worker, check_workers, start_workers
 from weight_transfer.errors import BackendUnavailableError, ConfigError, WeightTransferError
 from weight_transfer.manager import LoadedBackend, load_backend
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _TOKENS = 64  # generated after each update, and compared at the end
 
 
-def run(config: WeightTransferConfig, *, workers: int, steps: int, every: int, view: View) -> bool:
+def run_demo(config: WeightTransferConfig, *, workers: int, steps: int, every: int, view: View) -> bool:
     """Train, send every so often, and prove at the end that every worker has what the trainer has.
 
     Args:
@@ -42,8 +42,7 @@ def run(config: WeightTransferConfig, *, workers: int, steps: int, every: int, v
     loaded = load_backend(config.backend)
     crosses = Capability.CROSS_PROCESS in loaded.backend.capabilities
     _require(loaded, crosses)
-    kind = "processes" if crosses else "threads"
-    view.phase(f"importing torch and transformers, and starting {workers} worker {kind}")
+    view.phase(f"importing torch and transformers, and starting {counted(workers)}")
     with start_workers(config, workers, crosses) as team, _blaming_the_dead(team):
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads crawl where other processes compute
         import torch
@@ -53,10 +52,10 @@ def run(config: WeightTransferConfig, *, workers: int, steps: int, every: int, v
         torch.set_num_threads(THREADS)
         trainer = Trainer(steps)
         for number, worker in enumerate(team, 1):
-            view.phase(f"waiting for worker {kind} to be up ({number} of {workers})")
+            view.phase(f"waiting for worker {number} of {workers} to be up")
             worker.wait_up()
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-        places = tuple((worker.peer, worker.where) for worker in team)
+        places = tuple((worker.name, worker.where) for worker in team)
         view.begin(
             Facts(
                 backend=config.backend,
@@ -105,7 +104,7 @@ def _sample(worker: Worker, index: int, view: View) -> None:
     answer = worker.generate(prompt, _TOKENS)
     state = worker.status()["state"]
     text = decode(answer["tokens"])
-    view.sampled(Sample(peer=worker.peer, version=answer["version"], state=state, prompt=prompt, text=text))
+    view.sampled(Sample(worker=worker.name, version=answer["version"], state=state, prompt=prompt, text=text))
 
 
 def _collect(samples: Sequence[Future[None]]) -> None:
@@ -116,10 +115,6 @@ def _collect(samples: Sequence[Future[None]]) -> None:
 def _require(loaded: LoadedBackend, crosses: bool) -> None:
     """Raise before anything is started if it cannot work."""
     name = f"Backend {loaded.name!r} ({loaded.provider})"
-    if Capability.CPU not in loaded.backend.capabilities:
-        raise ConfigError(
-            f"Backend {loaded.name!r} ({loaded.provider}) moves no CPU tensors, and the demo has no others."
-        )
     answer = loaded.probe()
     if not answer.available:
         raise BackendUnavailableError(
@@ -129,6 +124,8 @@ def _require(loaded: LoadedBackend, crosses: bool) -> None:
             reason=answer.reason,
             fix=answer.fix,
         )
+    if Capability.CPU not in loaded.backend.capabilities:
+        raise ConfigError(f"{name} moves no CPU tensors, and the demo has no others.")
     needed = ("transformers", "httpx", "starlette", "uvicorn") if crosses else ("transformers",)
     missing = [name for name in needed if find_spec(name) is None]
     if missing:

@@ -14,7 +14,7 @@ from weight_transfer.demo.model import CONTEXT, make_model
 THREADS = min(2, os.cpu_count() or 1)
 """CPU threads of the trainer."""
 
-_BATCH = 11  # windows per step
+_BATCH = 8  # windows per step
 _ADAM_RATE = 6e-3
 _MUON_RATE = 2.4e-2
 _WARMUP = 10  # steps

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @attrs.frozen(kw_only=True)
 class Facts:
-    """What stays the same throughout a run; ``workers`` are pairs of address and place."""
+    """What stays the same throughout a run; ``workers`` are pairs of name and place."""
 
     backend: str
     provider: str
@@ -31,7 +31,7 @@ class Facts:
 class Sample:
     """What a worker generates with one version of the weights."""
 
-    peer: str
+    worker: str
     version: Version
     state: str
     prompt: str
@@ -85,8 +85,8 @@ class PlainView:
         self._steps = facts.steps
         self._print(f"backend {facts.backend}: {facts.provider}")
         self._print(f"model: Llama architecture, {facts.parameters:,} parameters, float32")
-        for peer, where in facts.workers:
-            self._print(f"{worker_name(peer)}: {where}")
+        for name, where in facts.workers:
+            self._print(f"{name}: {where}")
 
     def stepped(self, step: int, loss: float) -> None:
         """A step is no line of its own; `updated` tells the last one's loss."""
@@ -98,13 +98,13 @@ class PlainView:
         told = "" if loss is None else f", loss {loss:.3f}"
         control = ", ".join(f"{phase} {seconds * 1e3:.1f}" for phase, seconds in report.seconds.items())
         self._print(
-            f"step {report.version}/{self._steps}{told}: version {report.version} to {len(report.workers)} workers "
+            f"step {report.version}/{self._steps}{told}: version {report.version} to {counted(len(report.workers))} "
             f"in {report.total_seconds * 1e3:.1f} ms ({control}), {report.gbps:.2f} GB/s"
         )
 
     def sampled(self, sample: Sample) -> None:
         text = (sample.prompt + sample.text).replace("\n", " / ")
-        self._print(f"  {worker_name(sample.peer)}: {sample.state}, version {sample.version}: {text}")
+        self._print(f"  {sample.worker}: {sample.state}, version {sample.version}: {text}")
 
     def proved(self, verdicts: Sequence[Verdict]) -> None:
         for verdict in verdicts:
@@ -115,6 +115,5 @@ class PlainView:
             click.echo(line)
 
 
-def worker_name(peer: str) -> str:
-    """Return ``worker 0``, or ``worker http://...`` for a worker with an address."""
-    return peer if peer.startswith("worker") else f"worker {peer}"
+def counted(workers: int) -> str:
+    return "1 worker" if workers == 1 else f"{workers} workers"

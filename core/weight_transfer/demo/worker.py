@@ -94,6 +94,8 @@ def main() -> None:
         with answer:
             answer.write(json.dumps({"url": server.url}) + "\n")
         ended.wait()
+    sys.stderr.flush()
+    os._exit(0)  # all is closed; tearing the libraries down would take another second or two
 
 
 def _watch(ended: threading.Event) -> None:
