@@ -11,13 +11,13 @@ from torch import nn
 class Odd(nn.Module):
     """Tied, transposed, empty, 0-d, bfloat16, float8, bool and integer weights, and one of several megabytes."""
 
-    def __init__(self, seed: int, rows: int = 1024) -> None:
+    def __init__(self, seed: int, rows: int = 1024, width: int = 256) -> None:
         super().__init__()
-        self.embed = nn.Embedding(rows, 256, dtype=torch.bfloat16)
-        self.head = nn.Linear(256, rows, bias=False, dtype=torch.bfloat16)
+        self.embed = nn.Embedding(rows, width, dtype=torch.bfloat16)
+        self.head = nn.Linear(width, rows, bias=False, dtype=torch.bfloat16)
         self.head.weight = self.embed.weight
-        self.layers = nn.ModuleList(nn.Linear(256, 256, dtype=torch.bfloat16) for _ in range(4))
-        self.transposed = nn.Parameter(torch.empty(48, 32).t())
+        self.layers = nn.ModuleList(nn.Linear(width, width, dtype=torch.bfloat16) for _ in range(4))
+        self.transposed = nn.Parameter(torch.empty(48, width // 8).t())
         self.scale = nn.Parameter(torch.empty(()))
         self.empty = nn.Parameter(torch.empty(0, 7))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from support.listeners import Recorder
 from weight_transfer import (
     ConfigError,
     HandshakeError,
@@ -903,23 +904,6 @@ def test_the_status_is_json_in_every_state(worker: Worker, state: str) -> None:
     assert set(status) == {"state", "version", "backend", "workers", "error"}
     assert (status["state"], status["backend"], status["workers"]) == (STATE_OF.get(state, state), "scripted", 1)
     assert (status["error"] is not None) is (state == "failed")
-
-
-class Recorder:
-    def __init__(self) -> None:
-        self.heard: list[Any] = []
-
-    @hookimpl
-    def weight_transfer_started(self, event: Any) -> None:
-        self.heard.append(event)
-
-    @hookimpl
-    def weight_transfer_progress(self, event: Any) -> None:
-        self.heard.append(event)
-
-    @hookimpl
-    def weight_transfer_finished(self, event: Any) -> None:
-        self.heard.append(event)
 
 
 def test_listeners_hear_of_the_start_the_bytes_and_the_end_in_this_order(new: Callable[..., Worker]) -> None:

@@ -7,12 +7,13 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from support.listeners import Recorder
 from support.models import Odd, digest
 from weight_transfer import (
     ConfigError,
@@ -35,7 +36,6 @@ from weight_transfer import (
     WeightReceiver,
     WeightSender,
     WeightSource,
-    hookimpl,
 )
 from weight_transfer.buckets import pack
 from weight_transfer.testing.loopback import engine as loopback
@@ -47,26 +47,11 @@ IPC: dict[str, Any] = LOOPBACK | {"backend": "ipc"}
 CONTINUE = IPC | {"on_worker_failure": "continue"}
 
 
-class Small(nn.Module):
+class Small(Odd):
     """Awkward weights of all kinds in a few kilobytes, some of them larger than a bucket."""
 
     def __init__(self, seed: int, rows: int = 16) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(rows, 32, dtype=torch.bfloat16)
-        self.head = nn.Linear(32, rows, bias=False, dtype=torch.bfloat16)
-        self.head.weight = self.embed.weight
-        self.layers = nn.ModuleList(nn.Linear(32, 32, dtype=torch.bfloat16) for _ in range(4))
-        self.transposed = nn.Parameter(torch.empty(12, 8).t())
-        self.scale = nn.Parameter(torch.empty(()))
-        self.empty = nn.Parameter(torch.empty(0, 7))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("mask", torch.zeros(33, dtype=torch.bool))
-        self.register_buffer("quantised", torch.zeros(65, dtype=torch.float8_e4m3fn))
-        self.register_buffer("cache", torch.zeros(5), persistent=False)
-        self.randomise(seed)
-
-    def randomise(self, seed: int) -> None:
-        Odd.randomise(cast("Odd", self), seed)
+        super().__init__(seed, rows, width=32)
 
 
 class Worker:
@@ -842,23 +827,6 @@ def test_a_new_sender_takes_the_workers_over(new_worker: Make, new_sender: Make,
 
 
 # Listeners.
-
-
-class Recorder:
-    def __init__(self) -> None:
-        self.heard: list[Any] = []
-
-    @hookimpl
-    def weight_transfer_started(self, event: Any) -> None:
-        self.heard.append(event)
-
-    @hookimpl
-    def weight_transfer_progress(self, event: Any) -> None:
-        self.heard.append(event)
-
-    @hookimpl
-    def weight_transfer_finished(self, event: Any) -> None:
-        self.heard.append(event)
 
 
 def test_both_roles_tell_of_the_start_the_bytes_and_the_end_in_this_order(
