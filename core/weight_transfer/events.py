@@ -42,7 +42,10 @@ class TransferProgress:
 
 @attrs.frozen(kw_only=True)
 class TransferFinished:
-    """An update ended. ``error`` is None on success, else the sentence of the error; ``seconds`` is wall time."""
+    """An update ended. ``error`` is None on success, else the sentence of the error; ``seconds`` is wall time.
+
+    On a worker it follows every `TransferStarted`, and may also come alone, for an update that failed before it.
+    """
 
     role: str
     backend: str

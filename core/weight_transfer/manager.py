@@ -90,6 +90,21 @@ class LoadedBackend:
             raise self._contract(f"its probe must return a Probe, got {type(answer).__name__}")
         return answer
 
+    def require_available(self) -> None:
+        """Raise `BackendUnavailableError`, with the reason and the fix, if the probe says no."""
+        answer = self.probe()
+        if not answer.available:
+            message = (
+                f"Backend {self.name!r} ({self.provider}) cannot work on this machine: {answer.reason}. {answer.fix}"
+            )
+            raise BackendUnavailableError(
+                message.rstrip(),
+                name=self.name,
+                provider=str(self.provider),
+                reason=answer.reason,
+                fix=answer.fix,
+            )
+
     def create_worker_engine(
         self, config: WeightTransferConfig, parallel: ParallelConfig
     ) -> WeightTransferEngine[Any, Any]:
@@ -136,18 +151,7 @@ class LoadedBackend:
         return {title: text for answer in reversed(answers) if answer for title, text in answer.items()}
 
     def _create(self, reference: str, base: type[Any], config: WeightTransferConfig, parallel: ParallelConfig) -> Any:
-        answer = self.probe()
-        if not answer.available:
-            message = (
-                f"Backend {self.name!r} ({self.provider}) cannot work on this machine: {answer.reason}. {answer.fix}"
-            )
-            raise BackendUnavailableError(
-                message.rstrip(),
-                name=self.name,
-                provider=str(self.provider),
-                reason=answer.reason,
-                fix=answer.fix,
-            )
+        self.require_available()
         cls: Any = self._resolve(reference)
         if not (isinstance(cls, type) and issubclass(cls, base)):
             raise self._contract(f"{reference} must be a subclass of {base.__name__}")

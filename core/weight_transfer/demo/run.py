@@ -13,7 +13,7 @@ from weight_transfer.backend import Capability
 from weight_transfer.demo.proof import prove
 from weight_transfer.demo.view import Facts, Sample, View, counted
 from weight_transfer.demo.workers import Worker, check_workers, start_workers
-from weight_transfer.errors import BackendUnavailableError, ConfigError, WeightTransferError
+from weight_transfer.errors import ConfigError, WeightTransferError
 from weight_transfer.manager import LoadedBackend, load_backend
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def run_demo(config: WeightTransferConfig, *, workers: int, steps: int, every: i
     _require(loaded, crosses)
     view.phase(f"importing torch and transformers, and starting {counted(workers)}")
     with start_workers(config, workers, crosses) as team, _blaming_the_dead(team):
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads crawl where other processes compute
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that spin longer crawl on a busy machine
         import torch
 
         from weight_transfer.demo.trainer import THREADS, Trainer
@@ -114,18 +114,11 @@ def _collect(samples: Sequence[Future[None]]) -> None:
 
 def _require(loaded: LoadedBackend, crosses: bool) -> None:
     """Raise before anything is started if it cannot work."""
-    name = f"Backend {loaded.name!r} ({loaded.provider})"
-    answer = loaded.probe()
-    if not answer.available:
-        raise BackendUnavailableError(
-            f"{name} cannot work on this machine: {answer.reason}. {answer.fix}".rstrip(),
-            name=loaded.name,
-            provider=str(loaded.provider),
-            reason=answer.reason,
-            fix=answer.fix,
-        )
+    loaded.require_available()
     if Capability.CPU not in loaded.backend.capabilities:
-        raise ConfigError(f"{name} moves no CPU tensors, and the demo has no others.")
+        raise ConfigError(
+            f"Backend {loaded.name!r} ({loaded.provider}) moves no CPU tensors, and the demo has no others."
+        )
     needed = ("transformers", "httpx", "starlette", "uvicorn") if crosses else ("transformers",)
     missing = [name for name in needed if find_spec(name) is None]
     if missing:

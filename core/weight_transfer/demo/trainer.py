@@ -14,7 +14,7 @@ from weight_transfer.demo.model import CONTEXT, make_model
 THREADS = min(2, os.cpu_count() or 1)
 """CPU threads of the trainer."""
 
-_BATCH = 8  # windows per step
+_BATCH = 7  # windows per step
 _ADAM_RATE = 6e-3
 _MUON_RATE = 2.4e-2
 _WARMUP = 10  # steps
@@ -70,5 +70,5 @@ def _optimizers(model: torch.nn.Module) -> list[Any]:
         (matrices if is_matrix else others).append(parameter)
     optimizers: list[Any] = [torch.optim.AdamW(others, lr=_ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0)]
     if muon is not None:
-        optimizers.append(muon(matrices, lr=_MUON_RATE, weight_decay=0.0))
+        optimizers.append(muon(matrices, lr=_MUON_RATE, weight_decay=0.0, ns_steps=4))
     return optimizers
