@@ -28,4 +28,12 @@ def main(stage: Stage, config: dict[str, Any], workers: list[str], rows: int = 1
             return {"digest": sent, "workers": report.workers, "lost": report.lost}
 
         stage.say(os.getpid())
-        stage.serve({"send": send, "fds": lambda: len(os.listdir("/proc/self/fd")), "maps": shared_mappings})
+        stage.serve(
+            {
+                "send": send,
+                "add_worker": sender.add_worker,
+                "remove_worker": sender.remove_worker,
+                "fds": lambda: len(os.listdir("/proc/self/fd")),
+                "maps": shared_mappings,
+            }
+        )

@@ -17,40 +17,29 @@ _address = operator.methodcaller("data_ptr")
 _strides = operator.methodcaller("stride")
 
 
-class ResidentBytes:
-    """The bytes of tensors that stay where they are: looked up once, not at every update.
+class Places:
+    """Where some tensors lie in memory.
 
-    It keeps their memory alive, so that an address always means the same tensor; one that was reallocated lets go of
-    its old memory at the next update.
-
-    Args:
-        tensors: in the order of the plan's manifest.
-        device: tensors elsewhere, and those that are not contiguous, have no bytes here.
+    What was derived from their addresses once holds as long as they stay. It is asked batch by batch, while earlier
+    ones are on their way: for all of a large model's tensors that takes as long as sending a gigabyte.
     """
 
-    def __init__(self, tensors: Iterable[torch.Tensor], device: torch.device) -> None:
-        tensors = list(tensors)
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._tensors = tensors
         self._addresses = list(map(_address, tensors))
         self._all_strides = list(map(_strides, tensors))
-        self._bytes = [as_bytes(t) if t.device == device and t.is_contiguous() else None for t in tensors]
 
     @property
-    def complete(self) -> bool:
-        """Whether all tensors have bytes here."""
-        return all(data is not None for data in self._bytes)
-
-    def still_of(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether these tensors, of the same shapes, lie where those that it was made of lay."""
-        return (
-            len(tensors) == len(self._addresses)
-            and _all_equal(map(_address, tensors), self._addresses)
-            and _all_equal(map(_strides, tensors), self._all_strides)
+    def unchanged(self) -> bool:
+        """Whether all of them still lie there."""
+        return _all_equal(map(_address, self._tensors), self._addresses) and _all_equal(
+            map(_strides, self._tensors), self._all_strides
         )
 
-    def piece(self, slot: Slot) -> torch.Tensor | None:
-        """Return the bytes of a slot, uint8 of shape ``[slot.nbytes]``."""
-        data = self._bytes[slot.param]
-        return None if data is None else data[slot.start : slot.start + slot.nbytes]
+
+def piece_of(tensor: torch.Tensor, slot: Slot) -> torch.Tensor:
+    """Return the bytes of a contiguous tensor that travel in a slot, uint8 of shape ``[slot.nbytes]``."""
+    return as_bytes(tensor)[slot.start : slot.start + slot.nbytes]
 
 
 class StreamedBytes:
@@ -68,9 +57,9 @@ class StreamedBytes:
         for slot in slots:
             while self._read <= slot.param:
                 _, tensor = next(self._tensors)
-                self._held[self._read] = as_bytes(tensor.to(self._device).contiguous())
+                self._held[self._read] = tensor.to(self._device).contiguous()
                 self._read += 1
-            pieces.append(self._held[slot.param][slot.start : slot.start + slot.nbytes])
+            pieces.append(piece_of(self._held[slot.param], slot))
             if slot.last:
                 del self._held[slot.param]
         return pieces

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import attrs
@@ -13,7 +14,7 @@ from weight_transfer.buckets import bucket_views
 from weight_transfer_nccl.buffers import WINDOW, Buffers
 from weight_transfer_nccl.group import Work
 from weight_transfer_nccl.lanes import Lane
-from weight_transfer_nccl.pieces import ResidentBytes, StreamedBytes
+from weight_transfer_nccl.pieces import Places, StreamedBytes, piece_of
 
 if TYPE_CHECKING:
     from weight_transfer.deadline import Deadline
@@ -41,15 +42,47 @@ class _Packing:
 
 @attrs.frozen
 class _Cut:
-    """The bytes of a batch: of each small tensor, and of each piece of a large one."""
+    """The bytes of a batch.
+
+    Attributes:
+        packed: of each small tensor.
+        direct: of each piece of a large one.
+        temporary: whether they are copies, which take memory until they have left.
+    """
 
     packed: list[torch.Tensor]
     direct: list[torch.Tensor]
+    temporary: bool
+
+
+class _ResidentCut:
+    """The bytes of a batch of tensors that stay where they are: looked up once, and again when one has moved."""
+
+    def __init__(self, batch: Batch, tensors: list[torch.Tensor], device: torch.device) -> None:
+        self._batch = batch
+        self._tensors = [tensors[slot.param] for slot in (*batch.packed, *batch.direct)]
+        self._device = device
+        self._places = Places(self._tensors)
+        self._cut: _Cut | None = None
+
+    def get(self) -> _Cut:
+        """Return the bytes; of tensors that are not contiguous or lie elsewhere, copies."""
+        if self._cut is not None and self._places.unchanged:
+            return self._cut
+        self._places = Places(self._tensors)
+        slots = (*self._batch.packed, *self._batch.direct)
+        tensors = [tensor.to(self._device).contiguous() for tensor in self._tensors]
+        pieces = [piece_of(tensor, slot) for tensor, slot in zip(tensors, slots, strict=True)]
+        count = len(self._batch.packed)
+        copied = any(map(operator.is_not, tensors, self._tensors))
+        cut = _Cut(pieces[:count], pieces[count:], temporary=copied)
+        self._cut = None if copied else cut
+        return cut
 
 
 @attrs.frozen
 class _Running:
-    """A batch under way, the tensors that it still needs, and its bucket (None: it needs none)."""
+    """A batch under way, the bytes that it still needs, and its bucket (None: it needs none)."""
 
     work: Work
     cut: _Cut
@@ -66,8 +99,8 @@ class Sending:
         self._plan: Plan | None = None
         self._buffers: Buffers | None = None
         self._packings: list[_Packing | None] = []
-        self._resident: ResidentBytes | None = None
-        self._cuts: list[_Cut] = []
+        self._resident: Mapping[str, torch.Tensor] | None = None
+        self._cuts: list[_ResidentCut] = []
 
     @property
     def extra_memory(self) -> int:
@@ -80,16 +113,16 @@ class Sending:
         """Broadcast every byte of ``source``; returns when all of them have left."""
         if self._plan is not plan:
             self._prepare(plan)
-        streamed = None if self._look_up(plan, source) else StreamedBytes(source, self._device)
         running: deque[_Running] = deque()
         with group.guard(deadline, _WHAT):
             self._lane.after_caller()
             with self._lane:
+                streamed = self._look_up(plan, source)
                 for index, (batch, packing) in enumerate(zip(plan.batches, self._packings, strict=True)):
                     bucket = packing.bucket if packing is not None else None
-                    while len(running) == WINDOW or (bucket is not None and any(r.bucket == bucket for r in running)):
+                    while self._is_full(running, bucket):
                         running.popleft().work.wait()
-                    cut = self._cuts[index] if streamed is None else _cut(streamed, batch)
+                    cut = self._cuts[index].get() if streamed is None else _cut(streamed, batch)
                     data = cut.direct
                     if packing is not None:
                         torch._foreach_copy_(packing.views, cut.packed)
@@ -99,6 +132,15 @@ class Sending:
                 while running:
                     running.popleft().work.wait()
             self._lane.finish(deadline, _WHAT)
+
+    def _is_full(self, running: deque[_Running], bucket: int | None) -> bool:
+        """Whether the oldest batch has to leave before the next one: its bucket or its copies' memory is needed."""
+        copies = sum(batch.cut.temporary for batch in running)
+        return (
+            len(running) == WINDOW
+            or copies >= self._layout.buckets
+            or (bucket is not None and any(batch.bucket == bucket for batch in running))
+        )
 
     def _prepare(self, plan: Plan) -> None:
         """Reserve the buckets that the plan needs, and give each batch its own."""
@@ -114,25 +156,17 @@ class Sending:
                 packing = _Packing(bucket, buffer[: max(batch.packed_bytes, 1)], bucket_views(batch.packed, buffer))
             self._packings.append(packing)
 
-    def _look_up(self, plan: Plan, source: WeightSource) -> bool:
-        """Find the bytes of the source's tensors, if all of them stay in place."""
-        tensors = list(source.resident().values())
-        if len(tensors) != len(plan.manifest.params):
-            return False
-        if self._resident is None or not self._resident.still_of(tensors):
-            self._resident, self._cuts = ResidentBytes(tensors, self._device), []
-            if self._resident.complete:
-                self._cuts = [_cut_resident(self._resident, batch) for batch in plan.batches]
-        return self._resident.complete
-
-
-def _cut_resident(resident: ResidentBytes, batch: Batch) -> _Cut:
-    packed, direct = (
-        [piece for slot in slots if (piece := resident.piece(slot)) is not None]
-        for slots in (batch.packed, batch.direct)
-    )
-    return _Cut(packed, direct)
+    def _look_up(self, plan: Plan, source: WeightSource) -> StreamedBytes | None:
+        """Find the source's tensors if all of them stay in place, else begin to iterate it."""
+        resident = source.resident()
+        if len(resident) != len(plan.manifest.params):
+            return StreamedBytes(source, self._device)
+        if self._resident is not resident:
+            tensors = list(resident.values())
+            self._cuts = [_ResidentCut(batch, tensors, self._device) for batch in plan.batches]
+            self._resident = resident
+        return None
 
 
 def _cut(streamed: StreamedBytes, batch: Batch) -> _Cut:
-    return _Cut(streamed.pieces(batch.packed), streamed.pieces(batch.direct))
+    return _Cut(streamed.pieces(batch.packed), streamed.pieces(batch.direct), temporary=True)
