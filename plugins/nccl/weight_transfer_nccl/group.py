@@ -31,7 +31,7 @@ dist: Any = torch.distributed  # what it holds depends on the build, so type che
 _POLL = 0.02  # seconds between two looks at the store
 _ABORT_WAIT = 3.0  # seconds
 _STORE_TIMEOUT = timedelta(seconds=2)
-_LAST_WORKS = 64  # more than there are buckets: those before the last few have been waited for
+_LAST_WORKS = 64  # more than are under way: those before have been waited for
 _NEVER = timedelta(days=365)  # NCCL's own watchdog would end the process: deadlines are ours
 
 
@@ -169,7 +169,7 @@ class Group:
             if self._aborted.is_set():
                 raise TransferError("Joining was aborted.", backend="nccl", phase="init")
             deadline.check("building the communicator", backend="nccl", phase="init")
-        self._store.set_timeout(_STORE_TIMEOUT)  # torch asks the store at times, and its host may stand still
+        self._store.set_timeout(_STORE_TIMEOUT)  # its host may stand still when torch asks it
         if answer[0] is not None:
             raise PeerLostError(
                 "The communicator could not be built.", backend="nccl", phase="init", cause=_first_line(answer[0])
@@ -309,19 +309,26 @@ def _is_loopback(address: str) -> bool:
         return False
 
 
+_UNSUPERVISED = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # else a peer's death ends the process
+    "TORCH_NCCL_ENABLE_MONITORING": "0",  # else an abort that waits for a stopped peer ends it
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",  # else the store is polled, with warnings once the trainer has closed it
+}
+
+
 @contextmanager
 def _without_watchdog() -> Iterator[None]:
-    """Keep torch's NCCL watchdog from ending the process when a peer dies; it reads its setting at construction."""
-    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
-    before = os.environ.get(name)
-    os.environ[name] = "0"
+    """Keep torch's supervision of NCCL from ending the process; a group reads these settings when it is built."""
+    before = {name: os.environ.get(name) for name in _UNSUPERVISED}
+    os.environ.update(_UNSUPERVISED)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _close(last_reference: list[Any], transport: str) -> None:
