@@ -251,12 +251,11 @@ class Group:
             return
         # NCCL's abort ends the running kernels and then waits for its peers, for ever if one of them is stopped.
         # gloo has no abort: its connections close with the last reference, after the running operations, which end by
-        # their own timeouts.
-        wait = _ABORT_WAIT if self._meeting.transport == "nccl" else 0.0
+        # their own timeouts. A group that is being torn down when the interpreter ends would abort the process.
         closing = threading.Thread(target=_close, args=([backend], self._meeting.transport), daemon=True)
         del backend
         closing.start()
-        closing.join(wait)
+        closing.join(_ABORT_WAIT)
 
     def _await_members(self, deadline: Deadline, name_of: Callable[[int], str]) -> None:
         missing = [rank for rank in range(self._world_size) if rank != self._rank]
