@@ -16,10 +16,10 @@ import attrs
 from weight_transfer.deadline import Deadline
 from weight_transfer.engine import LoadWeights, TrainerWeightTransferEngine, WeightTransferEngine, WorkerSlot
 from weight_transfer.errors import HandshakeError, ManifestMismatchError, PeerLostError, TransferTimeoutError
+from weight_transfer.export import Export, Exporter
 from weight_transfer.info import WeightTransferInitInfo, WeightTransferUpdateInfo, sent_once
+from weight_transfer.shared_memory import map_read_only
 from weight_transfer_ipc.connection import Connection, Listener
-from weight_transfer_ipc.export import Export, Exporter
-from weight_transfer_ipc.memory import map_read_only
 from weight_transfer_ipc.ring import RingLayout, RingReader, RingWriter
 
 if TYPE_CHECKING:
@@ -141,9 +141,7 @@ class IpcTrainerEngine(TrainerWeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
             self._listener = None
         self._exporter.close()
         self._export = self._staged = None
-        if self._ring is not None:
-            self._ring.memory.close()
-            self._ring = None
+        self._ring = None
 
     @property
     def extra_memory(self) -> int:
@@ -152,7 +150,7 @@ class IpcTrainerEngine(TrainerWeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
     def _pass_segments(self, rank: int, worker: Connection, deadline: Deadline) -> None:
         """Send a worker the file descriptors that it does not have yet."""
         assert self._export is not None and self._staged is not None
-        fds = {segment.id: self._exporter.fd(segment.id) for segment in self._export.segments}
+        fds = {segment.id: self._exporter.segment(segment.id).fd for segment in self._export.segments}
         if self._staged.params and self._ring is not None:
             fds[_RING] = self._ring.memory.fd
         for segment_id, fd in fds.items():

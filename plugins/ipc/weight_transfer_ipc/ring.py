@@ -14,7 +14,7 @@ import torch
 
 from weight_transfer.buckets import ALIGNMENT, BucketPlan, Unpacker, bucket_views, pack, plan_buckets
 from weight_transfer.errors import PeerLostError
-from weight_transfer_ipc.memory import SharedMemory
+from weight_transfer.shared_memory import SharedMemory
 
 if TYPE_CHECKING:
     from weight_transfer.deadline import Deadline
