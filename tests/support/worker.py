@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from contextlib import ExitStack
 from pathlib import Path
@@ -64,8 +65,10 @@ def main(
     breaks_at_init: bool = False,
     device: str = "cpu",
     replica: int = 1,
+    environ: dict[str, str] | None = None,
 ) -> None:
     """Serve ``replica`` receivers behind one address; the first one's loader takes orders."""
+    os.environ.update(environ or {})
     torch.set_num_threads(1)
     models = [Odd(seed + rank, rows).to(device) for rank in range(replica)]
     loader = Loader(models[0], stage)
@@ -95,6 +98,9 @@ def main(
                 "release": loader.release,
                 "calls": lambda: loader.calls,
                 "maps": shared_mappings,
+                "fds": lambda: len(os.listdir("/proc/self/fd")),
+                "mapped": lambda: mapped_device_memory(receiver),
+                "free": lambda: torch.cuda.mem_get_info(device)[0],
             }
         )
 
@@ -102,3 +108,9 @@ def main(
 def shared_mappings() -> int:
     """Return how many of the ipc backend's segments this process maps."""
     return Path("/proc/self/maps").read_text().count("memfd:weight-transfer")
+
+
+def mapped_device_memory(receiver: wt.WeightReceiver) -> int:
+    """Return how many of the trainer's allocations the ipc backend's worker maps."""
+    reader = getattr(receiver._engine, "_reader", None)
+    return len(getattr(reader, "_mapped", ()))
