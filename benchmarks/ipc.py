@@ -3,10 +3,11 @@
     python benchmarks/ipc.py [--rounds 12] [--export adopt|stage]
     python benchmarks/ipc.py --device cuda [--peer] [--case dense --case moe] [--rounds 12] [--export adopt|stage]
 
-With ``--device cuda`` see `ipc_cuda`; ``--peer`` puts the worker on another GPU. On CPU tensors: trainer and worker are two processes; the worker answers over HTTP, as in production. Rounds alternate between an update
-and a ``copy_`` of one flat tensor of the same size with the same number of threads, so that a noisy machine disturbs
-both alike; medians are compared. Every update carries new random weights, and at the end the worker's bytes are
-compared with the trainer's by SHA-256, after A, then B, then A again.
+With ``--device cuda`` see `ipc_cuda`; ``--peer`` puts the worker on another GPU. On CPU tensors, trainer and worker are
+two processes; the worker answers over HTTP, as in production. Rounds alternate between an update and a ``copy_`` of one
+flat tensor of the same size with the same number of threads, so that a noisy machine disturbs both alike; medians are
+compared. Every update carries new random weights, and at the end the worker's bytes are compared with the trainer's by
+SHA-256, after A, then B, then A again.
 """
 
 from __future__ import annotations

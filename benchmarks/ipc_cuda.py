@@ -6,7 +6,7 @@ In one run, in alternating rounds:
 * ``ours``: ``WeightSender.send``, all its phases, over HTTP and over a pipe, and the update phase alone;
 * ``packed``: buffers of 1 GiB: concatenate, share the handle, map, split, copy, unmap, answer (vLLM's packed scheme,
   written afresh from its description);
-* ``unpacked``: a handle per tensor, shared, mapped and unmapped at each update, and a copy per tensor (vLLM's other one).
+* ``unpacked``: a handle per tensor, shared, mapped and unmapped at each update, a copy per tensor (vLLM's other one).
 """
 
 from __future__ import annotations

@@ -18,8 +18,9 @@ LIBRARY = "libcuda.so.1"
 HANDLE_BYTES = 64
 
 # Numbers from cuda.h.
-_IS_LEGACY_IPC_CAPABLE = 13  # CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE
+_IS_LEGACY_IPC_CAPABLE = 10  # CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE
 _LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+_INVALID_VALUE = 1  # CUDA_ERROR_INVALID_VALUE
 _OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 _IN_STREAM_ORDER = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
 
@@ -80,6 +81,10 @@ class CudaMemoryError(TransferError):
     """The GPU has no memory left."""
 
 
+class CudaValueError(TransferError):
+    """CUDA does not do this with that memory."""
+
+
 @cache
 def _library() -> ctypes.CDLL:
     try:
@@ -113,7 +118,7 @@ def _call(what: str, name: str, *arguments: object) -> None:
         library.cuGetErrorName(code, byref(number))
         library.cuGetErrorString(code, byref(text))
         words = (number.value or b"?").decode(), (text.value or b"an unknown error").decode()
-        kind = CudaMemoryError if code == _OUT_OF_MEMORY else TransferError
+        kind = {_INVALID_VALUE: CudaValueError, _OUT_OF_MEMORY: CudaMemoryError}.get(code, TransferError)
         raise kind(f"CUDA failed to {what}.", backend="ipc", cause=f"{name}: {words[0]} ({code}), {words[1]}")
 
 
@@ -188,7 +193,11 @@ def allocation_at(address: int, device: int) -> tuple[int, int]:
 
 
 def export(address: int, device: int) -> str:
-    """Return the handle of the allocation that begins at ``address``, as hexadecimal text."""
+    """Return the handle of the allocation that begins at ``address``, as hexadecimal text.
+
+    Raises:
+        CudaValueError: CUDA cannot export it; see also `is_exportable`.
+    """
     handle = _Handle()
     with _on(device):
         _call("export an allocation", "cuIpcGetMemHandle", byref(handle), address)

@@ -116,7 +116,10 @@ class CudaExporter:
             return None
         begin, nbytes = cuda.allocation_at(address, device)
         if (device, begin) not in used:
-            gpu, handle = cuda.uuid_of(device), cuda.export(begin, device)
+            try:
+                gpu, handle = cuda.uuid_of(device), cuda.export(begin, device)
+            except cuda.CudaValueError:  # what virtual memory answers, whatever its attributes say; it is staged
+                return None
             used[device, begin] = known.get((gpu, handle)) or Allocation(next(self._ids), gpu, nbytes, handle, begin)
         return used[device, begin]
 
