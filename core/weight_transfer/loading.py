@@ -6,6 +6,7 @@ import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from itertools import compress
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
@@ -88,11 +89,14 @@ class KernelFormatLoader:
         return self._targets
 
     def __call__(self, weights: Weights) -> None:
-        targets = [self._targets[name] for name, _ in weights]
-        tensors = [tensor for _, tensor in weights]
-        if any(map(operator.is_, targets, tensors)):  # an engine has written some of them in place
-            moving = [index for index, target in enumerate(targets) if target is not tensors[index]]
-            targets, tensors = [targets[index] for index in moving], [tensors[index] for index in moving]
+        if not weights:
+            return
+        names, tensors = zip(*weights, strict=True)
+        targets = list(map(self._targets.__getitem__, names))
+        written = list(map(operator.is_, targets, tensors))  # by the engine, in place
+        if any(written):
+            moving = list(map(operator.not_, written))
+            targets, tensors = list(compress(targets, moving)), tuple(compress(tensors, moving))
         if targets:
             with torch.no_grad():
                 torch._foreach_copy_(targets, tensors)

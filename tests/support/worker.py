@@ -99,7 +99,7 @@ def main(
                 "calls": lambda: loader.calls,
                 "maps": shared_mappings,
                 "fds": lambda: len(os.listdir("/proc/self/fd")),
-                "mapped": lambda: mapped_device_memory(receiver),
+                "mapped": lambda: mapped_device_memory(receivers[0]),
                 "free": lambda: torch.cuda.mem_get_info(device)[0],
             }
         )
