@@ -1,0 +1,244 @@
+"""Weights in the memory of a CUDA device: the agent lives in the engine's process.
+
+Memory that came from another process by a CUDA IPC handle cannot be exported once more, so a process of its own could
+not serve them. What `weight_transfer_rdma.process` contains can therefore happen here: a NIXL call that never returns
+costs a thread, and one that aborts costs the process.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from weight_transfer.errors import BackendUnavailableError, TransferError, TransferTimeoutError
+from weight_transfer.shared_memory import SharedMemory
+from weight_transfer_rdma.memory import Arena, Located
+from weight_transfer_rdma.nixl import VRAM, Agent, Place, Transport, environment, installed, transport_in
+from weight_transfer_rdma.plan import Regions
+from weight_transfer_rdma.process import foreign
+
+if TYPE_CHECKING:
+    from weight_transfer.deadline import Deadline
+    from weight_transfer.manifest import Manifest
+    from weight_transfer_rdma.config import RdmaOptions
+    from weight_transfer_rdma.nixl import Rows
+
+_KILL_TIMEOUT = 30.0  # seconds for a call of NIXL that is under way
+
+
+class LocalAgent:
+    """A NIXL agent in this process, with the methods of `AgentProcess`.
+
+    `kill` destroys the agent, which ends what it has under way; if a call of NIXL does not return, it raises.
+    """
+
+    def __init__(self, name: str, options: RdmaOptions, peer: str) -> None:
+        module = installed()
+        if module is None:
+            raise BackendUnavailableError("NIXL is not installed: pip install nixl-cu12", name="rdma")
+        self.name = name
+        self._peer = peer
+        self._killed = threading.Event()
+        self._busy = threading.Lock()
+        self._started: tuple[int, int] | None = None
+        self._log = _log_file()
+        with self._calling("start"), _variables(options, self._log):
+            self._agent: Agent | None = Agent(name, module)
+
+    @property
+    def alive(self) -> bool:
+        return not self._killed.is_set()
+
+    def register(self, address: int, nbytes: int, place: Place) -> None:
+        """See `Agent.register`."""
+        with self._calling("register") as agent:
+            agent.register(address, nbytes, place)
+
+    def deregister(self, address: int) -> None:
+        """See `Agent.deregister`."""
+        with self._calling("deregister") as agent:
+            agent.deregister(address)
+
+    def metadata(self, _deadline: Deadline) -> bytes:
+        with self._calling("metadata") as agent:
+            return agent.metadata()
+
+    def connect(self, metadata: bytes, _deadline: Deadline) -> str:
+        with self._calling("connect") as agent:
+            return agent.connect(metadata)
+
+    def prepare(self, operation: str, peer: str, rows: Rows, local: Place, remote: Place, _deadline: Deadline) -> int:
+        with self._calling("prepare") as agent:
+            return agent.prepare(operation, peer, rows, local, remote)
+
+    def release(self, _deadline: Deadline) -> None:
+        with self._calling("release") as agent:
+            agent.release()
+
+    def attach_flags(self, peer: str, filled: int, loaded: int, _deadline: Deadline) -> None:
+        with self._calling("attach_flags") as agent:
+            agent.attach_flags(peer, filled, loaded)
+
+    def start(self, handle: int, bucket: int, _deadline: Deadline) -> None:
+        self._started = handle, bucket
+        if not bucket:
+            with self._calling("moving weights") as agent:
+                agent.post(handle)
+
+    def finish(self, deadline: Deadline) -> None:
+        assert self._started is not None
+        handle, bucket = self._started
+
+        def check() -> None:
+            deadline.check("moving weights", backend="rdma", peer=self._peer)
+            if self._killed.is_set():
+                raise TransferError("The transfer was stopped.", backend="rdma")
+
+        with self._calling("moving weights") as agent:
+            if bucket:
+                agent.run(handle, bucket, check)
+            else:
+                agent.wait(handle, check)
+
+    def transport(self, place: Place) -> Transport:
+        with open(self._log, errors="replace") as log:
+            return transport_in(log.read(), place)
+
+    def kill(self) -> None:
+        self._killed.set()
+        if not self._busy.acquire(timeout=_KILL_TIMEOUT):
+            raise TransferTimeoutError(
+                "A call of NIXL does not return; this process must be restarted before its weights are used.",
+                backend="rdma",
+                peer=self._peer,
+            )
+        try:
+            self._agent = None  # its destructor ends what is under way
+        finally:
+            self._busy.release()
+
+    def close(self) -> None:
+        self.kill()
+
+    @contextmanager
+    def _calling(self, what: str) -> Iterator[Agent]:
+        """Hold the agent for one call, and map what it raises."""
+        with self._busy:
+            if self._killed.is_set():
+                raise TransferError("The transfer was stopped.", backend="rdma")
+            try:
+                yield getattr(self, "_agent", None)  # type: ignore[misc]  # it is missing while it is being made
+            except (TransferError, BackendUnavailableError):
+                raise
+            except Exception as error:
+                raise foreign(type(error).__name__, str(error), what, self._peer) from error
+
+
+class DeviceMemory:
+    """A `Memory` on one CUDA device; weights stay where they are."""
+
+    def __init__(self, options: RdmaOptions, device: torch.device) -> None:
+        self._device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        self.place = Place(VRAM, self._device.index)
+        self._options = options
+        self._agent: LocalAgent | None = None
+        self._registered: dict[int, int] = {}
+        self._known: tuple[tuple[object, ...], Located] | None = None
+        self._words: list[SharedMemory] = []
+
+    def start_agent(self, name: str, peer: str, deadline: Deadline) -> LocalAgent:
+        self._known = None
+        self._registered.clear()
+        self._agent = LocalAgent(name, self._options, peer)
+        return self._agent
+
+    def locate(self, manifest: Manifest, tensors: Mapping[str, torch.Tensor], deadline: Deadline) -> Located:
+        given = [tensors.get(param.name) for param in manifest.params]
+        signature = (
+            manifest.digest,
+            [(tensor.data_ptr(), tensor.is_contiguous()) if tensor is not None else None for tensor in given],
+        )
+        if self._known is None or self._known[0] != signature:
+            self._known = signature, self._located(given)
+        return self._known[1]
+
+    def arena(self, nbytes: int, deadline: Deadline) -> Arena:
+        assert self._agent is not None
+        data = torch.zeros(nbytes, dtype=torch.uint8, device=self._device)
+        self.settle()
+        self._agent.register(data.data_ptr(), nbytes, self.place)
+        return Arena(data, data.data_ptr())
+
+    def words(self, nbytes: int, deadline: Deadline) -> Arena:
+        assert self._agent is not None
+        data = SharedMemory(nbytes).storage(0, nbytes)
+        self._agent.register(data.data_ptr(), nbytes, Place())
+        return Arena(data, data.data_ptr())
+
+    def settle(self) -> None:
+        torch.cuda.synchronize(self._device)
+
+    def close(self) -> None:
+        self._agent = self._known = None
+
+    def _located(self, tensors: list[torch.Tensor | None]) -> Located:
+        """Register the allocator's segments in which tensors lie, and take back the others."""
+        assert self._agent is not None
+        mine = [
+            (int(segment["address"]), int(segment["total_size"]))
+            for segment in torch.cuda.memory_snapshot()
+            if segment["device"] == self._device.index
+        ]
+        segments = Regions.of(mine)
+        addresses = np.full(len(tensors), -1, dtype=np.int64)
+        padded = np.zeros(len(tensors), dtype=bool)
+        used: dict[int, int] = {}
+        for index, tensor in enumerate(tensors):
+            if tensor is None or tensor.device != self._device or not tensor.is_contiguous() or not tensor.numel():
+                continue
+            start, nbytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+            home = int(np.searchsorted(segments.addresses, start, side="right")) - 1
+            if home < 0 or start + nbytes > segments.addresses[home] + segments.sizes[home]:
+                continue  # not from torch's allocator: it goes through the buckets
+            addresses[index] = start
+            storage = tensor.untyped_storage()
+            padded[index] = storage.data_ptr() == start and storage.nbytes() == nbytes
+            used[int(segments.addresses[home])] = int(segments.sizes[home])
+        for address in [address for address, size in self._registered.items() if used.get(address) != size]:
+            self._agent.deregister(address)
+            del self._registered[address]
+        for address in used.keys() - self._registered.keys():
+            self._agent.register(address, used[address], self.place)
+            self._registered[address] = used[address]
+        return Located(addresses, padded, Regions.of(list(used.items())))
+
+
+_LOG: list[str] = []
+
+
+def _log_file() -> str:
+    """Return the file into which UCX logs in this process; UCX reads its name once, when it is loaded."""
+    if not _LOG:
+        folder = tempfile.mkdtemp(prefix="weight-transfer-")
+        _LOG.append(os.path.join(folder, "ucx.log"))
+        open(_LOG[0], "w").close()
+    return _LOG[0]
+
+
+@contextmanager
+def _variables(options: RdmaOptions, log: str) -> Iterator[None]:
+    """Set UCX's environment variables while an agent is made."""
+    before = dict(os.environ)
+    os.environ.update(environment(options.transport, options.interface, options.ucx) | {"UCX_LOG_FILE": log})
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

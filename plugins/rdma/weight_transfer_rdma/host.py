@@ -1,0 +1,72 @@
+"""Weights in host memory: they lie in shared memory, and the agent is a process of its own that maps it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from weight_transfer.export import Export, Exporter
+from weight_transfer.shared_memory import SharedMemory
+from weight_transfer_rdma.memory import Arena, Located
+from weight_transfer_rdma.nixl import Place
+from weight_transfer_rdma.plan import Regions
+from weight_transfer_rdma.process import AgentProcess
+
+if TYPE_CHECKING:
+    import torch
+
+    from weight_transfer.deadline import Deadline
+    from weight_transfer.manifest import Manifest
+    from weight_transfer_rdma.config import RdmaOptions
+
+
+class HostMemory:
+    """A `Memory` of shared segments, into which weights are adopted."""
+
+    def __init__(self, options: RdmaOptions) -> None:
+        self.place = Place()
+        self._options = options
+        self._exporter = Exporter(adopt=options.adopt)
+        self._agent: AgentProcess | None = None
+        self._known: tuple[Export, Located] | None = None
+
+    def start_agent(self, name: str, peer: str, deadline: Deadline) -> AgentProcess:
+        self._known = None
+        self._agent = AgentProcess(name, self._options, peer, deadline)
+        return self._agent
+
+    def locate(self, manifest: Manifest, tensors: Mapping[str, torch.Tensor], deadline: Deadline) -> Located:
+        export = self._exporter.refresh(manifest, tensors)
+        if self._known is None or self._known[0] is not export:
+            self._known = export, self._located(export, deadline)
+        return self._known[1]
+
+    def arena(self, nbytes: int, deadline: Deadline) -> Arena:
+        assert self._agent is not None
+        memory = SharedMemory(nbytes)
+        return Arena(memory.storage(0, nbytes), self._agent.share(memory, deadline))
+
+    def words(self, nbytes: int, deadline: Deadline) -> Arena:
+        return self.arena(nbytes, deadline)
+
+    def settle(self) -> None:
+        return
+
+    def close(self) -> None:
+        self._agent = self._known = None
+        self._exporter.close()
+
+    def _located(self, export: Export, deadline: Deadline) -> Located:
+        assert self._agent is not None
+        bases, regions = {}, []
+        for segment in export.segments:
+            memory = self._exporter.segment(segment.id)
+            bases[segment.id] = self._agent.share(memory, deadline)
+            regions.append((bases[segment.id], memory.nbytes))
+        addresses = [
+            bases[segment] + offset if segment >= 0 and str(index) not in export.strides else -1
+            for index, (segment, offset) in enumerate(zip(export.segment_ids, export.offsets, strict=True))
+        ]
+        return Located(np.array(addresses, dtype=np.int64), np.ones(len(addresses), dtype=bool), Regions.of(regions))

@@ -1,0 +1,109 @@
+"""What host and device memory have in common, as the engines see them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+import attrs
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from weight_transfer_rdma.plan import Integers, Regions
+
+if TYPE_CHECKING:
+    from weight_transfer.deadline import Deadline
+    from weight_transfer.manifest import Manifest
+    from weight_transfer_rdma.config import RdmaOptions
+    from weight_transfer_rdma.nixl import Place, Rows, Transport
+
+
+@attrs.frozen(eq=False)
+class Located:
+    """Where an agent finds tensors, as columns in the manifest's order.
+
+    Attributes:
+        addresses: -1 for those that it cannot reach or that are not contiguous.
+        padded: whether nothing but padding lies between the tensor's end and the next tensor.
+        regions: the regions in which they lie.
+    """
+
+    addresses: Integers
+    padded: NDArray[np.bool_]
+    regions: Regions
+
+
+@attrs.frozen(eq=False)
+class Arena:
+    """Staging memory: the same bytes, uint8, here and at an address of the agent."""
+
+    data: torch.Tensor
+    address: int
+
+
+class RunningAgent(Protocol):
+    """A NIXL agent as an engine sees it; `AgentProcess` says what each method does."""
+
+    name: str
+
+    @property
+    def alive(self) -> bool: ...
+    def metadata(self, deadline: Deadline) -> bytes: ...
+    def connect(self, metadata: bytes, deadline: Deadline) -> str: ...
+    def prepare(
+        self, operation: str, peer: str, rows: Rows, local: Place, remote: Place, deadline: Deadline
+    ) -> int: ...
+    def release(self, deadline: Deadline) -> None: ...
+    def attach_flags(self, peer: str, filled: int, loaded: int, deadline: Deadline) -> None: ...
+    def start(self, handle: int, bucket: int, deadline: Deadline) -> None: ...
+    def finish(self, deadline: Deadline) -> None: ...
+    def transport(self, place: Place) -> Transport: ...
+    def kill(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class Memory(Protocol):
+    """One side's weights and staging memory, and the agent that reaches them.
+
+    Attributes:
+        place: where the weights lie.
+    """
+
+    place: Place
+
+    def start_agent(self, name: str, peer: str, deadline: Deadline) -> RunningAgent:
+        """Start an agent; the methods below speak of the last one."""
+
+    def locate(self, manifest: Manifest, tensors: Mapping[str, torch.Tensor], deadline: Deadline) -> Located:
+        """Let the agent at the tensors of a manifest; return the same object while nothing moved."""
+
+    def arena(self, nbytes: int, deadline: Deadline) -> Arena:
+        """Make staging memory where the weights lie."""
+
+    def words(self, nbytes: int, deadline: Deadline) -> Arena:
+        """Make zeroed host memory."""
+
+    def settle(self) -> None:
+        """Wait until memory is as the caller's last operation leaves it."""
+
+    def close(self) -> None:
+        """Let go of the weights."""
+
+
+def memory_for(device: str | None, options: RdmaOptions) -> Memory:
+    """Return the memory of a torch device.
+
+    Raises:
+        ValueError: it is neither a CPU nor a CUDA device.
+    """
+    chosen = torch.device(device or "cpu")
+    if chosen.type == "cpu":
+        from weight_transfer_rdma.host import HostMemory
+
+        return HostMemory(options)
+    if chosen.type == "cuda":
+        from weight_transfer_rdma.device import DeviceMemory
+
+        return DeviceMemory(options, chosen)
+    raise ValueError(f"rdma moves CPU and CUDA tensors, not those of {chosen}")

@@ -1,0 +1,322 @@
+"""A worker's side: reads the trainer's memory, into its own parameters where its loader only copies."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import attrs
+import numpy as np
+
+from weight_transfer.buckets import ALIGNMENT, Unpacker, plan_buckets
+from weight_transfer.deadline import Deadline
+from weight_transfer.engine import LoadWeights, WeightTransferEngine
+from weight_transfer.errors import HandshakeError, ManifestMismatchError
+from weight_transfer.loading import destinations_of
+from weight_transfer_rdma.info import PROBE_BYTES, WORD, Endpoint, RdmaInitInfo, RdmaUpdateInfo, Table
+from weight_transfer_rdma.memory import memory_for
+from weight_transfer_rdma.nixl import VRAM, Place, Transport
+from weight_transfer_rdma.plan import Regions, merge
+
+if TYPE_CHECKING:
+    import torch
+
+    from weight_transfer.config import ParallelConfig, WeightTransferConfig
+    from weight_transfer.manifest import Manifest
+    from weight_transfer_rdma.memory import Arena, Located, RunningAgent
+
+logger = logging.getLogger(__name__)
+
+_CHUNK = 2**30  # bytes that are read at once into the worker's own parameters
+
+
+@attrs.frozen(eq=False)
+class _Job:
+    """One read, and what to load when it is done.
+
+    Attributes:
+        handle: the prepared read; None if there is nothing to read.
+        bucket: which bucket of the update the trainer must have filled, counted from 1; 0 for a read of the weights
+            where they lie.
+        load: called after the read.
+        in_place: whether it writes into the worker's parameters.
+    """
+
+    handle: int | None
+    bucket: int
+    load: Callable[[LoadWeights], None]
+    in_place: bool
+
+
+class RdmaWorkerEngine(WeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo]):
+    """Reads the trainer's weights.
+
+    Attributes:
+        transport: how UCX reads from the trainer; None before joining.
+    """
+
+    init_info_cls = RdmaInitInfo
+    update_info_cls = RdmaUpdateInfo
+
+    def __init__(self, config: WeightTransferConfig, parallel_config: ParallelConfig) -> None:
+        super().__init__(config, parallel_config)
+        self.transport: Transport | None = None
+        self._memory = memory_for(parallel_config.device, config.options)
+        self._agent: RunningAgent | None = None
+        self._rank = 0
+        self._probe: Arena | None = None
+        self._arena: Arena | None = None
+        self._endpoint: Endpoint | None = None
+        self._planned: tuple[object, ...] = ()
+        self._jobs: list[_Job] = []
+
+    def init_transfer_engine(self, init_info: RdmaInitInfo) -> None:
+        deadline = Deadline(init_info.timeout)
+        self._rank = init_info.rank_offset + self.parallel_config.rank
+        self._agent = self._memory.start_agent(f"worker-{secrets.token_hex(8)}", "trainer", deadline)
+        self._attach(self._agent, init_info.endpoint, deadline)
+
+    def receive_weights(self, update_info: RdmaUpdateInfo, load_weights: LoadWeights) -> None:
+        agent = self._agent
+        assert agent is not None
+        deadline = Deadline(update_info.timeout)
+        try:
+            self._memory.settle()
+            self._attach(agent, update_info.endpoint, deadline)
+            self._plan(agent, update_info, destinations_of(load_weights), deadline)
+            self._run(agent, update_info.filled, load_weights, deadline)
+        except BaseException:
+            agent.kill()  # what was under way writes nothing any more
+            raise
+
+    def abort_update(self) -> None:
+        if self._agent is not None:
+            self._agent.kill()
+
+    def shutdown(self) -> None:
+        if self._agent is not None:
+            self._agent.close()
+            self._agent = None
+        self._jobs, self._planned, self._endpoint = [], (), None
+        self._probe = self._arena = None
+        self._memory.close()
+
+    @property
+    def extra_memory(self) -> int:
+        return self._arena.data.nbytes if self._arena is not None else 0
+
+    def _attach(self, agent: RunningAgent, endpoint: Endpoint, deadline: Deadline) -> None:
+        """Connect to the trainer's agent as it is now, read a little, and see how that went."""
+        if endpoint == self._endpoint:
+            return
+        agent.release(deadline)
+        self._planned, self._jobs = (), []
+        peer = agent.connect(endpoint.metadata, deadline)
+        if peer != endpoint.agent:
+            raise HandshakeError(f"The metadata of agent {endpoint.agent} belongs to {peer}.", backend="rdma")
+        if self._endpoint is None or self._endpoint.agent != endpoint.agent:
+            self._probe = self._probe or self._memory.arena(PROBE_BYTES, deadline)
+            rows = np.array([[self._probe.address, endpoint.probe, PROBE_BYTES]], dtype=np.uint64)
+            agent.start(agent.prepare("READ", peer, rows, self._memory.place, endpoint.place, deadline), 0, deadline)
+            agent.finish(deadline)
+            self._judge(agent.transport(self._memory.place))
+        agent.attach_flags(peer, endpoint.flags, endpoint.flags + self._rank * WORD, deadline)
+        self._endpoint = endpoint
+
+    def _judge(self, transport: Transport) -> None:
+        """Refuse a transport that the options do not allow."""
+        self.transport = transport
+        options, kind = self.config.options, transport.kind
+        if options.transport not in ("auto", kind):
+            raise HandshakeError(
+                f"UCX reads from the trainer by {transport.path} ({kind}), not over {options.transport} as this "
+                f'worker\'s options demand; check what both hosts offer, or set transport = "{kind}".',
+                backend="rdma",
+                peer="trainer",
+            )
+        slow = kind == "tcp" and options.transport == "auto"
+        if slow and self._memory.place.memory == VRAM and not options.allow_tcp:
+            raise HandshakeError(
+                "UCX finds nothing better than TCP between these GPUs. On one GPU use the ipc backend; else check "
+                "NVLink and RDMA devices, or set allow_tcp = true.",
+                backend="rdma",
+                peer="trainer",
+            )
+        level = logging.WARNING if slow else logging.INFO
+        logger.log(level, "rdma reads from the trainer over %s (%s)", kind, transport.path)
+
+    def _plan(
+        self,
+        agent: RunningAgent,
+        info: RdmaUpdateInfo,
+        destinations: Mapping[str, torch.Tensor] | None,
+        deadline: Deadline,
+    ) -> None:
+        """Prepare the reads, unless neither side's weights have moved since the last update."""
+        manifest, table = info.manifest, info.table
+        located: Located | None = None
+        if destinations is not None:
+            ordered = {param.name: destinations[param.name] for param in manifest.params}
+            located = self._memory.locate(manifest, ordered, deadline)
+        planned = (manifest, table, located, destinations)
+        if len(planned) == len(self._planned) and all(map(lambda a, b: a is b, planned, self._planned)):
+            return
+        self._jobs, self._planned = [], ()
+        planner = _Planner(agent, self._endpoint, self._memory.place, manifest, table, deadline)
+        self._jobs = planner.direct(located, destinations or {})
+        if planner.left:
+            stride = -(-table.bucket_bytes // ALIGNMENT) * ALIGNMENT
+            nbytes = stride * max(len(table.buckets), self.config.buckets)
+            if self._arena is None or self._arena.data.nbytes < nbytes:
+                self._arena = self._memory.arena(nbytes, deadline)
+            self._jobs += planner.staged(list(self._arena.data.split(stride)), self._arena.address)
+        self._planned = planned
+
+    def _run(self, agent: RunningAgent, filled: int, load_weights: LoadWeights, deadline: Deadline) -> None:
+        """Run the jobs; each is read while the one before it is loaded."""
+        self._start(agent, self._jobs[0], filled, load_weights, deadline)
+        for job, following in zip(self._jobs, [*self._jobs[1:], None], strict=True):
+            if job.handle is not None:
+                agent.finish(deadline)
+            if following is not None:
+                self._start(agent, following, filled, load_weights, deadline)
+            job.load(load_weights)
+
+    def _start(
+        self, agent: RunningAgent, job: _Job, filled: int, load_weights: LoadWeights, deadline: Deadline
+    ) -> None:
+        if job.handle is None:
+            return
+        if job.in_place:
+            load_weights.write_in_place()  # type: ignore[attr-defined]  # whoever has destinations has this too
+        agent.start(job.handle, filled + job.bucket if job.bucket else 0, deadline)
+
+
+class _Planner:
+    """Turns a manifest and both sides' addresses into jobs."""
+
+    def __init__(
+        self,
+        agent: RunningAgent,
+        endpoint: Endpoint | None,
+        place: Place,
+        manifest: Manifest,
+        table: Table,
+        deadline: Deadline,
+    ) -> None:
+        assert endpoint is not None
+        self._agent, self._endpoint, self._place, self._deadline = agent, endpoint, place, deadline
+        self._table = table
+        self._params = manifest.params
+        self._remote = np.array(table.addresses, dtype=np.int64)
+        self._sizes = np.array([param.nbytes for param in manifest.params], dtype=np.int64)
+        if len(self._remote) != len(self._sizes) or len(table.region_addresses) != len(table.region_sizes):
+            raise ManifestMismatchError(
+                "The trainer's table of addresses and its manifest differ in length.", backend="rdma"
+            )
+        regions = Regions.of(list(zip(table.region_addresses, table.region_sizes, strict=True)))
+        reachable = (self._remote >= 0) & (self._sizes > 0)
+        self._regions = np.full(len(self._sizes), -1, dtype=np.int64)
+        self._regions[reachable] = regions.index(self._remote[reachable], self._sizes[reachable])
+        self.left = set(range(len(self._sizes)))
+
+    def direct(self, located: Located | None, destinations: Mapping[str, torch.Tensor]) -> list[_Job]:
+        """Read into the worker's own parameters what both agents reach."""
+        if located is None:
+            return []
+        at_home = np.zeros(len(self._sizes), dtype=np.int64)
+        possible = (self._remote >= 0) & (located.addresses >= 0) & (self._sizes > 0)
+        at_home[possible] = located.regions.index(located.addresses[possible], self._sizes[possible])
+        order = np.flatnonzero(possible)
+        order = order[np.argsort(located.addresses[order], kind="stable")]
+        jobs = []
+        for chunk in np.split(order, _cuts(self._sizes[order], _CHUNK)):
+            if len(chunk):
+                rows = merge(
+                    located.addresses[chunk],
+                    self._remote[chunk],
+                    self._sizes[chunk],
+                    at_home[chunk],
+                    self._regions[chunk],
+                    located.padded[chunk],
+                )
+                names = [self._params[index].name for index in chunk.tolist()]
+                weights = [(name, destinations[name]) for name in names]
+                jobs.append(_Job(self._prepare(rows), 0, _loading(weights), in_place=True))
+        empty = [param.name for param in self._params if not param.nbytes]
+        if empty:
+            jobs.append(_Job(None, 0, _loading([(name, destinations[name]) for name in empty]), in_place=False))
+        self.left -= {*order.tolist(), *np.flatnonzero(self._sizes == 0).tolist()}
+        return jobs
+
+    def staged(self, buffers: list[torch.Tensor], address: int) -> list[_Job]:
+        """Read the rest into staging buckets.
+
+        Args:
+            buffers: the buckets, uint8, one after another.
+            address: of the first one in the agent.
+        """
+        stride = buffers[0].nbytes
+        addresses = [address + index * stride for index in range(len(buffers))]
+        pulled = self._pulled(buffers, addresses)
+        turn = len(pulled) % len(buffers)  # the next bucket is read while the last one of these is loaded
+        return pulled + self._filled(buffers[turn:] + buffers[:turn], addresses[turn:] + addresses[:turn])
+
+    def _pulled(self, buffers: list[torch.Tensor], addresses: list[int]) -> list[_Job]:
+        """Read from the trainer's own parameters what its agent reaches."""
+        indices = [index for index in sorted(self.left) if self._remote[index] >= 0 or not self._sizes[index]]
+        plan = plan_buckets([self._params[index] for index in indices], self._table.bucket_bytes)
+        unpacker = Unpacker(plan, buffers)
+        jobs = []
+        for number, slots in enumerate(plan.buckets):
+            used = [slot for slot in slots if slot.nbytes]
+            handle = None
+            if used:
+                params = np.array([indices[slot.param] for slot in used], dtype=np.int64)
+                rows = merge(
+                    addresses[number % len(buffers)] + np.array([slot.offset for slot in used], dtype=np.int64),
+                    self._remote[params] + np.array([slot.start for slot in used], dtype=np.int64),
+                    np.array([slot.nbytes for slot in used], dtype=np.int64),
+                    np.zeros(len(used), dtype=np.int64),
+                    self._regions[params],
+                    np.ones(len(used), dtype=bool),
+                )
+                handle = self._prepare(rows)
+            jobs.append(_Job(handle, 0, _unpacking(unpacker, number), in_place=False))
+        self.left -= set(indices)
+        return jobs
+
+    def _filled(self, buffers: list[torch.Tensor], addresses: list[int]) -> list[_Job]:
+        """Read the buckets that the trainer fills, one after another."""
+        plan = plan_buckets([self._params[index] for index in sorted(self.left)], self._table.bucket_bytes)
+        if plan.params and not self._table.buckets:
+            raise ManifestMismatchError("The trainer's table has weights without an address.", backend="rdma")
+        unpacker = Unpacker(plan, buffers)
+        jobs = []
+        for number, slots in enumerate(plan.buckets):
+            theirs = self._table.buckets[number % len(self._table.buckets)]
+            row = np.array([[addresses[number % len(buffers)], theirs, slots[-1].offset + slots[-1].nbytes]], np.uint64)
+            jobs.append(_Job(self._prepare(row), number + 1, _unpacking(unpacker, number), in_place=False))
+        self.left.clear()
+        return jobs
+
+    def _prepare(self, rows: np.ndarray[tuple[int, ...], np.dtype[np.uint64]]) -> int:
+        endpoint = self._endpoint
+        return self._agent.prepare("READ", endpoint.agent, rows, self._place, endpoint.place, self._deadline)
+
+
+def _cuts(
+    sizes: np.ndarray[tuple[int, ...], np.dtype[np.int64]], limit: int
+) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    """Return where to cut a list so that no part is much larger than ``limit``."""
+    return np.flatnonzero(np.diff(np.cumsum(sizes) // limit)) + 1
+
+
+def _loading(weights: list[tuple[str, torch.Tensor]]) -> Callable[[LoadWeights], None]:
+    return lambda load_weights: load_weights(weights)
+
+
+def _unpacking(unpacker: Unpacker, number: int) -> Callable[[LoadWeights], None]:
+    return lambda load_weights: unpacker.load(number, load_weights)
