@@ -183,6 +183,12 @@ class TrainerWeightTransferEngine(ABC, Generic[TInitInfo, TUpdateInfo]):
     def abort_update(self) -> None:
         """The update failed: make a running `send_weights` raise soon. Called from any thread."""
 
+    def lose_worker(self, peer: str) -> None:
+        """Worker ``peer`` of an `open_endpoint` failed, the others go on: do not wait for it. Called from any thread.
+
+        It may come back: then `open_endpoint` is called for it again.
+        """
+
     @abstractmethod
     def shutdown(self) -> None:
         """Give back everything. May be called in any state, and twice."""

@@ -117,7 +117,7 @@ class Fleet:
             joining,
             lambda peer: peer.channel.init_weight_transfer_engine(peer.init_info),
             "init",
-            on_failure=engine.abort_update,
+            on_failure=lambda _peer: engine.abort_update(),
         )
         try:
             engine.join_workers(deadline)
@@ -188,8 +188,19 @@ class Fleet:
             raise next(iter(failures.values()))
         for peer, error in failures.items():
             peer.forget()
+            if self.engine is not None:
+                self.engine.lose_worker(peer.address)
             logger.warning("going on without worker %s: %s", peer.address, error)
         return failures
+
+    def react(self, peer: Peer) -> None:
+        """Tell the engine at once of a worker that failed in the middle of an update; callable from any thread."""
+        if self.engine is None:
+            return
+        if self.goes_on:
+            self.engine.lose_worker(peer.address)
+        else:
+            self.engine.abort_update()
 
     def require_one(self, lost: Lost) -> None:
         """Raise the last failure if no worker is left: they may have failed one after another, in different phases."""

@@ -107,7 +107,7 @@ class Calls:
         peers: Sequence[Peer],
         call: Callable[[Peer], object],
         phase: str,
-        on_failure: Callable[[], None] | None = None,
+        on_failure: Callable[[Peer], None] | None = None,
     ) -> None:
         self._phase = phase
         self._on_failure = on_failure
@@ -171,4 +171,4 @@ class Calls:
             error.message = f"{peer.address}: {error.message}"
         self._answers.put((peer, error))
         if error is not None and self._on_failure is not None:
-            self._on_failure()
+            self._on_failure(peer)

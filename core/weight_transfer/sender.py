@@ -226,7 +226,7 @@ class WeightSender:
             list(wires),
             lambda peer: peer.channel.update_weights(wires[peer]),
             "update",
-            on_failure=None if self._fleet.goes_on else engine.abort_update,
+            on_failure=self._fleet.react,
         )
         progress = _Progress(self._backend.notify, info, self.config.backend)
         try:

@@ -18,7 +18,10 @@ from weight_transfer import PeerLostError, TransferError, TransferTimeoutError
 ADOPT: dict[str, Any] = {"backend": "ipc", "timeout": 30, "init_timeout": 20}
 STAGE: dict[str, Any] = ADOPT | {"ipc": {"export": "stage"}, "bucket_bytes": "64KiB"}
 NCCL: dict[str, Any] = ADOPT | {"backend": "nccl", "nccl": {"direct_bytes": "96KiB"}, "bucket_bytes": "256KiB"}
-ALL = pytest.mark.parametrize("config", [ADOPT, STAGE, NCCL], ids=["ipc, adopted", "ipc, staged", "nccl over gloo"])
+SHM: dict[str, Any] = ADOPT | {"backend": "rdma", "rdma": {"transport": "shm"}, "bucket_bytes": "64KiB"}
+TCP: dict[str, Any] = SHM | {"rdma": {"transport": "tcp", "adopt": False}}
+CONFIGS = {"ipc, adopted": ADOPT, "ipc, staged": STAGE, "nccl over gloo": NCCL, "rdma, shm": SHM, "rdma, tcp": TCP}
+ALL = pytest.mark.parametrize("config", list(CONFIGS.values()), ids=list(CONFIGS))
 
 Spawn = Callable[..., Actor]
 
@@ -110,7 +113,7 @@ def test_a_new_worker_joins_at_the_next_update_and_one_may_leave(spawn: Spawn, c
     assert first.ask("status")["version"] == 2
 
 
-@pytest.mark.parametrize("config", [ADOPT, STAGE], ids=["adopted", "staged"])
+@pytest.mark.parametrize("config", [ADOPT, STAGE, SHM, TCP], ids=["adopted", "staged", "rdma, shm", "rdma, tcp"])
 def test_with_continue_the_others_publish_when_a_worker_dies(spawn: Spawn, config: dict[str, Any]) -> None:
     config = config | {"on_worker_failure": "continue"}
     victim, survivor = (spawn("worker", seed=seed, config=config) for seed in (11, 12))
@@ -151,7 +154,7 @@ def test_a_trainer_killed_in_an_update_leaves_no_version_and_a_new_one_takes_ove
     worker = spawn("worker", seed=11, config=config)
     trainer = spawn("trainer", config=config, workers=[worker.hello])
     trainer.ask("send", seed=1, version=1)
-    worker.ask("arm", block_at=2 if config.get("ipc") else 1)
+    worker.ask("arm", block_at=2 if config in (STAGE, TCP) else 1)
     trainer.tell("send", seed=2, version=2)
     assert worker.reply() == "blocked"
     trainer.kill()
@@ -193,7 +196,9 @@ def test_a_worker_that_hangs_is_a_timeout_and_writes_nothing_afterwards(spawn: S
     assert worker.ask("digest") == sent["digest"]
 
 
-@pytest.mark.parametrize("config", [STAGE, NCCL], ids=["ipc, staged", "nccl over gloo"])
+@pytest.mark.parametrize(
+    "config", [STAGE, NCCL, SHM, TCP], ids=["ipc, staged", "nccl over gloo", "rdma, shm", "rdma, tcp"]
+)
 def test_after_a_timeout_a_trainer_that_wakes_up_writes_nothing_any_more(spawn: Spawn, config: dict[str, Any]) -> None:
     config = config | {"timeout": 3}
     worker = spawn("worker", seed=11, config=config)

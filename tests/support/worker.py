@@ -101,8 +101,15 @@ def main(
                 "fds": lambda: len(os.listdir("/proc/self/fd")),
                 "mapped": lambda: mapped_device_memory(receivers[0]),
                 "free": lambda: torch.cuda.mem_get_info(device)[0],
+                "pid": os.getpid,
+                "peek": lambda: [int(_bytes(models[0].embed.weight)[at]) for at in (0, -1)],
+                "fill": lambda value: [_bytes(weight).fill_(value) for weight in (models[0].embed.weight,)] and None,
             }
         )
+
+
+def _bytes(weight: torch.Tensor) -> torch.Tensor:
+    return weight.detach().view(-1).view(torch.uint8)
 
 
 def shared_mappings() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -17,15 +16,12 @@ from weight_transfer.errors import HandshakeError, PeerLostError, TransferError
 from weight_transfer.manifest import Manifest
 from weight_transfer_rdma.info import PROBE_BYTES, WORD, Endpoint, RdmaInitInfo, RdmaUpdateInfo, Table
 from weight_transfer_rdma.memory import Arena, Located, RunningAgent, memory_for
+from weight_transfer_rdma.plan import Integers
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from weight_transfer.config import ParallelConfig, WeightTransferConfig
     from weight_transfer.deadline import Deadline
     from weight_transfer.source import WeightSource
-
-logger = logging.getLogger(__name__)
 
 _FLAGS_BYTES = 64 * 1024
 _PAUSE = 5e-4  # seconds between two looks at the workers' counters
@@ -58,6 +54,8 @@ class RdmaTrainerEngine(TrainerWeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo
             raise HandshakeError(f"rdma serves at most {_FLAGS_BYTES // WORD - 1} workers from one trainer.")
         opened = self._opened(deadline)
         self._ranks |= ranks
+        for each in ranks.values():
+            opened.counters[each.start : each.stop] = self._filled
         return [{"endpoint": opened.endpoint} for _ in slots]
 
     def join_workers(self, deadline: Deadline) -> None:
@@ -90,6 +88,9 @@ class RdmaTrainerEngine(TrainerWeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo
         if self._updating and opened is not None:
             opened.agent.kill()
 
+    def lose_worker(self, peer: str) -> None:
+        self._ranks.pop(peer, None)
+
     def shutdown(self) -> None:
         self._close_agent()
         self._memory.close()
@@ -118,7 +119,8 @@ class RdmaTrainerEngine(TrainerWeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo
             except BaseException:
                 agent.close()
                 raise
-            self._open = _Open(agent, endpoint, flags, probe)
+            self._open = _Open(agent, endpoint, flags.data.view(torch.int64).numpy(), flags, probe)
+            self._open.counters[:] = self._filled
         return self._open
 
     def _close_agent(self) -> None:
@@ -156,13 +158,13 @@ class RdmaTrainerEngine(TrainerWeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo
     def _fill(self, opened: _Open, source: WeightSource, deadline: Deadline, progress: Callable[[int], None]) -> None:
         """Put the staged tensors into the ring; returns when all workers have read them."""
         assert opened.plan is not None and opened.table is not None
-        plan, counters = opened.plan, opened.flags.data.view(torch.int64).numpy()
+        plan = opened.plan
         wanted = {param.name for param in plan.params}
         tensors: Iterator[torch.Tensor] = (tensor for name, tensor in source if name in wanted)
         current, tensor = -1, torch.empty(0)
         before = self._filled
         for index, slots in enumerate(plan.buckets):
-            self._await(counters, before + index + 1 - len(opened.table.buckets), opened, deadline)
+            self._await(before + index + 1 - len(opened.table.buckets), opened, deadline)
             parts = []
             for slot in slots:
                 if slot.param != current:
@@ -171,26 +173,34 @@ class RdmaTrainerEngine(TrainerWeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo
             pack(slots, parts, opened.views[index])
             self._memory.settle()
             self._filled += 1
-            counters[0] = self._filled
+            opened.counters[0] = self._filled
             progress(sum(slot.nbytes for slot in slots))
-        self._await(counters, self._filled, opened, deadline)
+        self._await(self._filled, opened, deadline)
 
-    def _await(self, counters: np.ndarray[Any, Any], bucket: int, opened: _Open, deadline: Deadline) -> None:
+    def _await(self, bucket: int, opened: _Open, deadline: Deadline) -> None:
         """Wait until every worker has read that many buckets."""
-        while any((counters[ranks.start : ranks.stop] < bucket).any() for ranks in list(self._ranks.values())):
+        while waiting := list(self._ranks.values()):
+            if all((opened.counters[ranks.start : ranks.stop] >= bucket).all() for ranks in waiting):
+                return
             deadline.check("waiting for the workers to read a bucket", backend="rdma", phase="update")
             if self._aborted.wait(_PAUSE):
                 raise TransferError("The update was aborted.", backend="rdma", phase="update")
             if not opened.agent.alive:
                 raise PeerLostError("The trainer's RDMA agent ended.", backend="rdma", phase="update", peer="trainer")
+        raise PeerLostError("No worker is left.", backend="rdma", phase="update")
 
 
 @attrs.define(eq=False)
 class _Open:
-    """A running agent and what it gives access to."""
+    """A running agent and what it gives access to.
+
+    Attributes:
+        counters: at index 0, the buckets that were filled; at a worker's rank, those that it has read.
+    """
 
     agent: RunningAgent
     endpoint: Endpoint
+    counters: Integers
     flags: Arena
     probe: Arena
     ring: Arena | None = None
