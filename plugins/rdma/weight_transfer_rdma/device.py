@@ -8,10 +8,10 @@ costs a thread, and one that aborts costs the process.
 from __future__ import annotations
 
 import os
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -220,16 +220,10 @@ class DeviceMemory:
         return Located(addresses, padded, Regions.of(list(used.items())))
 
 
-_LOG: list[str] = []
-
-
+@cache
 def _log_file() -> str:
     """Return the file into which UCX logs in this process; UCX reads its name once, when it is loaded."""
-    if not _LOG:
-        folder = tempfile.mkdtemp(prefix="weight-transfer-")
-        _LOG.append(os.path.join(folder, "ucx.log"))
-        open(_LOG[0], "w").close()
-    return _LOG[0]
+    return f"/proc/self/fd/{os.memfd_create('weight-transfer-agent-log', os.MFD_CLOEXEC)}"
 
 
 @contextmanager

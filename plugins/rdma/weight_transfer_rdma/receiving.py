@@ -13,7 +13,7 @@ import numpy as np
 from weight_transfer.buckets import ALIGNMENT, Unpacker, plan_buckets
 from weight_transfer.deadline import Deadline
 from weight_transfer.engine import LoadWeights, WeightTransferEngine
-from weight_transfer.errors import HandshakeError, ManifestMismatchError
+from weight_transfer.errors import HandshakeError, ManifestMismatchError, TransferTimeoutError
 from weight_transfer.loading import destinations_of
 from weight_transfer_rdma.info import PROBE_BYTES, WORD, Endpoint, RdmaInitInfo, RdmaUpdateInfo, Table
 from weight_transfer_rdma.memory import memory_for
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_PROBE_TIMEOUT = 10.0  # seconds for the first, small read; a GPU's memory over TCP may never arrive
 _CHUNK = 2**30  # bytes that are read at once into the worker's own parameters
 
 
@@ -120,7 +121,11 @@ class RdmaWorkerEngine(WeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo]):
             self._probe = self._probe or self._memory.arena(PROBE_BYTES, deadline)
             rows = np.array([[self._probe.address, endpoint.probe, PROBE_BYTES]], dtype=np.uint64)
             agent.start(agent.prepare("READ", peer, rows, self._memory.place, endpoint.place, deadline), 0, deadline)
-            agent.finish(deadline)
+            try:
+                agent.finish(Deadline(min(deadline.remaining(), _PROBE_TIMEOUT)))
+            except TransferTimeoutError:
+                self._judge(agent.transport(self._memory.place))
+                raise
             self._judge(agent.transport(self._memory.place))
         agent.attach_flags(peer, endpoint.flags, endpoint.flags + self._rank * WORD, deadline)
         self._endpoint = endpoint
@@ -136,8 +141,8 @@ class RdmaWorkerEngine(WeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo]):
                 backend="rdma",
                 peer="trainer",
             )
-        slow = kind == "tcp" and options.transport == "auto"
-        if slow and self._memory.place.memory == VRAM and not options.allow_tcp:
+        slow = kind in ("tcp", "unknown") and options.transport == "auto"
+        if kind == "tcp" and slow and self._memory.place.memory == VRAM and not options.allow_tcp:
             raise HandshakeError(
                 "UCX finds nothing better than TCP between these GPUs. On one GPU use the ipc backend; else check "
                 "NVLink and RDMA devices, or set allow_tcp = true.",

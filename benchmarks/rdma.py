@@ -1,0 +1,215 @@
+"""Speed of the ``rdma`` backend, beside NIXL's own and a plain copy of the same bytes, in the same run.
+
+    python benchmarks/rdma.py [--transport shm,tcp] [--workers 1,2,3] [--rounds 9]     on the CPU
+    python benchmarks/rdma.py --device cuda [--workers 1] [--rounds 9]                 between GPUs
+
+Rows: ``copy`` is one ``copy_`` of one flat tensor (between GPUs: from one to the other); ``one READ``, one NIXL read of
+one descriptor, which is the limit; ``READ per tensor``, one descriptor each, without merging; ``update`` and ``send``,
+this backend, the latter with its control calls. Rounds alternate between all of them, so that a noisy machine disturbs
+them alike; medians are compared. Each row's rate is that of one worker; with several, all of them read at once.
+
+Trainer, workers and the owner of the raw reads are processes of their own; workers answer over HTTP. The trainer is on
+the first GPU and worker i on GPU i, modulo their number: on a machine with one GPU, all are on it. Before the rounds,
+the workers' bytes are compared with the trainer's by integer digests after A, then B, then A again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from shapes import Weights, llama_8b, qwen_half_billion, qwen_moe, tiny
+
+import weight_transfer as wt
+from weight_transfer.deadline import Deadline
+from weight_transfer.integrity import tensor_digest
+from weight_transfer_rdma.memory import memory_for
+from weight_transfer_rdma.nixl import Place
+
+CASES = {
+    "cpu": {
+        "Qwen2.5-0.5B shapes": qwen_half_billion,
+        "9,000 tensors of 110 KB": lambda: tiny(9000, 110_080),
+        "9,000 tensors of 2 KB": lambda: tiny(9000, 2048),
+    },
+    "cuda": {"Llama-3.1-8B shapes": llama_8b, "Qwen3-30B-A3B shapes, 24 layers": qwen_moe},
+}
+LONG = 120.0  # seconds
+
+
+def digests(weights: torch.nn.Module) -> str:
+    return json.dumps([tensor_digest(parameter.data) for parameter in weights.parameters()])
+
+
+def work(case: str, config: dict[str, Any], device: str) -> None:
+    """Be a worker: serve until standard input ends, and answer each line there with digests."""
+    weights = Weights(CASES[torch.device(device).type][case](), torch.bfloat16, device)
+    with wt.WeightReceiver(config, weights) as receiver, wt.serve(receiver) as server:
+        print(server.url, flush=True)
+        for _ in sys.stdin:
+            print(digests(weights), flush=True)
+
+
+def own(nbytes: int, config: dict[str, Any], device: str) -> None:
+    """Be the owner of raw reads, until standard input ends."""
+    memory, deadline = memory_for(device, wt.load_config(config).options), Deadline(LONG)
+    agent = memory.start_agent("raw-owner", "reader", deadline)
+    arena = memory.arena(nbytes, deadline)
+    arena.data.fill_(7)
+    memory.settle()
+    place = [memory.place.memory, memory.place.device]
+    print(json.dumps([agent.metadata(deadline).hex(), arena.address, place]), flush=True)
+    sys.stdin.read()
+    agent.close()
+
+
+class Child:
+    """This script in another role."""
+
+    def __init__(self, *arguments: str) -> None:
+        command = [sys.executable, __file__, *arguments]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def line(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def ask(self) -> str:
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return self.line()
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(LONG)
+
+
+def raw_reads(stack: ExitStack, sizes: list[int], config: dict[str, Any], devices: tuple[str, str]) -> Any:
+    """Return functions that read everything with one descriptor, and with one per tensor."""
+    memory, deadline = memory_for(devices[1], wt.load_config(config).options), Deadline(1e6)
+    starts = np.concatenate([[0], np.cumsum(-(-np.array(sizes) // 256) * 256)])
+    total = int(starts[-1])
+    owner = stack.enter_context(Child("--own", str(total), "--config", json.dumps(config), "--device", devices[0]))
+    agent = memory.start_agent("raw-reader", "owner", deadline)
+    stack.callback(agent.close)
+    arena = memory.arena(total, deadline)
+    metadata, address, place = json.loads(owner.line())
+    peer = agent.connect(bytes.fromhex(metadata), deadline)
+    each = np.stack([starts[:-1] + arena.address, starts[:-1] + address, np.array(sizes)], axis=1).astype(np.uint64)
+    one = np.array([[arena.address, address, total]], dtype=np.uint64)
+    handles = [agent.prepare("READ", peer, rows, memory.place, Place(*place), deadline) for rows in (one, each)]
+
+    def read(handle: int) -> Callable[[], None]:
+        def run() -> None:
+            agent.start(handle, 0, deadline)
+            agent.finish(deadline)
+
+        return run
+
+    for handle in handles:
+        read(handle)()
+    if not (arena.data == 7).all():
+        raise SystemExit("a raw read brought other bytes")
+    return [read(handle) for handle in handles], agent.transport(memory.place)
+
+
+def copying(nbytes: int, devices: tuple[str, str]) -> Callable[[], None]:
+    source = torch.ones(nbytes, dtype=torch.uint8, device=devices[0])
+    target = torch.zeros(nbytes, dtype=torch.uint8, device=devices[1])
+
+    def run() -> None:
+        target.copy_(source)
+        if target.is_cuda:
+            torch.cuda.synchronize(target.device)
+
+    return run
+
+
+def timed(call: Callable[[], Any]) -> float:
+    since = time.perf_counter()
+    call()
+    return time.perf_counter() - since
+
+
+def measure(case: str, rounds: int, workers: int, config: dict[str, Any], kind: str) -> None:
+    gpus = torch.cuda.device_count()
+    places = [f"cuda:{index % gpus}" if kind == "cuda" else "cpu" for index in range(workers + 1)]
+    weights = Weights(CASES[kind][case](), torch.bfloat16, places[0])
+    sizes = [parameter.nbytes for parameter in weights.parameters()]
+    nbytes = sum(sizes)
+    seconds: dict[str, list[float]] = {}
+    with ExitStack() as stack:
+        arguments = ("--worker", case, "--config", json.dumps(config), "--device")
+        children = [stack.enter_context(Child(*arguments, place)) for place in places[1:]]
+        sender = stack.enter_context(wt.WeightSender(config, [child.line() for child in children]))
+        for seed in (1, 2, 1):
+            weights.randomise(seed)
+            sender.send(weights)
+            if {child.ask() for child in children} != {digests(weights)}:
+                raise SystemExit(f"{case}: a worker's bytes differ from the trainer's")
+        (one, each), transport = raw_reads(stack, sizes, config, (places[0], places[1]))
+        calls = {"one READ": one, "READ per tensor": each, "copy": copying(nbytes, (places[0], places[1]))}
+        for _ in range(rounds):
+            for name, call in calls.items():
+                seconds.setdefault(name, []).append(timed(call))
+            since = time.perf_counter()
+            report = sender.send(weights)
+            seconds.setdefault("send", []).append(time.perf_counter() - since)
+            seconds.setdefault("update", []).append(report.seconds["update"])
+    print(
+        f"{case}: {len(sizes)} tensors, {nbytes / 1e9:.3f} GB, {workers} workers, {transport.kind} ({transport.path})"
+    )
+    limit = statistics.median(seconds["one READ"])
+    for name in ("copy", "one READ", "READ per tensor", "update", "send"):
+        median = statistics.median(seconds[name])
+        rate, best = nbytes / median / 1e9, min(seconds[name])
+        print(
+            f"  {name:16} {median * 1e3:9.1f} ms {rate:8.2f} GB/s   of one READ {limit / median:5.2f}"
+            f"   best {best * 1e3:9.1f} ms"
+        )
+    print(f"  extra memory of the trainer: {report.extra_memory / 2**20:.0f} MiB", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--transport", default=None, help="comma-separated; default is shm,tcp, or auto for cuda")
+    parser.add_argument("--workers", default="1", help="comma-separated numbers")
+    parser.add_argument("--case", default="", help="part of a case's name; default is all")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--own", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--config", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        work(arguments.worker, arguments.config, arguments.device)
+        return
+    if arguments.own:
+        own(arguments.own, arguments.config, arguments.device)
+        return
+    kind = torch.device(arguments.device).type
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; medians of {arguments.rounds} rounds")
+    for transport in (arguments.transport or ("auto" if kind == "cuda" else "shm,tcp")).split(","):
+        config = {"backend": "rdma", "timeout": LONG, "rdma": {"transport": transport}}
+        for case in CASES[kind]:
+            for workers in map(int, arguments.workers.split(",")):
+                if arguments.case in case:
+                    measure(case, arguments.rounds, workers, config, kind)
+
+
+if __name__ == "__main__":
+    main()
