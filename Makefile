@@ -3,13 +3,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+LAB := .venv/rdma-lab
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format docs clean
+.PHONY: help install demo test test-verbs check format docs clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## Install all packages, editable, into .venv
 
@@ -23,6 +24,10 @@ demo: $(INSTALLED) ## Train a small model on the CPU and send it to two workers 
 
 test: $(INSTALLED) ## Run the tests (ARGS="-k name")
 	$(BIN)/python -m pytest $(ARGS)
+
+test-verbs: $(INSTALLED) ## Test rdma over Soft-RoCE in a virtual machine (Debian, root: installs QEMU; 89 MB)
+	test -f $(LAB)/vmlinuz || bash tests/verbs/rdma-lab setup $(LAB)
+	RDMA_LAB=$(LAB) $(BIN)/python -m pytest tests/verbs $(ARGS)
 
 check: $(INSTALLED) ## Lint, check formatting and types, build the documentation
 	$(BIN)/ruff check

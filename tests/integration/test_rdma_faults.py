@@ -16,7 +16,7 @@ from support.actors import Actor
 from weight_transfer import PeerLostError, TransferError, TransferTimeoutError
 
 ROWS = 120_000  # of 512 bytes: a read over TCP takes a tenth of a second or more
-TIMEOUT = 6
+TIMEOUT = 4
 TRANSPORTS = pytest.mark.parametrize("transport", ["shm", "tcp"])
 
 Spawn = Callable[..., Actor]
