@@ -1,4 +1,4 @@
-"""A checkpoint on disk goes to workers like a model, through the ring of buckets of the ipc and nccl backends."""
+"""A checkpoint on disk goes to workers like a model, through the buckets of the ipc, nccl and rdma backends."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _save(directory: Path, model: nn.Module) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("backend", ["ipc", "nccl", "loopback"])
+@pytest.mark.parametrize("backend", ["ipc", "nccl", "rdma", "loopback"])
 def test_checkpoints_arrive_bit_for_bit_from_a_to_b_and_back(tmp_path: Path, backend: str) -> None:
     config: dict[str, Any] = {"backend": backend, "bucket_bytes": "4KiB", "timeout": 30}
     paths = [_save(tmp_path / str(seed), _model(seed)) for seed in (1, 2)]

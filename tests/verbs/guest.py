@@ -61,7 +61,7 @@ def main(case: str) -> None:
     transport = reader.transport(HERE)
     assert transport.kind == "rdma", transport
     if case == "killed":
-        os.kill(owner._keeper._process.pid, signal.SIGKILL)
+        os.kill(owner.pid, signal.SIGKILL)
         since = time.monotonic()
         try:
             read(40)

@@ -103,7 +103,7 @@ def test_metadata_of_an_agent_that_died_is_a_lost_peer(
 
 def test_a_call_that_takes_too_long_is_a_timeout_and_killing_it_leaves_no_process(deadline: Deadline) -> None:
     agent = AgentProcess("still", RdmaOptions(), "nobody", deadline)
-    process = _only_child()
+    process = agent.pid
     os.kill(process, signal.SIGSTOP)
     with pytest.raises(TransferTimeoutError, match=r"0\.2 s"):
         agent.metadata(Deadline(0.2))
@@ -117,7 +117,7 @@ def test_a_call_that_takes_too_long_is_a_timeout_and_killing_it_leaves_no_proces
 
 def test_an_agent_that_dies_is_an_error_that_says_how(deadline: Deadline) -> None:
     agent = AgentProcess("victim", RdmaOptions(), "nobody", deadline)
-    os.kill(_only_child(), signal.SIGSEGV)
+    os.kill(agent.pid, signal.SIGSEGV)
     with pytest.raises(TransferError, match="signal 11"):
         agent.metadata(deadline)
     agent.close()
@@ -138,8 +138,8 @@ def test_agents_go_with_their_engine_also_in_the_middle_of_a_call() -> None:
         "from weight_transfer_rdma.config import RdmaOptions\n"
         "from weight_transfer_rdma.process import AgentProcess\n"
         "agent = AgentProcess('orphan', RdmaOptions(), 'nobody', Deadline(30))\n"
-        "print(agent._keeper._process.pid, flush=True)\n"
-        "os.kill(agent._keeper._process.pid, signal.SIGSTOP)\n"
+        "print(agent.pid, flush=True)\n"
+        "os.kill(agent.pid, signal.SIGSTOP)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60, check=False)
@@ -176,7 +176,7 @@ def test_an_agent_says_nothing_on_the_engine_s_output_and_all_of_it_in_the_log_i
 
 def test_an_agent_process_imports_no_torch(deadline: Deadline) -> None:
     agent = AgentProcess("light", RdmaOptions(), "nobody", deadline)
-    maps = Path(f"/proc/{_only_child()}/maps").read_text()
+    maps = Path(f"/proc/{agent.pid}/maps").read_text()
     agent.close()
     assert "libucp" in maps
     assert "libtorch" not in maps
@@ -256,13 +256,3 @@ def test_the_transport_is_read_from_the_protocol_report(how: str, path: str, kin
         found = transport_in(LOG.format(memory=memory, how=how, path=path), place)
         assert (found.kind, found.path) == (kind, f"{how} over {path}")
     assert transport_in(LOG, Place(VRAM, 0)).kind == "unknown"
-
-
-def _only_child() -> int:
-    children = [
-        int(child)
-        for thread in Path("/proc/self/task").iterdir()
-        for child in (thread / "children").read_text().split()
-    ]
-    (found,) = [child for child in children if b"rdma.agent" in Path(f"/proc/{child}/cmdline").read_bytes()]
-    return found

@@ -43,6 +43,12 @@ class Calls:
         self._mappings[address] = mapping
         return Message({"address": address})
 
+    def unshare(self, _message: Message, address: int) -> Message:
+        """Deregister and unmap a segment."""
+        self._agent.deregister(address)
+        self._mappings.pop(address).close()
+        return Message({})
+
     def metadata(self, _message: Message) -> Message:
         return Message({}, self._agent.metadata())
 

@@ -151,7 +151,6 @@ class DeviceMemory:
         self._agent: LocalAgent | None = None
         self._registered: dict[int, int] = {}
         self._known: tuple[tuple[object, ...], Located] | None = None
-        self._words: list[SharedMemory] = []
 
     def start_agent(self, name: str, peer: str, deadline: Deadline) -> LocalAgent:
         self._known = None

@@ -30,10 +30,12 @@ class HostMemory:
         self._options = options
         self._exporter = Exporter(adopt=options.adopt)
         self._agent: AgentProcess | None = None
+        self._arenas: list[SharedMemory] = []
         self._known: tuple[Export, Located] | None = None
 
     def start_agent(self, name: str, peer: str, deadline: Deadline) -> AgentProcess:
         self._known = None
+        self._arenas.clear()
         self._agent = AgentProcess(name, self._options, peer, deadline)
         return self._agent
 
@@ -46,6 +48,7 @@ class HostMemory:
     def arena(self, nbytes: int, deadline: Deadline) -> Arena:
         assert self._agent is not None
         memory = SharedMemory(nbytes)
+        self._arenas.append(memory)
         return Arena(memory.storage(0, nbytes), self._agent.share(memory, deadline))
 
     def words(self, nbytes: int, deadline: Deadline) -> Arena:
@@ -56,10 +59,13 @@ class HostMemory:
 
     def close(self) -> None:
         self._agent = self._known = None
+        self._arenas.clear()
         self._exporter.close()
 
     def _located(self, export: Export, deadline: Deadline) -> Located:
         assert self._agent is not None
+        used = [self._exporter.segment(segment.id) for segment in export.segments]
+        self._agent.unshare_all_but([*used, *self._arenas], deadline)
         bases, regions = {}, []
         for segment in export.segments:
             memory = self._exporter.segment(segment.id)

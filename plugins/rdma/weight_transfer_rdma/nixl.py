@@ -94,7 +94,7 @@ def environment(transport: str, interface: str | None, ucx: Mapping[str, str]) -
 
 # TCP stands beside shared memory and NVLink because neither can notice that a peer died; it carries control messages.
 _TLS = {
-    "rdma": "rc,dc,ud,self,cuda_copy",
+    "rdma": "rc,dc,ud,srd,self,cuda_copy",
     "nvlink": "cuda_ipc,cuda_copy,tcp,self",
     "shm": "cma,tcp,self",
     "tcp": "tcp,self,cuda_copy",

@@ -47,6 +47,9 @@ class AgentProcess:
     """
 
     def __init__(self, name: str, options: RdmaOptions, peer: str, deadline: Deadline) -> None:
+        module = installed()
+        if module is None:
+            raise BackendUnavailableError("NIXL is not installed: pip install nixl-cu12", name="rdma")
         self.name = name
         self.peer = peer
         self._log = os.memfd_create("weight-transfer-agent-log", os.MFD_CLOEXEC)
@@ -54,7 +57,8 @@ class AgentProcess:
         self._killed = False
         self._shared: dict[int, tuple[SharedMemory, int]] = {}
         self._socket, theirs = socket.socketpair()
-        self._keeper = _Keeper(_command(name, theirs.fileno()), _variables(options), theirs.fileno(), self._log)
+        command = [sys.executable, "-u", "-P", "-m", "weight_transfer_rdma.agent", str(theirs.fileno()), name, module]
+        self._keeper = _Keeper(command, _variables(options), theirs.fileno(), self._log)
         try:
             with theirs:
                 self._keeper.await_start()
@@ -68,12 +72,24 @@ class AgentProcess:
         """Whether the process runs."""
         return not self._killed and self._keeper.is_alive()
 
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self._keeper.pid
+
     def share(self, memory: SharedMemory, deadline: Deadline) -> int:
         """Let the agent at a segment; return the segment's address there."""
         if id(memory) not in self._shared:
             reply = self._call({"call": "share", "nbytes": memory.nbytes}, deadline, fds=(memory.fd,))
             self._shared[id(memory)] = memory, int(reply.body["address"])
         return self._shared[id(memory)][1]
+
+    def unshare_all_but(self, memories: list[SharedMemory], deadline: Deadline) -> None:
+        """Take back the segments that are not among these; nobody may be reading them."""
+        kept = {id(memory) for memory in memories}
+        for key in [key for key in self._shared if key not in kept]:
+            self._call({"call": "unshare", "address": self._shared[key][1]}, deadline)
+            del self._shared[key]
 
     def metadata(self, deadline: Deadline) -> bytes:
         """See `Agent.metadata`."""
@@ -211,6 +227,11 @@ class _Keeper(threading.Thread):
         code = self._process.returncode if self._process else None
         return "its end is unknown" if code is None else f"signal {-code}" if code < 0 else f"exit status {code}"
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
     def kill(self) -> None:
         if self._process is not None:
             self._process.kill()
@@ -244,17 +265,6 @@ def foreign(kind: str, text: str, what: str, peer: str, words: str | None = None
             **fields,
         )
     return TransferError(f"NIXL failed at {what!r}.", **fields)
-
-
-def _command(name: str, fd: int) -> list[str]:
-    return [sys.executable, "-u", "-P", "-m", "weight_transfer_rdma.agent", str(fd), name, _module()]
-
-
-def _module() -> str:
-    module = installed()
-    if module is None:
-        raise BackendUnavailableError("NIXL is not installed: pip install nixl-cu12", name="rdma")
-    return module
 
 
 def _variables(options: RdmaOptions) -> dict[str, str]:

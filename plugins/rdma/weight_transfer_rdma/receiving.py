@@ -112,7 +112,6 @@ class RdmaWorkerEngine(WeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo]):
         """Connect to the trainer's agent as it is now, read a little, and see how that went."""
         if endpoint == self._endpoint:
             return
-        agent.release(deadline)
         self._planned, self._jobs = (), []
         peer = agent.connect(endpoint.metadata, deadline)
         if peer != endpoint.agent:
@@ -127,7 +126,6 @@ class RdmaWorkerEngine(WeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo]):
                 self._judge(agent.transport(self._memory.place))
                 raise
             self._judge(agent.transport(self._memory.place))
-        agent.attach_flags(peer, endpoint.flags, endpoint.flags + self._rank * WORD, deadline)
         self._endpoint = endpoint
 
     def _judge(self, transport: Transport) -> None:
@@ -169,7 +167,11 @@ class RdmaWorkerEngine(WeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo]):
         if len(planned) == len(self._planned) and all(map(lambda a, b: a is b, planned, self._planned)):
             return
         self._jobs, self._planned = [], ()
-        planner = _Planner(agent, self._endpoint, self._memory.place, manifest, table, deadline)
+        endpoint = self._endpoint
+        assert endpoint is not None
+        agent.release(deadline)
+        agent.attach_flags(endpoint.agent, endpoint.flags, endpoint.flags + self._rank * WORD, deadline)
+        planner = _Planner(agent, endpoint, self._memory.place, manifest, table, deadline)
         self._jobs = planner.direct(located, destinations or {})
         if planner.left:
             stride = -(-table.bucket_bytes // ALIGNMENT) * ALIGNMENT
@@ -205,13 +207,12 @@ class _Planner:
     def __init__(
         self,
         agent: RunningAgent,
-        endpoint: Endpoint | None,
+        endpoint: Endpoint,
         place: Place,
         manifest: Manifest,
         table: Table,
         deadline: Deadline,
     ) -> None:
-        assert endpoint is not None
         self._agent, self._endpoint, self._place, self._deadline = agent, endpoint, place, deadline
         self._table = table
         self._params = manifest.params
