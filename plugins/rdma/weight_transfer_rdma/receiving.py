@@ -190,6 +190,8 @@ class RdmaWorkerEngine(WeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo]):
             if following is not None:
                 self._start(agent, following, filled, load_weights, deadline)
             job.load(load_weights)
+            if not job.in_place:
+                self._memory.settle()  # before its bucket is read into again
 
     def _start(
         self, agent: RunningAgent, job: _Job, filled: int, load_weights: LoadWeights, deadline: Deadline
