@@ -9,10 +9,17 @@ import torch
 
 import weight_transfer as wt
 from support.models import Odd, digest
-from weight_transfer.testing.worker import Loader, Unjoinable
+from weight_transfer.testing.worker import Loader
 
 if TYPE_CHECKING:
     from support.actors import Stage
+
+
+class Unjoinable(wt.WeightReceiver):
+    """Answers, but can never join."""
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        raise RuntimeError("this worker was told not to join")
 
 
 def main(

@@ -53,13 +53,6 @@ class Loader:
         self._released.set()
 
 
-class Unjoinable(WeightReceiver):
-    """Answers, but can never join."""
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        raise RuntimeError("this worker was told not to join")
-
-
 class Worker:
     """One receiver with its model and its server."""
 
@@ -73,14 +66,12 @@ class Worker:
         device: str = "cpu",
         in_place: bool = False,
         port: int = 0,
-        breaks_at_init: bool = False,
     ) -> None:
         self.model = Model(weights, seed, device)
         self.loader = Loader(self.model, stage)
         self._open = ExitStack()
-        kind = Unjoinable if breaks_at_init else WeightReceiver
         self.receiver = self._open.enter_context(
-            kind(config, self.model, load_weights=None if in_place else self.loader)
+            WeightReceiver(config, self.model, load_weights=None if in_place else self.loader)
         )
         self.url = self._open.enter_context(serve(self.receiver, port=port)).url
         self._reading = threading.Event()

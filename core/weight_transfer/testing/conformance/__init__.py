@@ -19,21 +19,18 @@ from weight_transfer.testing.conformance.scale import ScaleTests
 from weight_transfer.testing.conformance.versions import VersionsTests
 
 
+# pytest runs the tests of the last base first
 class BackendConformance(
-    ScaleTests,
-    ResourcesTests,
-    FaultsTests,
-    VersionsTests,
-    BitsTests,
-    LifecycleTests,
-    ContractTests,  # run backwards
+    ScaleTests, ResourcesTests, FaultsTests, VersionsTests, BitsTests, LifecycleTests, ContractTests
 ):
     """Derive a class whose name begins with ``Test``, name the backend, and run pytest.
 
-    The tests skip, and say why, what the backend's descriptor does not promise: with neither `Capability.CROSS_PROCESS`
-    nor processes to kill, workers are threads; `Capability.CUDA` and a GPU give CUDA tensors; without
-    `Capability.REJOIN` nobody is asked to come back alone. A test that a subclass overrides must carry
-    ``pytest.mark.xfail`` or ``pytest.mark.skip`` with a reason, so that a report shows what is left out.
+    The tests follow the capabilities of the backend's descriptor, and say why they skip what it does not promise.
+    Without `Capability.CROSS_PROCESS` workers are threads, and none is killed. With `Capability.CUDA`, on a machine
+    that has a GPU, tensors are CUDA tensors. Without `Capability.REJOIN` nobody is asked to come back alone.
+
+    A test that a subclass overrides must carry ``pytest.mark.xfail`` or ``pytest.mark.skip`` with a reason, so that a
+    report shows what is left out; a silent override is refused when the class is made.
 
     Attributes:
         backend: its name.
