@@ -123,9 +123,13 @@ class Actor:
         finally:
             os.kill(self.pid, signal.SIGCONT)
 
-    def stop(self) -> None:
-        """End it by closing its pipe."""
+    def hang_up(self) -> None:
+        """Close its pipe, which tells it to end."""
         self._pipe.close()
+
+    def stop(self) -> None:
+        """End it, and wait for that."""
+        self.hang_up()
         self._body.join(20)
         if self._body.is_alive() and not isinstance(self._body, threading.Thread):
             self.kill()
@@ -155,11 +159,13 @@ class Stage:
             except (EOFError, ConnectionError):
                 return
             try:
-                self.say(commands[request.pop("command")](**request))
-            except BrokenPipeError:
-                return
+                reply = {"result": commands[request.pop("command")](**request)}
             except Exception as error:  # noqa: BLE001  (replied)
-                self._pipe.send_bytes(json.dumps({"error": error_to_dict(error)}).encode())
+                reply = {"error": error_to_dict(error)}
+            try:
+                self._pipe.send_bytes(json.dumps(reply).encode())
+            except OSError:  # the test is over: it has closed the pipe
+                return
 
 
 def eventually(holds: Callable[[], bool], within: float) -> bool:

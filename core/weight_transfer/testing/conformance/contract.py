@@ -119,7 +119,7 @@ class ContractTests(Kit):
             pytest.skip(f"{self.backend} does not work here")
         self.engines()  # imports the modules that define errors
         package = self.loaded().backend.worker_engine.partition(".")[0]
-        for cls in [TransferError, *_subclasses(WeightTransferError)]:
+        for cls in _subclasses(WeightTransferError):
             if cls is TransferError or cls.__module__.partition(".")[0] == package:
                 error = cls("one sentence", cause="a cause")
                 reduced: Any = error.__reduce__()

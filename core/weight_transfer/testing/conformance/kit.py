@@ -90,6 +90,7 @@ class Cast:
         self._device = device
         self._in_process = in_process
         self._end = ExitStack()
+        self._actors: list[Actor] = []
         self._names = 0
         if in_process:  # OpenMP would give every thread a team of its own
             self._end.callback(torch.set_num_threads, torch.get_num_threads())
@@ -133,12 +134,16 @@ class Cast:
 
     def end(self) -> None:
         """End all actors."""
+        for actor in self._actors:
+            actor.hang_up()
+        for actor in self._actors:
+            actor.stop()
         self._end.close()
 
     def _start(self, role: str) -> Actor:
         threads = None if self._in_process else 1
         actor = Actor(f"weight_transfer.testing.{role}", in_process=self._in_process, threads=threads)
-        self._end.callback(actor.stop)
+        self._actors.append(actor)
         return actor.ready()
 
     def _name(self) -> str:
