@@ -1,11 +1,13 @@
-"""Speed of the ``ipc`` backend on CPU tensors, beside one plain copy of the same bytes in the same run.
+"""Speed of the ``ipc`` backend, beside one plain copy of the same bytes in the same run.
 
     python benchmarks/ipc.py [--rounds 12] [--export adopt|stage]
+    python benchmarks/ipc.py --device cuda [--peer] [--case dense --case moe] [--rounds 12] [--export adopt|stage]
 
-Trainer and worker are two processes; the worker answers over HTTP, as in production. Rounds alternate between an update
-and a ``copy_`` of one flat tensor of the same size with the same number of threads, so that a noisy machine disturbs
-both alike; medians are compared. Every update carries new random weights, and at the end the worker's bytes are
-compared with the trainer's by SHA-256, after A, then B, then A again.
+With ``--device cuda`` see `ipc_cuda`; ``--peer`` puts the worker on another GPU. On CPU tensors, trainer and worker are
+two processes; the worker answers over HTTP, as in production. Rounds alternate between an update and a ``copy_`` of one
+flat tensor of the same size with the same number of threads, so that a noisy machine disturbs both alike; medians are
+compared. Every update carries new random weights, and at the end the worker's bytes are compared with the trainer's by
+SHA-256, after A, then B, then A again.
 """
 
 from __future__ import annotations
@@ -83,6 +85,9 @@ def measure(case: str, rounds: int, config: dict[str, object]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--peer", action="store_true", help="put the worker on another GPU")
+    parser.add_argument("--case", choices=("dense", "moe"), action="append", help="on CUDA; default is both")
     parser.add_argument("--export", choices=("adopt", "stage"), default="adopt")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--worker-config", help=argparse.SUPPRESS)
@@ -90,10 +95,18 @@ def main() -> None:
     if arguments.worker:
         work(arguments.worker, arguments.worker_config)
         return
+    config = {"backend": "ipc", "ipc": {"export": arguments.export}}
+    if arguments.device == "cuda":
+        import ipc_cuda
+
+        print(f"torch {torch.__version__}, {torch.cuda.get_device_name(0)}; medians of {arguments.rounds} rounds")
+        for case in arguments.case or ("dense", "moe"):
+            ipc_cuda.measure(case, arguments.peer, arguments.rounds, config)
+        return
     threads = torch.get_num_threads()
     print(f"torch {torch.__version__}, {threads} threads, one worker; medians of {arguments.rounds} rounds")
     for case in CASES:
-        measure(case, arguments.rounds, {"backend": "ipc", "ipc": {"export": arguments.export}})
+        measure(case, arguments.rounds, config)
 
 
 if __name__ == "__main__":

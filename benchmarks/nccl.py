@@ -6,7 +6,8 @@
 One trainer and the workers are processes of one host; on CUDA each has a GPU of its own. The schemes:
 
 * ``limit``: broadcasts of one buffer (1 GiB on CUDA, all bytes on the CPU), again and again, until all bytes have gone;
-* ``ours``: ``WeightSender.send``, all phases, with the control channel over HTTP;
+* ``ours``: the two engines with the receiver's checks and loader, told to begin as the other schemes are;
+* ``ours, send``: ``WeightSender.send``, all phases, with the control channel over HTTP;
 * ``per tensor``: one broadcast per parameter, from and into its own storage;
 * ``packed``: two buffers of 1 GiB: concatenate, broadcast, split, copy into the parameters (vLLM's scheme, written
   afresh from its description).
@@ -32,11 +33,14 @@ from torch import nn
 import weight_transfer as wt
 from weight_transfer.deadline import Deadline
 from weight_transfer.integrity import tensor_digest
+from weight_transfer.loading import KernelFormatLoader
 from weight_transfer.manifest import digest_json
+from weight_transfer.structuring import unstructure
+from weight_transfer.update import Update
 from weight_transfer_nccl.group import Group, Rendezvous, new_secret, open_store, reach_store
 
 CASES = {"dense": shapes.llama_8b, "moe": shapes.qwen_moe, "small": shapes.qwen_half_billion}
-SCHEMES = ("limit", "ours", "per tensor", "packed")
+SCHEMES = ("limit", "ours", "ours, send", "per tensor", "packed")
 GIB = 2**30
 
 
@@ -49,17 +53,26 @@ def quiet(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak(device: torch.device, reset: bool = False) -> int:
-    """Return the most memory that torch had allocated on the device since the last reset, in bytes."""
-    if device.type != "cuda":
-        return 0
-    if reset:
-        torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.max_memory_allocated(device)
+class Memory:
+    """Watches the memory that torch allocates on a CUDA device, beyond what it holds now."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device if device.type == "cuda" else None
+        self._held = torch.cuda.memory_allocated(device) if self._device else 0
+
+    def watch(self) -> None:
+        """Forget the peak so far."""
+        if self._device:
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    @property
+    def extra(self) -> int:
+        """Bytes at the peak, beyond what was held in the beginning; 0 on the CPU."""
+        return torch.cuda.max_memory_allocated(self._device) - self._held if self._device else 0
 
 
 def broadcast(group: Group, data: torch.Tensor) -> Any:
-    return group.broadcast(data, Deadline(600))
+    return group.broadcast([data], Deadline(600))
 
 
 def limit(group: Group, weights: nn.Module, _root: bool) -> None:
@@ -121,6 +134,55 @@ BASELINES: dict[str, Callable[[Group, nn.Module, bool], None]] = {
 }
 
 
+class Receiver:
+    """A worker's engine with the checks and the loader of a `WeightReceiver`, without its control channel."""
+
+    def __init__(self, config: Any, weights: nn.Module, device: str, init_info: dict[str, Any]) -> None:
+        loaded = wt.load_config(config)
+        self._engine = wt.load_backend("nccl").create_worker_engine(loaded, wt.ParallelConfig(device=device))
+        self._engine.init_transfer_engine(self._engine.parse_init_info(init_info))
+        self._loader = KernelFormatLoader(weights)
+
+    def receive(self, info: Any) -> None:
+        update = Update(600)
+        self._loader.begin(info.manifest)
+        update.begin(info, self._loader, lambda _event: None, "nccl")
+        self._engine.receive_weights(info, update)
+        update.finish()
+
+    def close(self) -> None:
+        self._engine.shutdown()
+
+
+class Sender:
+    """The trainer's engine without a control channel."""
+
+    def __init__(self, config: Any, weights: nn.Module, device: str, pipes: list[Connection]) -> None:
+        loaded = wt.load_config(config)
+        self._engine = wt.load_backend("nccl").create_trainer_engine(loaded, wt.ParallelConfig(device=device))
+        self._source = wt.ModuleSource(weights)
+        size = len(pipes) + 1
+        slots = [wt.WorkerSlot(peer=str(rank), rank_offset=rank, count=1, world_size=size) for rank in range(1, size)]
+        for slot, pipe, fields in zip(slots, pipes, self._engine.open_endpoint(slots, Deadline(60)), strict=True):
+            common = {"rank_offset": slot.rank_offset, "world_size": size, "timeout": 60.0}
+            pipe.send({"init": unstructure({**fields, **common})})
+        self._engine.join_workers(Deadline(60))
+        manifest = self._source.manifest()
+        fields = self._engine.describe_update(self._source, manifest, Deadline(60))
+        info = self._engine.update_info_cls(manifest=manifest, timeout=600.0, version=1, **fields)
+        for pipe in pipes:
+            pipe.send({"info": info})
+            pipe.recv()
+
+    def send(self) -> None:
+        manifest = self._source.manifest()
+        self._engine.describe_update(self._source, manifest, Deadline(60))
+        self._engine.send_weights(self._source, manifest, Deadline(600), lambda _nbytes: None)
+
+    def close(self) -> None:
+        self._engine.shutdown()
+
+
 def work(pipe: Connection, rank: int, size: int, device_name: str, case: str, meeting: Rendezvous, config: Any) -> None:
     """Be a worker: serve a receiver, and take part in the baselines when told to."""
     device = torch.device(device_name)
@@ -130,20 +192,29 @@ def work(pipe: Connection, rank: int, size: int, device_name: str, case: str, me
     deadline = Deadline(120)
     group = Group(reach_store(meeting, deadline), meeting, rank, size, device)
     group.join(deadline, str)
-    held = peak(device, reset=True)
+    memory = Memory(device)
     with wt.WeightReceiver(config, weights) as receiver, wt.serve(receiver) as server:
         pipe.send(server.url)
         while (command := pipe.recv()) != "stop":
             if command == "digest":
                 pipe.send(digest(weights))
+            elif isinstance(command, dict) and "init" in command:
+                engine = Receiver(config, weights, device_name, command["init"])
+            elif isinstance(command, dict):
+                info = command["info"]
+                pipe.send("done")
+            elif command == "ours":
+                engine.receive(info)
+                pipe.send("done")
+            elif command == "watch":
+                pipe.send(memory.watch())
             elif command == "extra":
-                pipe.send(peak(device) - held)
-                held = peak(device, reset=True) if device.type == "cuda" else 0
-                held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+                pipe.send(memory.extra)
             else:
                 BASELINES[command](group, weights, False)
                 quiet(device)
                 pipe.send("done")
+        engine.close()
     group.abort()
 
 
@@ -169,10 +240,11 @@ def measure(case: str, arguments: argparse.Namespace) -> None:
     group = Group(store, meeting, 0, arguments.workers + 1, device)
     group.join(Deadline(120), str)
     urls = [pipe.recv() for pipe in pipes]
-    held = torch.cuda.memory_allocated(device) if cuda else 0
+    memory = Memory(device)
     times: dict[str, list[float]] = {scheme: [] for scheme in SCHEMES}
     updates: list[float] = []
     report: wt.TransferReport
+    extra: list[int] = []
     with wt.WeightSender(config, urls) as sender:
 
         def ask(command: str) -> list[Any]:
@@ -184,13 +256,16 @@ def measure(case: str, arguments: argparse.Namespace) -> None:
             for pipe in pipes:
                 pipe.send(scheme)
             since = time.perf_counter()
-            BASELINES[scheme](group, weights, True)
-            quiet(device)
+            if scheme == "ours":
+                engine.send()
+            else:
+                BASELINES[scheme](group, weights, True)
+                quiet(device)
             if any(pipe.recv() != "done" for pipe in pipes):
                 raise SystemExit(f"{scheme}: a worker failed")
             return time.perf_counter() - since
 
-        def ours() -> float:
+        def whole_send() -> float:
             since = time.perf_counter()
             nonlocal report
             report = sender.send(weights)
@@ -199,29 +274,36 @@ def measure(case: str, arguments: argparse.Namespace) -> None:
 
         for seed in (1, 2, 1):
             weights.randomise(seed)
-            if cuda:
-                peak(device, reset=True)
-            ours()
+            ask("watch")
+            memory.watch()
+            whole_send()
+            extra = [memory.extra, *ask("extra")] if cuda else [report.extra_memory]
             if any(theirs != digest(weights) for theirs in ask("digest")):
                 raise SystemExit(f"{case}: a worker's bytes differ from the trainer's")
-        extra = [peak(device) - held, *ask("extra")] if cuda else [2 * sender.config.bucket_bytes]
+        engine = Sender(config, weights, devices[0], pipes)
+        for seed in (2, 1):
+            weights.randomise(seed)
+            baseline("ours")
+            if any(theirs != digest(weights) for theirs in ask("digest")):
+                raise SystemExit(f"{case}: a worker's bytes differ from the trainer's")
         schemes = [scheme for scheme in SCHEMES if scheme not in arguments.skip]
         for _ in range(arguments.rounds + 1):
             for scheme in schemes:
-                times[scheme].append(ours() if scheme == "ours" else baseline(scheme))
+                times[scheme].append(whole_send() if scheme == "ours, send" else baseline(scheme))
         for pipe in pipes:
             pipe.send("stop")
+        engine.close()
     group.abort()
     for process in processes:
         process.join(30)
     medians = {scheme: statistics.median(times[scheme][1:]) for scheme in schemes}
-    memory = " ".join(f"{nbytes / 2**20:.0f}" for nbytes in extra)
+    held = " ".join(f"{nbytes / 2**20:.1f}" for nbytes in extra)
     print(f"{case}: {report.params} tensors, {nbytes / 1e9:.2f} GB, 1 -> {arguments.workers}, bits equal after A, B, A")
-    print(f"  ours, extra memory of the trainer and the workers: {memory} MiB")
-    medians["ours, update"] = statistics.median(updates[-arguments.rounds :])
+    print(f"  ours, extra memory of the trainer and the workers: {held} MiB")
+    medians["its update phase"] = statistics.median(updates[-arguments.rounds :])
     for scheme, seconds in medians.items():
         rate, ratio = nbytes / seconds / 1e9, medians["limit"] / seconds
-        print(f"  {scheme:12} {seconds * 1e3:9.1f} ms {rate:8.2f} GB/s   ratio {ratio:5.3f}", flush=True)
+        print(f"  {scheme:16} {seconds * 1e3:9.1f} ms {rate:8.2f} GB/s   ratio {ratio:5.3f}", flush=True)
 
 
 def main() -> None:

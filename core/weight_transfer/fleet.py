@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from typing import TYPE_CHECKING, Any
@@ -10,14 +11,13 @@ import attrs
 
 from weight_transfer.backend import Capability
 from weight_transfer.deadline import Deadline
-from weight_transfer.errors import HandshakeError, LifecycleError, PeerLostError, WeightTransferError
-from weight_transfer.peers import Calls, Peer, make_slots
+from weight_transfer.errors import ConfigError, HandshakeError, LifecycleError, PeerLostError, WeightTransferError
+from weight_transfer.peers import Calls, Peer, make_peer, make_slots
 from weight_transfer.structuring import structure, unstructure
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from weight_transfer.config import ParallelConfig, WeightTransferConfig
+    from weight_transfer.control import ControlChannel
     from weight_transfer.engine import TrainerWeightTransferEngine
     from weight_transfer.events import Version
     from weight_transfer.manager import LoadedBackend
@@ -46,9 +46,9 @@ class Fleet:
         backend: LoadedBackend,
         config: WeightTransferConfig,
         parallel_config: ParallelConfig,
-        peers: Sequence[Peer],
     ) -> None:
-        self.peers = list(peers)
+        self.peers: list[Peer] = []
+        self._numbers = itertools.count()
         self.engine: TrainerWeightTransferEngine[Any, Any] | None = None
         self._backend = backend
         self._config = config
@@ -65,6 +65,26 @@ class Fleet:
     def started(self) -> list[Peer]:
         """The workers on which the update is open."""
         return [peer for peer in self.peers if peer.started]
+
+    def add(self, worker: str | ControlChannel, count: int) -> None:
+        """Take in a control channel with ``count`` workers behind it; they join before the next update."""
+        peer = make_peer(worker, next(self._numbers), count, self._config)
+        for other in self.peers:
+            if peer.address == other.address or peer.channel is other.channel:
+                raise ConfigError(f"Worker {other.address} is there already; name each worker once.")
+        self.peers.append(peer)
+
+    def remove(self, worker: str | ControlChannel) -> None:
+        """Let go of a control channel. Ranks move up, so the others join a new group."""
+        found = [peer for peer in self.peers if worker is peer.channel or peer.is_at(worker)]
+        if not found:
+            known = ", ".join(peer.address for peer in self.peers)
+            raise ConfigError(f"There is no worker {worker}; there are {known}.")
+        if len(self.peers) == 1:
+            raise ConfigError(f"Worker {found[0].address} is the last one; close the sender instead.")
+        self.drop_engine()
+        self.peers.remove(found[0])
+        found[0].close()
 
     def place(self, device: str) -> None:
         """Tell the engine where the weights lie; it is made anew if they have moved."""
@@ -209,6 +229,4 @@ class Fleet:
         """Shut the engine down, and the channels that the sender made."""
         self.drop_engine()
         for peer in self.peers:
-            close = getattr(peer.channel, "close", None)
-            if peer.owned and close is not None:
-                close()
+            peer.close()

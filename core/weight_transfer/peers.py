@@ -44,26 +44,40 @@ class Peer:
     init_info: dict[str, Any] = attrs.field(factory=dict)
     known: dict[str, str] = attrs.field(factory=dict)
 
+    def is_at(self, worker: object) -> bool:
+        """Whether ``worker`` is this one's address."""
+        return isinstance(worker, str) and worker.rstrip("/") == self.address
+
+    def close(self) -> None:
+        """Close the channel if the sender made it."""
+        close = getattr(self.channel, "close", None)
+        if self.owned and close is not None:
+            close()
+
     def forget(self) -> None:
         """They have to join anew."""
         self.joined = self.started = False
         self.known = {}
 
 
-def make_peers(workers: Sequence[str | ControlChannel], count: int, config: WeightTransferConfig) -> list[Peer]:
-    """Return a peer per worker; a URL becomes an HTTP channel."""
-    peers = []
-    for index, worker in enumerate(workers):
-        channel: ControlChannel
-        if isinstance(worker, str):
-            from weight_transfer.control.http_client import HttpChannel
+def make_peer(worker: str | ControlChannel, index: int, count: int, config: WeightTransferConfig) -> Peer:
+    """Return the peer of a worker; a URL becomes an HTTP channel.
 
-            channel = HttpChannel(worker, token=config.token, timeout=config.timeout)
-        else:
-            channel = worker
-        address = getattr(channel, "address", None) or f"worker {index}"
-        peers.append(Peer(str(address), channel, count, owned=channel is not worker))
-    return peers
+    Args:
+        worker: a URL or a control channel.
+        index: its number, the name of a channel without an address.
+        count: workers behind it.
+        config: token and timeout of an HTTP channel.
+    """
+    channel: ControlChannel
+    if isinstance(worker, str):
+        from weight_transfer.control.http_client import HttpChannel
+
+        channel = HttpChannel(worker, token=config.token, timeout=config.timeout)
+    else:
+        channel = worker
+    address = getattr(channel, "address", None) or f"worker {index}"
+    return Peer(str(address), channel, count, owned=channel is not worker)
 
 
 def make_slots(peers: Sequence[Peer]) -> dict[Peer, WorkerSlot]:

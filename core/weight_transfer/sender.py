@@ -23,7 +23,7 @@ from weight_transfer.info import WeightTransferUpdateInfo, WireEncoder
 from weight_transfer.integrity import tensor_digest
 from weight_transfer.lockstep import LockstepSource
 from weight_transfer.manager import add_observers, load_backend
-from weight_transfer.peers import Calls, make_peers
+from weight_transfer.peers import Calls
 from weight_transfer.read_config import load_config
 from weight_transfer.report import TransferReport
 from weight_transfer.source import ModuleSource, WeightSource, as_source
@@ -70,8 +70,10 @@ class WeightSender:
         if isinstance(workers, str) or not workers:
             raise ConfigError('WeightSender needs a list of workers, as in workers=["http://127.0.0.1:8001"].')
         self._sends = self.parallel_config.rank == 0
-        peers = make_peers(workers, workers_per_channel, self.config) if self._sends else []
-        self._fleet = Fleet(self._backend, self.config, self.parallel_config, peers)
+        self._workers_per_channel = workers_per_channel
+        self._fleet = Fleet(self._backend, self.config, self.parallel_config)
+        for worker in workers if self._sends else ():
+            self._fleet.add(worker, workers_per_channel)
         self._encoder = WireEncoder()
         self._source: ModuleSource | None = None
         self._version: Version | None = None
@@ -125,6 +127,26 @@ class WeightSender:
                 lockstep.drain()
             self._version = version
             return report
+
+    def add_worker(self, worker: str | ControlChannel) -> None:
+        """Send to one more worker or replica, from the next `send` on.
+
+        Raises:
+            ConfigError: a worker of that address is there already.
+        """
+        with self._operation("add_worker"):
+            if self._sends:
+                self._fleet.add(worker, self._workers_per_channel)
+
+    def remove_worker(self, worker: str | ControlChannel) -> None:
+        """Send to this worker no more; it keeps its version. The others join again at the next `send`.
+
+        Raises:
+            ConfigError: there is no such worker, or it is the last one.
+        """
+        with self._operation("remove_worker"):
+            if self._sends:
+                self._fleet.remove(worker)
 
     def close(self) -> None:
         """Shut the engine and the channels down. The workers keep serving their version."""

@@ -47,7 +47,12 @@ def ranks_and_receiver(
         yield [rank.ready() for rank in pending], receiver
 
 
-@pytest.mark.parametrize("ranks_and_receiver", [{}, {"verify": True}], indirect=True, ids=["plain", "verify"])
+@pytest.mark.parametrize(
+    "ranks_and_receiver",
+    [{}, {"verify": True}, {"backend": "nccl"}, {"backend": "nccl", "nccl": {"direct_bytes": "1KiB"}}],
+    indirect=True,
+    ids=["ipc", "ipc, verified", "nccl, packed", "nccl, direct"],
+)
 def test_gathered_parameters_arrive_bit_for_bit(
     ranks_and_receiver: tuple[list[Actor], wt.WeightReceiver], model: nn.Sequential
 ) -> None:

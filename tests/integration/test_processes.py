@@ -82,6 +82,34 @@ def test_a_worker_killed_in_an_update_is_named_at_once_and_rejoins_after_a_resta
     assert sent["workers"] == [victim.hello, survivor.hello]
 
 
+@ALL
+def test_replicas_of_several_workers_stand_beside_single_ones(spawn: Spawn, config: dict[str, Any]) -> None:
+    replicas = [spawn("worker", seed=11 * index, config=config, replica=index) for index in (1, 2)]
+    trainer = spawn("trainer", config=config, workers=[replica.hello for replica in replicas])
+    for version, seed in enumerate((1, 2, 1)):
+        sent = trainer.ask("send", seed=seed, version=version)
+        digests = [digest for replica in replicas for digest in replica.ask("digests")]
+        assert digests == [sent["digest"]] * 3
+        assert [replica.ask("status")["version"] for replica in replicas] == [version] * 2
+
+
+@ALL
+def test_a_new_worker_joins_at_the_next_update_and_one_may_leave(spawn: Spawn, config: dict[str, Any]) -> None:
+    first, second = (spawn("worker", seed=seed, config=config) for seed in (11, 12))
+    trainer = spawn("trainer", config=config, workers=[first.hello])
+    trainer.ask("send", seed=1, version=1)
+    trainer.ask("add_worker", worker=second.hello)
+    sent = trainer.ask("send", seed=2, version=2)
+    assert [worker.ask("digest") for worker in (first, second)] == [sent["digest"]] * 2
+    left = sent["digest"]
+    trainer.ask("remove_worker", worker=first.hello)
+    sent = trainer.ask("send", seed=3, version=3)
+    assert sent["workers"] == [second.hello]
+    assert second.ask("digest") == sent["digest"]
+    assert first.ask("digest") == left
+    assert first.ask("status")["version"] == 2
+
+
 @pytest.mark.parametrize("config", [ADOPT, STAGE], ids=["adopted", "staged"])
 def test_with_continue_the_others_publish_when_a_worker_dies(spawn: Spawn, config: dict[str, Any]) -> None:
     config = config | {"on_worker_failure": "continue"}

@@ -15,7 +15,15 @@ if TYPE_CHECKING:
     from support.actors import Stage
 
 
-def main(stage: Stage, config: dict[str, Any], workers: list[str], rows: int = 1024, device: str = "cpu") -> None:
+def main(
+    stage: Stage,
+    config: dict[str, Any],
+    workers: list[str],
+    rows: int = 1024,
+    device: str = "cpu",
+    environ: dict[str, str] | None = None,
+) -> None:
+    os.environ.update(environ or {})
     torch.set_num_threads(1)
     model = Odd(seed=0, rows=rows).to(device)
     with wt.WeightSender(config, workers) as sender:
@@ -27,5 +35,19 @@ def main(stage: Stage, config: dict[str, Any], workers: list[str], rows: int = 1
             model.randomise(999)  # the source may change as soon as send returns
             return {"digest": sent, "workers": report.workers, "lost": report.lost}
 
+        def reallocate() -> None:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.clone()
+
         stage.say(os.getpid())
-        stage.serve({"send": send, "fds": lambda: len(os.listdir("/proc/self/fd")), "maps": shared_mappings})
+        stage.serve(
+            {
+                "send": send,
+                "add_worker": sender.add_worker,
+                "remove_worker": sender.remove_worker,
+                "fds": lambda: len(os.listdir("/proc/self/fd")),
+                "maps": shared_mappings,
+                "reallocate": reallocate,
+                "close": sender.close,
+            }
+        )

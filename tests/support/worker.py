@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +11,7 @@ import torch
 
 import weight_transfer as wt
 from support.models import Odd, digest
+from weight_transfer.control import LocalChannel
 from weight_transfer.testing.worker import Loader
 
 if TYPE_CHECKING:
@@ -31,25 +34,43 @@ def main(
     rows: int = 1024,
     breaks_at_init: bool = False,
     device: str = "cpu",
+    replica: int = 1,
+    environ: dict[str, str] | None = None,
 ) -> None:
+    """Serve ``replica`` receivers behind one address; the first one's loader takes orders."""
+    os.environ.update(environ or {})
     torch.set_num_threads(1)
-    model = Odd(seed, rows).to(device)
-    loader = Loader(model, stage)
-    load_weights = None if in_place else loader
+    models = [Odd(seed + rank, rows).to(device) for rank in range(replica)]
+    loader = Loader(models[0], stage)
+    loaders = [loader, *(Loader(model, stage) for model in models[1:])]
     kind = Unjoinable if breaks_at_init else wt.WeightReceiver
-    with (
-        kind(config, model, load_weights=load_weights) as receiver,
-        wt.serve(receiver, port=port) as server,
-    ):
+    with ExitStack() as stack:
+        receivers = [
+            stack.enter_context(
+                kind(
+                    config,
+                    model,
+                    parallel_config=wt.ParallelConfig(rank=rank, world_size=replica, device=device),
+                    load_weights=None if in_place else loaders[rank],
+                )
+            )
+            for rank, model in enumerate(models)
+        ]
+        channel = receivers[0] if replica == 1 else LocalChannel(*receivers)
+        server = stack.enter_context(wt.serve(channel, port=port))
         stage.say(server.url)
         stage.serve(
             {
-                "digest": lambda: digest(model),
-                "status": receiver.status,
+                "digest": lambda: digest(models[0]),
+                "digests": lambda: [digest(model) for model in models],
+                "status": channel.status,
                 "arm": loader.arm,
                 "release": loader.release,
                 "calls": lambda: loader.calls,
                 "maps": shared_mappings,
+                "fds": lambda: len(os.listdir("/proc/self/fd")),
+                "mapped": lambda: mapped_device_memory(receivers[0]),
+                "free": lambda: torch.cuda.mem_get_info(device)[0],
             }
         )
 
@@ -57,3 +78,9 @@ def main(
 def shared_mappings() -> int:
     """Return how many of the ipc backend's segments this process maps."""
     return Path("/proc/self/maps").read_text().count("memfd:weight-transfer")
+
+
+def mapped_device_memory(receiver: wt.WeightReceiver) -> int:
+    """Return how many of the trainer's allocations the ipc backend's worker maps."""
+    reader = getattr(receiver._engine, "_reader", None)
+    return len(getattr(reader, "_mapped", ()))

@@ -865,3 +865,31 @@ def test_listeners_hear_of_a_failed_update_with_its_sentence(new_worker: Make, n
     started, finished = recorder.heard[0], recorder.heard[-1]
     assert (type(started), type(finished)) == (TransferStarted, TransferFinished)
     assert finished.error == str(caught.value)
+
+
+def test_workers_come_and_go_between_updates(new_worker: Make, new_sender: Make) -> None:
+    workers = [new_worker() for _ in range(3)]
+    a, b = Small(1), Small(2)
+    sender = new_sender(workers[:2])
+    sender.send(a)
+    sender.add_worker(workers[2].receiver)
+    assert sender.send(b).workers == ("worker 0", "worker 1", "worker 2")
+    assert [worker.serves for worker in workers] == [(1, digest(b))] * 3
+    sender.remove_worker(workers[0].receiver)
+    assert sender.send(a).workers == ("worker 1", "worker 2")
+    assert [worker.serves for worker in workers] == [(1, digest(b)), (2, digest(a)), (2, digest(a))]
+
+
+def test_a_worker_that_is_there_twice_unknown_or_the_last_one_is_refused(new_worker: Make, new_sender: Make) -> None:
+    worker, stranger = new_worker(), new_worker()
+    sender = new_sender([worker])
+    with pytest.raises(ConfigError, match="worker 0 is there already; name each worker once"):
+        sender.add_worker(worker.receiver)
+    with pytest.raises(ConfigError, match=r"There is no worker http://127\.0\.0\.1:1; there are worker 0"):
+        sender.remove_worker("http://127.0.0.1:1")
+    with pytest.raises(ConfigError, match="worker 0 is the last one; close the sender instead"):
+        sender.remove_worker(worker.receiver)
+    with pytest.raises(ConfigError, match="There is no worker"):
+        sender.remove_worker(stranger.receiver)
+    sender.send(Small(1))
+    assert worker.serves == (0, digest(Small(1)))

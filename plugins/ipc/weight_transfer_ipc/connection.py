@@ -11,6 +11,7 @@ import hmac
 import json
 import os
 import secrets
+import select
 import socket
 import struct
 import threading
@@ -23,6 +24,7 @@ _LENGTH = struct.Struct("!I")
 _CREDENTIALS = struct.Struct("3i")  # struct ucred of unix(7): pid, uid, gid
 _MAX_MESSAGE = 1 << 20
 _ACCEPT_INTERVAL = 0.05  # seconds; on Linux nothing wakes an accept on a Unix socket
+_MAX_SIGNALS = 4096  # bytes taken at a time
 _MAX_FDS = 64  # descriptors per message; the kernel's limit is 253
 
 
@@ -32,12 +34,17 @@ class Connection:
     Args:
         sock: the socket.
         peer: how messages call the other side.
+
+    Attributes:
+        pid: the other end's process id, as this process sees it; 0 in another container.
     """
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
         self._socket = sock
         self.peer = peer
-        _, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+        self.pid, uid, _ = _CREDENTIALS.unpack(
+            sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        )
         if uid != os.getuid():
             sock.close()
             raise HandshakeError(
@@ -89,6 +96,19 @@ class Connection:
         with _mapped(self, deadline, "waiting for"):
             self._exactly(1)
 
+    def take_signals(self) -> int:
+        """Return how many bytes have arrived; waits for nothing."""
+        self._socket.settimeout(0)
+        try:
+            data = self._socket.recv(_MAX_SIGNALS)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise self._lost(error) from error
+        if not data:
+            raise self._lost()
+        return len(data)
+
     def check_alive(self) -> None:
         """Raise if the other end has closed its socket or died; waits for nothing."""
         self._socket.settimeout(0)  # with a timeout set, Python would wait in spite of MSG_DONTWAIT
@@ -106,6 +126,23 @@ class Connection:
             self._socket.shutdown(socket.SHUT_RDWR)
         except OSError:
             return  # it is not connected any more: nobody waits
+
+    def await_end(self) -> None:
+        """Wait, without a deadline, until either end has closed or interrupted the connection, or died."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLRDHUP)
+        poll.poll()
+
+    def say_goodbye(self) -> None:
+        """Tell the other end that nothing more will come; `await_goodbye` then waits for its answer."""
+        with contextlib.suppress(OSError):  # it is not connected any more: there is nobody to tell
+            self._socket.shutdown(socket.SHUT_WR)
+
+    def await_goodbye(self, deadline: Deadline) -> None:
+        """Wait until the other end has closed or interrupted the connection too, or died."""
+        with contextlib.suppress(PeerLostError), _mapped(self, deadline, "waiting for the goodbye of"):
+            while self._socket.recv(_MAX_SIGNALS):
+                pass
 
     def close(self) -> None:
         """Close the socket."""

@@ -13,21 +13,25 @@ def weight_transfer_backend() -> Backend:
     return Backend(
         name="ipc",
         api_version=API_VERSION,
-        summary="shared memory between processes of one host",
+        summary="memory shared by the processes of one host: CUDA IPC, or shared memory for CPU tensors",
         worker_engine="weight_transfer_ipc.engine:IpcWorkerEngine",
         trainer_engine="weight_transfer_ipc.engine:IpcTrainerEngine",
         options="weight_transfer_ipc.config:IpcOptions",
         probe="weight_transfer_ipc.plugin:probe",
-        capabilities={Capability.CPU, Capability.CROSS_PROCESS, Capability.REJOIN},
+        capabilities={Capability.CPU, Capability.CUDA, Capability.CROSS_PROCESS, Capability.REJOIN},
     )
 
 
 def probe() -> Probe:
-    """Anonymous shared memory (memfd) and abstract Unix sockets exist on Linux only."""
+    """Say whether anonymous shared memory (memfd; Linux only) is there, and how far CUDA IPC reaches."""
     if sys.platform != "linux":
         return Probe(
             available=False,
-            reason=f"anonymous shared memory needs Linux, this is {sys.platform}",
+            reason=f"shared memory without names needs Linux, this is {sys.platform}",
             fix="Use another backend, such as nccl, which moves CPU tensors over gloo.",
         )
-    return Probe(available=True, reason="anonymous shared memory for CPU tensors")
+    from weight_transfer_ipc.nvml import describe_gpus
+
+    gpus, found = describe_gpus()
+    reason = f"anonymous shared memory for CPU tensors; {'CUDA IPC' if gpus else 'no CUDA IPC'}: {found}"
+    return Probe(available=True, reason=reason, details={"CUDA IPC": found})

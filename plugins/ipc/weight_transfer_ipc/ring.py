@@ -14,13 +14,17 @@ import torch
 
 from weight_transfer.buckets import ALIGNMENT, BucketPlan, Unpacker, bucket_views, pack, plan_buckets
 from weight_transfer.errors import PeerLostError
-from weight_transfer_ipc.memory import SharedMemory
+from weight_transfer.shared_memory import SharedMemory
 
 if TYPE_CHECKING:
     from weight_transfer.deadline import Deadline
     from weight_transfer.engine import LoadWeights
     from weight_transfer.manifest import Manifest
+    from weight_transfer.source import WeightSource
     from weight_transfer_ipc.connection import Connection
+
+RING = 0
+"""The ring's segment id; exported segments count from 1."""
 
 
 @attrs.frozen
@@ -29,6 +33,12 @@ class RingLayout:
 
     bucket_bytes: int
     buckets: int
+
+    @classmethod
+    def fitting(cls, staged: Manifest, bucket_bytes: int, buckets: int) -> RingLayout:
+        """Return a ring for ``staged`` with buckets of at most ``bucket_bytes``, and no larger than it needs."""
+        needed = sum(-(-param.nbytes // ALIGNMENT) * ALIGNMENT for param in staged.params)
+        return cls(max(min(bucket_bytes, needed), ALIGNMENT), buckets)
 
     @property
     def nbytes(self) -> int:
@@ -41,6 +51,12 @@ class RingLayout:
     @property
     def _stride(self) -> int:
         return -(-self.bucket_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def staged_tensors(source: WeightSource, staged: Manifest) -> Iterator[torch.Tensor]:
+    """Yield the tensors of ``staged``, in its order."""
+    wanted = staged.by_name
+    return (tensor for name, tensor in source if name in wanted)
 
 
 class RingWriter:
@@ -67,17 +83,17 @@ class RingWriter:
         current, tensor = -1, torch.empty(0)
         for index, slots in enumerate(plan.buckets):
             if index >= len(self._buffers):
-                _each(readers, lambda reader: reader.await_signal(deadline))
+                each(readers, lambda reader: reader.await_signal(deadline))
             parts = []
             for slot in slots:
                 if slot.param != current:
                     current, tensor = slot.param, next(tensors).contiguous()
                 parts.append(tensor)
             pack(slots, parts, self._views[index])
-            _each(readers, lambda reader: reader.signal(deadline))
+            each(readers, lambda reader: reader.signal(deadline))
             progress(sum(slot.nbytes for slot in slots))
         for _ in range(min(len(plan.buckets), len(self._buffers))):
-            _each(readers, lambda reader: reader.await_signal(deadline))
+            each(readers, lambda reader: reader.await_signal(deadline))
 
     def _plan_for(self, staged: Manifest) -> BucketPlan:
         if self._plan is None or self._plan.params is not staged.params:
@@ -87,7 +103,7 @@ class RingWriter:
         return self._plan
 
 
-def _each(readers: list[Connection], call: Callable[[Connection], None]) -> None:
+def each(readers: list[Connection], call: Callable[[Connection], None]) -> None:
     """Call for each reader; one that died is dropped (its own answer to the sender says so), the last one raises."""
     for reader in list(readers):
         try:

@@ -34,7 +34,7 @@ def test_several_groups_live_in_one_process_and_leave_the_default_group_alone() 
         worker.join(Deadline(20), str)
         thread.join()
         sent, received = torch.full((9,), value, dtype=torch.uint8), torch.zeros(9, dtype=torch.uint8)
-        works = [root.broadcast(sent, Deadline(10)), worker.broadcast(received, Deadline(10))]
+        works = [root.broadcast([sent], Deadline(10)), worker.broadcast([received], Deadline(10))]
         for work in works:
             work.wait()
         sums.append(int(received.sum()))
@@ -80,7 +80,7 @@ def test_an_aborted_group_refuses_to_broadcast() -> None:
     group.join(Deadline(10), str)
     group.abort()
     with pytest.raises(PeerLostError, match="aborted"):
-        group.broadcast(torch.zeros(1, dtype=torch.uint8), Deadline(1))
+        group.broadcast([torch.zeros(1, dtype=torch.uint8)], Deadline(1))
 
 
 def test_nccl_for_cpu_weights_is_refused_in_one_sentence() -> None:

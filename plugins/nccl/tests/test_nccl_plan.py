@@ -21,16 +21,17 @@ layouts = st.builds(
 
 
 @given(manifests, layouts)
-def test_every_byte_travels_once_and_no_broadcast_exceeds_a_bucket(manifest: Manifest, layout: Layout) -> None:
+def test_every_byte_travels_once_and_no_batch_exceeds_a_bucket(manifest: Manifest, layout: Layout) -> None:
     travelled: dict[int, list[tuple[int, int]]] = {index: [] for index in range(len(manifest.params))}
-    for broadcast in make_plan(manifest, layout).broadcasts:
-        assert broadcast.nbytes <= layout.bucket_bytes
+    for batch in make_plan(manifest, layout).batches:
+        assert batch.bucket_bytes <= layout.bucket_bytes
+        assert batch.nbytes == sum(slot.nbytes for slot in (*batch.packed, *batch.direct))
         end = 0
-        for slot in broadcast.slots:
+        for slot in (*batch.packed, *batch.direct):
             assert slot.offset >= end
             end = slot.offset + slot.nbytes
             travelled[slot.param].append((slot.start, slot.nbytes))
-        assert end == broadcast.nbytes
+        assert batch.packed_bytes == max((slot.offset + slot.nbytes for slot in batch.packed), default=0)
     for index, param in enumerate(manifest.params):
         position = 0
         for start, nbytes in travelled[index]:
@@ -43,7 +44,7 @@ def test_every_byte_travels_once_and_no_broadcast_exceeds_a_bucket(manifest: Man
 @given(manifests, layouts)
 def test_both_sides_derive_the_same_plan(manifest: Manifest, layout: Layout) -> None:
     again = Manifest.from_wire(manifest.to_wire())
-    assert make_plan(manifest, layout).broadcasts == make_plan(again, layout).broadcasts
+    assert make_plan(manifest, layout).batches == make_plan(again, layout).batches
     assert make_plan(manifest, layout).digest == make_plan(again, layout).digest
 
 
@@ -53,12 +54,12 @@ def test_another_layout_has_another_digest(manifest: Manifest, layout: Layout) -
     assert make_plan(manifest, layout).digest != make_plan(manifest, other).digest
 
 
-def test_large_tensors_travel_alone_and_small_ones_together() -> None:
+def test_small_tensors_are_packed_and_large_ones_fill_the_batches() -> None:
     manifest = Manifest(tuple(ParamMeta(f"p{i}", "uint8", (size,)) for i, size in enumerate((10, 5000, 20, 30))))
     plan = make_plan(manifest, Layout(bucket_bytes=2048, buckets=2, direct_bytes=1000))
-    assert [(b.direct, [s.param for s in b.slots]) for b in plan.broadcasts] == [
-        (True, [1]),
-        (True, [1]),
-        (True, [1]),
-        (False, [0, 2, 3]),
+    assert [([s.param for s in b.packed], [(s.param, s.start) for s in b.direct]) for b in plan.batches] == [
+        ([0], []),
+        ([], [(1, 0)]),
+        ([], [(1, 2048)]),
+        ([2, 3], [(1, 4096)]),
     ]

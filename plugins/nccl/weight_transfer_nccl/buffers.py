@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-if TYPE_CHECKING:
-    from weight_transfer_nccl.plan import Layout
-
-
-WINDOW = 32
-"""Broadcasts that may be under way at once; those that go from and into tensors' own storage need no bucket."""
+WINDOW = 8
+"""Batches that may be under way at once; those that go from and into tensors' own storage need no bucket."""
 
 
 class Buffers:
     """A fixed number of buckets.
 
+    Args:
+        count: how many.
+        bucket_bytes: size of each.
+        device: where they lie.
+
     Attributes:
         nbytes: of all of them.
     """
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
-        self.nbytes = layout.bucket_bytes * layout.buckets
-        self._buffers = [
-            torch.empty(layout.bucket_bytes, dtype=torch.uint8, device=device) for _ in range(layout.buckets)
-        ]
+    def __init__(self, count: int, bucket_bytes: int, device: torch.device) -> None:
+        self.bucket_bytes = bucket_bytes
+        self.nbytes = count * bucket_bytes
+        self._buffers = [torch.empty(bucket_bytes, dtype=torch.uint8, device=device) for _ in range(count)]
         self._next = 0
-
-    def rewind(self) -> None:
-        """Begin with the first one: a plan uses the same buckets in every update, so that views can be kept."""
-        self._next = 0
-
-    @property
-    def next(self) -> int:
-        """The number of the bucket that `take` will return."""
-        return self._next
 
     def take(self) -> tuple[int, torch.Tensor]:
-        """Return the next bucket and its number."""
+        """Return the number of the next bucket in turn, and its bytes (uint8)."""
         number = self._next
         self._next = (number + 1) % len(self._buffers)
         return number, self._buffers[number]

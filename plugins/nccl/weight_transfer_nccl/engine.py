@@ -90,7 +90,7 @@ class NcclTrainerEngine(TrainerWeightTransferEngine[NcclInitInfo, NcclUpdateInfo
 
     @property
     def extra_memory(self) -> int:
-        return self._sending.buffers.nbytes if self._sending is not None else 0
+        return self._sending.extra_memory if self._sending is not None else 0
 
 
 class NcclWorkerEngine(WeightTransferEngine[NcclInitInfo, NcclUpdateInfo]):
@@ -147,7 +147,7 @@ class NcclWorkerEngine(WeightTransferEngine[NcclInitInfo, NcclUpdateInfo]):
 
     @property
     def extra_memory(self) -> int:
-        return self._receiving.buffers.nbytes if self._receiving is not None else 0
+        return self._receiving.extra_memory if self._receiving is not None else 0
 
 
 def _transport(wanted: str, device: torch.device) -> str:

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ dist: Any = torch.distributed  # what it holds depends on the build, so type che
 _POLL = 0.02  # seconds between two looks at the store
 _ABORT_WAIT = 3.0  # seconds
 _STORE_TIMEOUT = timedelta(seconds=2)
-_LAST_WORKS = 64  # more than there are buckets: those before the last few have been waited for
+_LAST_WORKS = 64  # more than are under way: those before have been waited for
 _NEVER = timedelta(days=365)  # NCCL's own watchdog would end the process: deadlines are ours
 
 
@@ -90,24 +90,33 @@ def new_secret() -> str:
 
 
 class Work:
-    """A broadcast under way.
+    """Broadcasts under way.
 
-    It can let go of torch's own object, which keeps gloo's connections open as long as anything refers to it, be it the
-    frames of a traceback.
+    It can let go of torch's own objects, which keep gloo's connections open as long as anything refers to them, be it
+    the frames of a traceback.
     """
 
-    def __init__(self, work: Any) -> None:
-        self._work = work
+    def __init__(self) -> None:
+        self._works: list[Any] | None = []
+
+    def add(self, work: Any) -> None:
+        """Add one more."""
+        if self._works is not None:
+            self._works.append(work)
 
     def wait(self) -> None:
-        """Wait for its end: on the host for gloo, on the current stream for NCCL."""
-        if self._work is None:
+        """Wait for their end: on the host for gloo, on the current stream for NCCL."""
+        if self._works is None:
             raise PeerLostError("The communicator was aborted.", backend="nccl", phase="update")
-        self._work.wait()
+        for index in range(len(self._works)):  # no name for a work: a traceback would keep it
+            self._works[index].wait()
 
-    def release(self) -> None:
-        """Forget it."""
-        self._work = None
+    def drain(self) -> None:
+        """Wait until each has ended, well or not, and forget them."""
+        works, self._works = self._works or [], None
+        for work in works:
+            with suppress(RuntimeError):  # gloo: each operation ends by its own timeout at the latest
+                work.wait()
 
 
 class Group:
@@ -160,20 +169,40 @@ class Group:
             if self._aborted.is_set():
                 raise TransferError("Joining was aborted.", backend="nccl", phase="init")
             deadline.check("building the communicator", backend="nccl", phase="init")
-        self._store.set_timeout(_STORE_TIMEOUT)  # torch asks the store at times, and its host may stand still
+        self._store.set_timeout(_STORE_TIMEOUT)  # its host may stand still when torch asks it
         if answer[0] is not None:
             raise PeerLostError(
                 "The communicator could not be built.", backend="nccl", phase="init", cause=_first_line(answer[0])
             ) from answer[0]
 
-    def broadcast(self, data: torch.Tensor, deadline: Deadline) -> Work:
-        """Start to broadcast bytes (uint8) from rank 0 to all; returns a work to wait for."""
-        if self._aborted.is_set():
+    def broadcast(self, data: Sequence[torch.Tensor], deadline: Deadline) -> Work:
+        """Start to broadcast tensors from rank 0 to all; returns a work to wait for.
+
+        Args:
+            data: uint8, of the same sizes on all ranks. NCCL broadcasts them in one launch.
+            deadline: when they must have arrived.
+        """
+        backend = self._backend
+        if self._aborted.is_set() or backend is None:
             raise PeerLostError("The communicator was aborted.", backend="nccl", phase="update")
         if self._meeting.transport == "gloo":  # the operation itself must end: only then is its memory quiet
             self._options.timeout = timedelta(seconds=max(deadline.remaining(), 1e-3))
-        work = Work(self._backend.broadcast([data], self._options))
+        work = Work()
         self._works.append(work)
+        together = len(data) > 1 and backend.supports_coalescing
+        try:
+            if together:
+                backend._start_coalescing()  # noqa: SLF001  (its only name)
+            for tensor in data:
+                launched = backend.broadcast([tensor], self._options)
+                if not together:
+                    work.add(launched)
+        finally:
+            if together:  # also after an error: NCCL counts the launches that a thread has opened
+                launched = backend._end_coalescing()  # noqa: SLF001
+                if launched is not None:
+                    work.add(launched)
+            launched = backend = None  # a traceback would keep them
         return work
 
     @contextmanager
@@ -205,9 +234,7 @@ class Group:
         if self.device.type == "cuda":  # aborted kernels have ended, or end at once
             torch.cuda.synchronize(self.device)
         for work in self._works:
-            with suppress(RuntimeError, PeerLostError):  # gloo: each operation ends by its own timeout at the latest
-                work.wait()
-            work.release()
+            work.drain()
         self._works.clear()
 
     @property
@@ -224,12 +251,11 @@ class Group:
             return
         # NCCL's abort ends the running kernels and then waits for its peers, for ever if one of them is stopped.
         # gloo has no abort: its connections close with the last reference, after the running operations, which end by
-        # their own timeouts.
-        wait = _ABORT_WAIT if self._meeting.transport == "nccl" else 0.0
+        # their own timeouts. A group that is being torn down when the interpreter ends would abort the process.
         closing = threading.Thread(target=_close, args=([backend], self._meeting.transport), daemon=True)
         del backend
         closing.start()
-        closing.join(wait)
+        closing.join(_ABORT_WAIT)
 
     def _await_members(self, deadline: Deadline, name_of: Callable[[int], str]) -> None:
         missing = [rank for rank in range(self._world_size) if rank != self._rank]
@@ -259,7 +285,7 @@ class Group:
     def _warm_up(self, deadline: Deadline) -> None:
         """Connect now, so that the first update does not pay for it."""
         token = torch.zeros(1, dtype=torch.uint8, device=self.device)
-        self.broadcast(token, deadline).wait()
+        self.broadcast([token], deadline).wait()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -282,19 +308,26 @@ def _is_loopback(address: str) -> bool:
         return False
 
 
+_UNSUPERVISED = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # else a peer's death ends the process
+    "TORCH_NCCL_ENABLE_MONITORING": "0",  # else an abort that waits for a stopped peer ends it
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",  # else the store is polled, with warnings once the trainer has closed it
+}
+
+
 @contextmanager
 def _without_watchdog() -> Iterator[None]:
-    """Keep torch's NCCL watchdog from ending the process when a peer dies; it reads its setting at construction."""
-    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
-    before = os.environ.get(name)
-    os.environ[name] = "0"
+    """Keep torch's supervision of NCCL from ending the process; a group reads these settings when it is built."""
+    before = {name: os.environ.get(name) for name in _UNSUPERVISED}
+    os.environ.update(_UNSUPERVISED)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _close(last_reference: list[Any], transport: str) -> None:

@@ -15,7 +15,7 @@ import torch
 if TYPE_CHECKING:
     from weight_transfer.deadline import Deadline
 
-_POLL = 2e-4  # seconds between two looks at the GPU at the end of an update
+_POLL = 5e-5  # seconds between two looks at the GPU at the end of an update
 
 
 class Lane:

@@ -1,17 +1,19 @@
 """What is broadcast, in which order: derived on both sides from the manifest and the trainer's options alone.
 
-A tensor of at least ``direct_bytes`` travels from its own storage, in pieces of at most one bucket. Smaller ones are
-packed into buckets, each of which goes out when it is full.
+The weights travel in batches of at most one bucket, in the manifest's order. In a batch, the tensors that are smaller
+than ``direct_bytes`` are packed at the bucket's beginning and go out as one broadcast; larger ones travel from their
+own storage, cut where the bucket's size demands it, one broadcast each. NCCL runs all broadcasts of a batch in one
+launch, so they follow each other without a gap.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import attrs
 
 from weight_transfer.buckets import ALIGNMENT, Slot
-from weight_transfer.manifest import Manifest, ParamMeta, digest_json
+from weight_transfer.manifest import Manifest, digest_json
+
+_SLIVER = 2**20  # bytes; no large tensor is cut to fill less than this at the end of a batch
 
 
 @attrs.frozen
@@ -24,64 +26,106 @@ class Layout:
 
 
 @attrs.frozen
-class Broadcast:
-    """One broadcast.
+class Batch:
+    """What travels in one launch.
 
     Attributes:
-        slots: what it carries: one piece of a large tensor, or the small tensors of one bucket.
-        nbytes: its length.
-        direct: whether it goes from and into a tensor's own storage.
+        packed: the small tensors, one after another from the bucket's first byte.
+        packed_bytes: where the last of them ends in the bucket.
+        direct: the pieces of large tensors; the offset is a piece's place in the bucket of a worker that cannot
+            receive it into the tensor's own storage.
+        nbytes: of all its weights.
     """
 
-    slots: tuple[Slot, ...]
+    packed: tuple[Slot, ...]
+    packed_bytes: int
+    direct: tuple[Slot, ...]
     nbytes: int
-    direct: bool
+
+    @property
+    def bucket_bytes(self) -> int:
+        """Where the last slot ends in the bucket."""
+        last = self.direct[-1] if self.direct else None
+        return self.packed_bytes if last is None else last.offset + last.nbytes
 
 
 @attrs.frozen(slots=False)
 class Plan:
-    """All broadcasts of an update, in order.
+    """All batches of an update, in order.
 
     Attributes:
         manifest: what is sent.
-        broadcasts: how.
+        batches: how.
         digest: what both sides compare before the first byte.
     """
 
     manifest: Manifest
-    broadcasts: tuple[Broadcast, ...]
+    batches: tuple[Batch, ...]
     digest: str
 
 
 def make_plan(manifest: Manifest, layout: Layout) -> Plan:
     """Return the plan; the same arguments give the same plan everywhere."""
-    broadcasts: list[Broadcast] = []
-    slots: list[Slot] = []
-    offset = 0
+    planner = _Planner(layout)
     for index, param in enumerate(manifest.params):
-        if param.nbytes >= min(layout.direct_bytes, layout.bucket_bytes):
-            broadcasts.extend(_pieces(index, param, layout.bucket_bytes))
-            continue
-        start = -(-offset // ALIGNMENT) * ALIGNMENT
-        if start + param.nbytes > layout.bucket_bytes:
-            broadcasts.append(_packed(slots))
-            slots, start = [], 0
-        slots.append(Slot(index, 0, start, param.nbytes, last=True))
-        offset = start + param.nbytes
-    if slots:
-        broadcasts.append(_packed(slots))
-    return Plan(manifest, tuple(broadcasts), digest_json([manifest.digest, attrs.astuple(layout)]))
+        planner.add(index, param.nbytes)
+    return Plan(manifest, planner.finish(), digest_json([manifest.digest, attrs.astuple(layout)]))
 
 
-def _pieces(index: int, param: ParamMeta, bucket_bytes: int) -> list[Broadcast]:
-    starts = range(0, param.nbytes, bucket_bytes)
-    return [
-        Broadcast((Slot(index, start, 0, size, last=start + size == param.nbytes),), size, direct=True)
-        for start in starts
-        for size in (min(bucket_bytes, param.nbytes - start),)
-    ]
+class _Planner:
+    """Fills batch after batch."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._bucket_bytes = layout.bucket_bytes // ALIGNMENT * ALIGNMENT
+        self._direct_from = min(layout.direct_bytes, self._bucket_bytes)
+        self._batches: list[Batch] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self._packed: list[Slot] = []
+        self._packed_bytes = 0
+        self._direct: list[Slot] = []  # offsets are counted from the end of what is packed, which may still grow
+        self._direct_bytes = 0
+
+    @property
+    def _room(self) -> int:
+        """Bytes that are left in the batch."""
+        return self._bucket_bytes - _aligned(self._packed_bytes) - self._direct_bytes
+
+    def add(self, param: int, nbytes: int) -> None:
+        """Add the next tensor."""
+        if nbytes >= self._direct_from:
+            self._cut(param, nbytes)
+            return
+        if nbytes > self._room:
+            self._close()
+        start = _aligned(self._packed_bytes)
+        self._packed.append(Slot(param, 0, start, nbytes, last=True))
+        self._packed_bytes = start + nbytes
+
+    def _cut(self, param: int, nbytes: int) -> None:
+        start = 0
+        while start < nbytes:
+            if self._room < min(nbytes - start, _SLIVER):
+                self._close()
+            size = min(nbytes - start, self._room)
+            self._direct.append(Slot(param, start, self._direct_bytes, size, last=start + size == nbytes))
+            self._direct_bytes += _aligned(size)
+            start += size
+
+    def _close(self) -> None:
+        shift = _aligned(self._packed_bytes)
+        direct = tuple(attrs.evolve(slot, offset=shift + slot.offset) for slot in self._direct)
+        nbytes = sum(slot.nbytes for slot in (*self._packed, *direct))
+        if self._packed or direct:
+            self._batches.append(Batch(tuple(self._packed), self._packed_bytes, direct, nbytes))
+        self._begin()
+
+    def finish(self) -> tuple[Batch, ...]:
+        """Return all batches."""
+        self._close()
+        return tuple(self._batches)
 
 
-def _packed(slots: Sequence[Slot]) -> Broadcast:
-    last = slots[-1]
-    return Broadcast(tuple(slots), last.offset + last.nbytes, direct=False)
+def _aligned(offset: int) -> int:
+    return -(-offset // ALIGNMENT) * ALIGNMENT

@@ -1,28 +1,27 @@
-"""A worker's pipeline: while one bucket is loaded, the next ones arrive."""
+"""A worker's pipeline: while one batch is loaded, the next ones arrive."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
 
-from weight_transfer.buckets import Slot, as_bytes, bucket_views, typed_view
+from weight_transfer.buckets import Slot, bucket_views, typed_view
 from weight_transfer.loading import destinations_of
 from weight_transfer.manifest import torch_dtype
 from weight_transfer_nccl.buffers import WINDOW, Buffers
-from weight_transfer_nccl.group import Work
 from weight_transfer_nccl.lanes import Lane
-from weight_transfer_nccl.plan import Broadcast
+from weight_transfer_nccl.pieces import Places, piece_of
 
 if TYPE_CHECKING:
     from weight_transfer.deadline import Deadline
     from weight_transfer.engine import LoadWeights
     from weight_transfer.manifest import Manifest
-    from weight_transfer_nccl.group import Group
-    from weight_transfer_nccl.plan import Layout, Plan
+    from weight_transfer_nccl.group import Group, Work
+    from weight_transfer_nccl.plan import Batch, Layout, Plan
 
 _WHAT = "receiving the weights"
 
@@ -30,116 +29,147 @@ Weights = list[tuple[str, torch.Tensor]]
 
 
 @attrs.frozen
-class _Arrival:
-    """A broadcast that was posted: its place in the plan, its bytes and its bucket (-1: received in place)."""
+class _Landing:
+    """Where a batch arrives.
 
-    index: int
-    broadcast: Broadcast
-    data: torch.Tensor
-    work: Work
-    bucket: int
+    Attributes:
+        data: uint8 tensors, one for each broadcast.
+        bucket: number of the bucket that holds some of them; None: all arrive in the worker's own tensors.
+        whole: the parameters that are complete once it has arrived.
+        parts: pieces of others, in the bucket.
+        places: of the worker's own tensors in it.
+    """
+
+    data: list[torch.Tensor]
+    bucket: int | None
+    whole: Weights
+    parts: list[tuple[Slot, torch.Tensor]]
+    places: Places
 
 
 class Receiving:
-    """Receives plan after plan with the same buckets.
-
-    Attributes:
-        buffers: the buckets.
-    """
+    """Receives plan after plan with the same buckets."""
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
-        self.buffers = Buffers(layout, device)
+        self._layout = layout
         self._device = device
         self._arriving = Lane(device)
         self._loading = Lane(device)
         self._plan: Plan | None = None
-        self._weights: dict[int, Weights] = {}
+        self._destinations: Mapping[str, torch.Tensor] | None = None
+        self._buffers: Buffers | None = None
+        self._landings: list[_Landing] = []
         self._loaded: dict[int, Any] = {}
+        self._partial: dict[int, torch.Tensor] = {}
+
+    @property
+    def extra_memory(self) -> int:
+        """Bytes of the buckets."""
+        return self._buffers.nbytes if self._buffers is not None else 0
 
     def receive(self, group: Group, plan: Plan, load_weights: LoadWeights, deadline: Deadline) -> None:
         """Receive and load every parameter; returns when all are in place."""
-        if self._plan is not plan:
-            self._plan, self._weights = plan, {}
-        self.buffers.rewind()
-        places = _Places(plan.manifest, load_weights, self._device)
-        posted: deque[_Arrival] = deque()
+        destinations = destinations_of(load_weights)
+        if self._plan is not plan or self._destinations is not destinations:
+            self._prepare(plan, destinations)
+        write_in_place: Callable[[], None] | None = getattr(load_weights, "write_in_place", None)
+        posted: deque[tuple[_Landing, Work]] = deque()
+        self._partial = {}
+
+        def load_next() -> None:
+            self._load(*posted.popleft(), plan.manifest, load_weights)
+
         with group.guard(deadline, _WHAT):
             self._arriving.after_caller()
             self._loading.after_caller()
-            for index, broadcast in enumerate(plan.broadcasts):
-                own = places.own(broadcast.slots[0]) if broadcast.direct else None
-                bucket = self.buffers.next if own is None else -1
-                while len(posted) == WINDOW or (bucket >= 0 and any(arrival.bucket == bucket for arrival in posted)):
-                    self._load(posted.popleft(), places, load_weights)
-                posted.append(self._post(group, index, broadcast, own, deadline))
+            for index in range(len(plan.batches)):
+                if not self._landings[index].places.unchanged:
+                    while posted:
+                        load_next()
+                    self._loading.finish(deadline, _WHAT)
+                    self._prepare(plan, destinations)
+                landing = self._landings[index]
+                while _is_full(posted, landing.bucket):
+                    load_next()
+                if destinations is not None and write_in_place is not None:
+                    write_in_place()
+                if landing.bucket is not None:
+                    self._arriving.after(self._loaded.get(landing.bucket))
+                with self._arriving:
+                    posted.append((landing, group.broadcast(landing.data, deadline)))
             while posted:
-                self._load(posted.popleft(), places, load_weights)
+                load_next()
             self._loading.finish(deadline, _WHAT)
 
-    def _post(
-        self, group: Group, index: int, broadcast: Broadcast, own: torch.Tensor | None, deadline: Deadline
-    ) -> _Arrival:
-        bucket, data = -1, own
-        if data is None:
-            bucket, buffer = self.buffers.take()
-            self._arriving.after(self._loaded.get(bucket))
-            data = buffer[: max(broadcast.nbytes, 1)]
-        with self._arriving:
-            return _Arrival(index, broadcast, data, group.broadcast(data, deadline), bucket)
+    def _prepare(self, plan: Plan, destinations: Mapping[str, torch.Tensor] | None) -> None:
+        """Decide where every batch arrives. Nothing may be under way."""
+        self._plan, self._destinations = plan, destinations
+        owns = [[self._own(plan.manifest.params[slot.param].name) for slot in b.direct] for b in plan.batches]
+        needs = [_need(batch, own) for batch, own in zip(plan.batches, owns, strict=True)]
+        bucket_bytes = max(needs, default=0)
+        if self._buffers is None or self._buffers.bucket_bytes < bucket_bytes:
+            self._buffers, self._loaded = Buffers(self._layout.buckets, bucket_bytes, self._device), {}
+        self._landings = []
+        for batch, own, need in zip(plan.batches, owns, needs, strict=True):
+            bucket, buffer = self._buffers.take() if need else (None, torch.empty(0))
+            self._landings.append(_land(plan.manifest, batch, own, bucket, buffer))
 
-    def _load(self, arrival: _Arrival, places: _Places, load_weights: LoadWeights) -> None:
+    def _own(self, name: str) -> torch.Tensor | None:
+        """Return the worker's own tensor if weights may arrive in it."""
+        tensor = None if self._destinations is None else self._destinations.get(name)
+        return tensor if tensor is not None and tensor.device == self._device and tensor.is_contiguous() else None
+
+    def _load(self, landing: _Landing, work: Work, manifest: Manifest, load_weights: LoadWeights) -> None:
         with self._loading:
-            arrival.work.wait()
-            if not arrival.broadcast.direct:
-                complete = self._views(arrival, places.manifest)
-            elif arrival.bucket < 0:
-                complete = places.complete(arrival.broadcast.slots[0])
-            else:
-                complete = places.add(arrival.broadcast.slots[0], arrival.data)
-            if complete:
-                load_weights(complete)
-        if arrival.bucket >= 0:
-            self._loaded[arrival.bucket] = self._loading.mark()
+            work.wait()
+            assembled = [done for slot, view in landing.parts for done in self._assemble(slot, view, manifest)]
+            if landing.whole or assembled:
+                load_weights(landing.whole + assembled)
+        if landing.bucket is not None:
+            self._loaded[landing.bucket] = self._loading.mark()
 
-    def _views(self, arrival: _Arrival, manifest: Manifest) -> Weights:
-        if arrival.index not in self._weights:
-            slots = arrival.broadcast.slots
-            metas = [manifest.params[slot.param] for slot in slots]
-            views = bucket_views(slots, arrival.data)
-            self._weights[arrival.index] = [(m.name, typed_view(v, m)) for m, v in zip(metas, views, strict=True)]
-        return self._weights[arrival.index]
-
-
-class _Places:
-    """Where pieces of large tensors go: the worker's own tensors if its loader only copies, else new ones."""
-
-    def __init__(self, manifest: Manifest, load_weights: LoadWeights, device: torch.device) -> None:
-        self.manifest = manifest
-        self._destinations = destinations_of(load_weights) or {}
-        self._write_in_place: Callable[[], None] = getattr(load_weights, "write_in_place", lambda: None)
-        self._device = device
-        self._partial: dict[int, torch.Tensor] = {}
-
-    def own(self, slot: Slot) -> torch.Tensor | None:
-        """Return the bytes of the worker's own tensor that a piece may be received into, or None."""
-        tensor = self._destinations.get(self.manifest.params[slot.param].name)
-        if tensor is None or not tensor.is_contiguous() or tensor.device != self._device:
-            return None
-        self._write_in_place()
-        return as_bytes(tensor)[slot.start : slot.start + slot.nbytes]
-
-    def complete(self, slot: Slot) -> Weights:
-        """Return the worker's own tensor once its last piece has arrived in place."""
-        name = self.manifest.params[slot.param].name
-        return [(name, self._destinations[name])] if slot.last else []
-
-    def add(self, slot: Slot, data: torch.Tensor) -> Weights:
-        """Take a piece that arrived in a bucket; return the tensor once it is whole."""
-        meta = self.manifest.params[slot.param]
-        if slot.last and not slot.start:
-            return [(meta.name, typed_view(data, meta))]
+    def _assemble(self, slot: Slot, view: torch.Tensor, manifest: Manifest) -> Weights:
+        """Add a piece to its tensor, a temporary one; return that once it is whole."""
+        meta = manifest.params[slot.param]
         if not slot.start:
             self._partial[slot.param] = torch.empty(meta.shape, dtype=torch_dtype(meta.dtype), device=self._device)
-        tensor = self._partial[slot.param]
-        as_bytes(tensor)[slot.start : slot.start + slot.nbytes].copy_(data)
+        piece_of(self._partial[slot.param], slot).copy_(view)
         return [(meta.name, self._partial.pop(slot.param))] if slot.last else []
+
+
+def _need(batch: Batch, own: list[torch.Tensor | None]) -> int:
+    """Return how many bytes of a bucket a batch needs, given the worker's own tensors for its direct slots."""
+    if any(tensor is None for tensor in own):
+        return batch.bucket_bytes
+    return max(batch.packed_bytes, 1) if batch.packed else 0
+
+
+def _land(
+    manifest: Manifest, batch: Batch, own: list[torch.Tensor | None], bucket: int | None, buffer: torch.Tensor
+) -> _Landing:
+    data: list[torch.Tensor] = [buffer[: max(batch.packed_bytes, 1)]] if batch.packed else []
+    whole: Weights = []
+    parts: list[tuple[Slot, torch.Tensor]] = []
+    for slot, view in zip(batch.packed, bucket_views(batch.packed, buffer), strict=True):
+        meta = manifest.params[slot.param]
+        whole.append((meta.name, typed_view(view, meta)))
+    for slot, tensor in zip(batch.direct, own, strict=True):
+        meta = manifest.params[slot.param]
+        if tensor is not None:
+            data.append(piece_of(tensor, slot))
+            if slot.last:
+                whole.append((meta.name, tensor))
+            continue
+        view = buffer[slot.offset : slot.offset + slot.nbytes]
+        data.append(view)
+        if slot.last and not slot.start:
+            whole.append((meta.name, typed_view(view, meta)))
+        else:
+            parts.append((slot, view))
+    places = Places([tensor for tensor in own if tensor is not None])
+    return _Landing(data, bucket, whole, parts, places)
+
+
+def _is_full(posted: deque[tuple[_Landing, Work]], bucket: int | None) -> bool:
+    """Whether the oldest batch has to be loaded before the next one may arrive: its bucket is needed."""
+    return len(posted) == WINDOW or (bucket is not None and any(other.bucket == bucket for other, _ in posted))

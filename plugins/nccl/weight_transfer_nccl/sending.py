@@ -1,143 +1,172 @@
-"""The trainer's pipeline: while one bucket is broadcast, the next one is packed."""
+"""The trainer's pipeline: while one batch is broadcast, the next one is packed."""
 
 from __future__ import annotations
 
+import operator
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import attrs
 import torch
 
-from weight_transfer.buckets import as_bytes, bucket_views
+from weight_transfer.buckets import bucket_views
 from weight_transfer_nccl.buffers import WINDOW, Buffers
 from weight_transfer_nccl.group import Work
 from weight_transfer_nccl.lanes import Lane
+from weight_transfer_nccl.pieces import Places, StreamedBytes, piece_of
 
 if TYPE_CHECKING:
     from weight_transfer.deadline import Deadline
     from weight_transfer.source import WeightSource
     from weight_transfer_nccl.group import Group
-    from weight_transfer_nccl.plan import Broadcast, Layout, Plan
+    from weight_transfer_nccl.plan import Batch, Layout, Plan
 
 _WHAT = "broadcasting the weights"
 
 
 @attrs.frozen
+class _Packing:
+    """Where the small tensors of a batch are packed.
+
+    Attributes:
+        bucket: number of the bucket.
+        data: what is broadcast of it, uint8.
+        views: the place of each tensor.
+    """
+
+    bucket: int
+    data: torch.Tensor
+    views: list[torch.Tensor]
+
+
+@attrs.frozen
+class _Cut:
+    """The bytes of a batch.
+
+    Attributes:
+        packed: of each small tensor.
+        direct: of each piece of a large one.
+        temporary: whether they are copies, which take memory until they have left.
+    """
+
+    packed: list[torch.Tensor]
+    direct: list[torch.Tensor]
+    temporary: bool
+
+
+class _ResidentCut:
+    """The bytes of a batch of tensors that stay where they are: looked up once, and again when one has moved."""
+
+    def __init__(self, batch: Batch, tensors: list[torch.Tensor], device: torch.device) -> None:
+        self._batch = batch
+        self._tensors = [tensors[slot.param] for slot in (*batch.packed, *batch.direct)]
+        self._device = device
+        self._places = Places(self._tensors)
+        self._cut: _Cut | None = None
+
+    def get(self) -> _Cut:
+        """Return the bytes; of tensors that are not contiguous or lie elsewhere, copies."""
+        if self._cut is not None and self._places.unchanged:
+            return self._cut
+        self._places = Places(self._tensors)
+        slots = (*self._batch.packed, *self._batch.direct)
+        tensors = [tensor.to(self._device).contiguous() for tensor in self._tensors]
+        pieces = [piece_of(tensor, slot) for tensor, slot in zip(tensors, slots, strict=True)]
+        count = len(self._batch.packed)
+        copied = any(map(operator.is_not, tensors, self._tensors))
+        cut = _Cut(pieces[:count], pieces[count:], temporary=copied)
+        self._cut = None if copied else cut
+        return cut
+
+
+@attrs.frozen
 class _Running:
-    """A broadcast under way, the tensors that it still needs, and its bucket (-1: none)."""
+    """A batch under way, the bytes that it still needs, and its bucket (None: it needs none)."""
 
     work: Work
-    pieces: list[torch.Tensor]
-    bucket: int
+    cut: _Cut
+    bucket: int | None
 
 
 class Sending:
-    """Broadcasts plan after plan with the same buckets.
-
-    Attributes:
-        buffers: the buckets.
-    """
+    """Broadcasts plan after plan with the same buckets."""
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
-        self.buffers = Buffers(layout, device)
+        self._layout = layout
         self._device = device
         self._lane = Lane(device)
         self._plan: Plan | None = None
-        self._resident: _Resident | None = None
-        self._views: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}
+        self._buffers: Buffers | None = None
+        self._packings: list[_Packing | None] = []
+        self._resident: Mapping[str, torch.Tensor] | None = None
+        self._cuts: list[_ResidentCut] = []
+
+    @property
+    def extra_memory(self) -> int:
+        """Bytes of the buckets."""
+        return self._buffers.nbytes if self._buffers is not None else 0
 
     def send(
         self, group: Group, plan: Plan, source: WeightSource, deadline: Deadline, progress: Callable[[int], None]
     ) -> None:
         """Broadcast every byte of ``source``; returns when all of them have left."""
         if self._plan is not plan:
-            self._plan, self._views, self._resident = plan, {}, None
-        self.buffers.rewind()
-        self._resident = _Resident.of(plan, source, self._device, self._resident)
-        tensors = self._resident or _Reader(source, self._device)
+            self._prepare(plan)
         running: deque[_Running] = deque()
         with group.guard(deadline, _WHAT):
             self._lane.after_caller()
             with self._lane:
-                for index, broadcast in enumerate(plan.broadcasts):
-                    bucket = -1 if broadcast.direct else self.buffers.next
-                    while len(running) == WINDOW or (bucket >= 0 and any(r.bucket == bucket for r in running)):
+                streamed = self._look_up(plan, source)
+                for index, (batch, packing) in enumerate(zip(plan.batches, self._packings, strict=True)):
+                    bucket = packing.bucket if packing is not None else None
+                    while self._is_full(running, bucket):
                         running.popleft().work.wait()
-                    pieces = tensors.pieces(broadcast)
-                    data = pieces[0] if broadcast.direct else self._pack(index, broadcast, pieces)
-                    running.append(_Running(group.broadcast(data, deadline), pieces, bucket))
-                    progress(broadcast.nbytes)
+                    cut = self._cuts[index].get() if streamed is None else _cut(streamed, batch)
+                    data = cut.direct
+                    if packing is not None:
+                        torch._foreach_copy_(packing.views, cut.packed)
+                        data = [packing.data, *data]
+                    running.append(_Running(group.broadcast(data, deadline), cut, bucket))
+                    progress(batch.nbytes)
                 while running:
                     running.popleft().work.wait()
             self._lane.finish(deadline, _WHAT)
 
-    def _pack(self, index: int, broadcast: Broadcast, pieces: list[torch.Tensor]) -> torch.Tensor:
-        _, buffer = self.buffers.take()
-        if index not in self._views:
-            self._views[index] = buffer[: max(broadcast.nbytes, 1)], bucket_views(broadcast.slots, buffer)
-        data, views = self._views[index]
-        torch._foreach_copy_(views, pieces)
-        return data
+    def _is_full(self, running: deque[_Running], bucket: int | None) -> bool:
+        """Whether the oldest batch has to leave before the next one: its bucket or its copies' memory is needed."""
+        copies = sum(batch.cut.temporary for batch in running)
+        return (
+            len(running) == WINDOW
+            or copies >= self._layout.buckets
+            or (bucket is not None and any(batch.bucket == bucket for batch in running))
+        )
 
+    def _prepare(self, plan: Plan) -> None:
+        """Reserve the buckets that the plan needs, and give each batch its own."""
+        self._plan, self._resident, self._cuts = plan, None, []
+        bucket_bytes = max((max(batch.packed_bytes, 1) for batch in plan.batches if batch.packed), default=0)
+        if self._buffers is None or self._buffers.bucket_bytes < bucket_bytes:
+            self._buffers = Buffers(self._layout.buckets, bucket_bytes, self._device)
+        self._packings = []
+        for batch in plan.batches:
+            packing = None
+            if batch.packed:
+                bucket, buffer = self._buffers.take()
+                packing = _Packing(bucket, buffer[: max(batch.packed_bytes, 1)], bucket_views(batch.packed, buffer))
+            self._packings.append(packing)
 
-class _Reader:
-    """Gives out the bytes of a source's tensors, in order, and keeps each until its last byte has been posted."""
-
-    def __init__(self, source: WeightSource, device: torch.device) -> None:
-        self._tensors: Iterator[tuple[str, torch.Tensor]] = iter(source)
-        self._device = device
-        self._held: dict[int, torch.Tensor] = {}
-        self._read = 0
-
-    def pieces(self, broadcast: Broadcast) -> list[torch.Tensor]:
-        """Return the bytes that a broadcast carries, a uint8 tensor for each slot."""
-        pieces = [self._bytes(slot.param)[slot.start : slot.start + slot.nbytes] for slot in broadcast.slots]
-        for slot in broadcast.slots:
-            if slot.last:
-                del self._held[slot.param]
-        return pieces
-
-    def _bytes(self, param: int) -> torch.Tensor:
-        while self._read <= param:
-            _, tensor = next(self._tensors)
-            self._held[self._read] = as_bytes(tensor.to(self._device).contiguous())
-            self._read += 1
-        return self._held[param]
-
-
-class _Resident:
-    """The same for tensors that stay where they are: their bytes are looked up once, not at every update.
-
-    It keeps their memory alive, so that an address always means the same tensor; one that was reallocated lets go of
-    its old memory at the next update.
-    """
-
-    def __init__(self, plan: Plan, tensors: Sequence[torch.Tensor]) -> None:
-        self._where = _where(tensors)
-        data = [as_bytes(tensor) for tensor in tensors]
-        self._pieces = {
-            id(broadcast): [data[slot.param][slot.start : slot.start + slot.nbytes] for slot in broadcast.slots]
-            for broadcast in plan.broadcasts
-        }
-
-    @classmethod
-    def of(cls, plan: Plan, source: WeightSource, device: torch.device, known: _Resident | None) -> _Resident | None:
-        """Return ``known`` if it still holds, a new one if all of the source's tensors stay in place, else None."""
+    def _look_up(self, plan: Plan, source: WeightSource) -> StreamedBytes | None:
+        """Find the source's tensors if all of them stay in place, else begin to iterate it."""
         resident = source.resident()
         if len(resident) != len(plan.manifest.params):
-            return None
-        tensors = list(resident.values())
-        if known is not None and known._where == _where(tensors):  # noqa: SLF001  (one of ours)
-            return known
-        if any(tensor.device != device or not tensor.is_contiguous() for tensor in tensors):
-            return None
-        return cls(plan, tensors)
-
-    def pieces(self, broadcast: Broadcast) -> list[torch.Tensor]:
-        """See `_Reader`."""
-        return self._pieces[id(broadcast)]
+            return StreamedBytes(source, self._device)
+        if self._resident is not resident:
+            tensors = list(resident.values())
+            self._cuts = [_ResidentCut(batch, tensors, self._device) for batch in plan.batches]
+            self._resident = resident
+        return None
 
 
-def _where(tensors: Sequence[torch.Tensor]) -> list[tuple[int, tuple[int, ...]]]:
-    return [(tensor.data_ptr(), tensor.stride()) for tensor in tensors]
+def _cut(streamed: StreamedBytes, batch: Batch) -> _Cut:
+    return _Cut(streamed.pieces(batch.packed), streamed.pieces(batch.direct), temporary=True)

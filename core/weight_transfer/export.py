@@ -1,10 +1,13 @@
-"""Which of the trainer's tensors the workers read in place, and where they lie.
+"""Which of a process's tensors lie in shared memory, and where; for backends that let another process at them.
 
 *Adopting* a parameter moves its bytes into shared memory and points ``parameter.data`` there: the optimiser goes on
-updating the same Parameter object, and the workers see every step without another copy. That is only done where it is
-safe: the parameter's storage must belong to the module's own tensors alone. A storage that something else refers to (a
-flat buffer, a view that somebody keeps) would be left behind silently, so its tensors are *staged*: copied through the
-ring of buckets at each update.
+updating the same Parameter object, and other processes see every step without another copy. That is only done where it
+is safe: the parameter's storage must belong to the module's own tensors alone. A storage that something else refers to
+(a flat buffer, a view that somebody keeps) would be left behind silently, so its tensors are *staged*: copied at each
+update.
+
+Adopted tensors lie one after another in the order in which they were given, each storage aligned to 256 bytes: like the
+buckets of `plan_buckets`, so that neighbours stay neighbours on both sides.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import torch
 
 from weight_transfer.buckets import ALIGNMENT
 from weight_transfer.manifest import Manifest, torch_dtype
-from weight_transfer_ipc.memory import SharedMemory
+from weight_transfer.shared_memory import SharedMemory
 
 
 @attrs.frozen
@@ -30,7 +33,7 @@ class Segment:
 
 @attrs.frozen
 class Export:
-    """Where the workers find each parameter, as columns in the manifest's order.
+    """Where each parameter lies, as columns in the manifest's order; JSON-safe as a field of an update info.
 
     Attributes:
         segments: the segments in use.
@@ -45,7 +48,7 @@ class Export:
     strides: dict[str, tuple[int, ...]]
 
     def staged(self, manifest: Manifest) -> Manifest:
-        """Return the part of ``manifest`` that goes through the ring."""
+        """Return the part of ``manifest`` that lies in no segment."""
         return Manifest(param for param, segment in zip(manifest.params, self.segment_ids, strict=True) if segment < 0)
 
     def views(self, manifest: Manifest, memory: Mapping[int, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
@@ -71,7 +74,9 @@ class Export:
 
 
 class Exporter:
-    """The trainer's shared memory.
+    """Finds tensors in this process's shared memory, and adopts the others where it may.
+
+    Tensors that an earlier exporter adopted are found where they are.
 
     Args:
         adopt: whether parameters may be moved; if not, everything is staged.
@@ -92,19 +97,18 @@ class Exporter:
         if self._signature == _sign(manifest, resident):
             return self._export
         if self._adopt:
+            self._find(list(resident.values()))
             self._adopt_all([tensor for tensor in resident.values() if not self._home(tensor)])
         self._export = self._describe(manifest, resident)
         self._signature = _sign(manifest, resident)
         return self._export
 
-    def fd(self, segment_id: int) -> int:
-        """Return the file descriptor of a segment in use."""
-        return self._segments[segment_id].fd
+    def segment(self, segment_id: int) -> SharedMemory:
+        """Return a segment in use."""
+        return self._segments[segment_id]
 
     def close(self) -> None:
-        """Close the descriptors. The parameters keep the memory they live in."""
-        for segment in self._segments.values():
-            segment.close()
+        """Let go of the segments. The parameters keep the memory they live in."""
         self._segments.clear()
         self._signature = ()
 
@@ -118,7 +122,7 @@ class Exporter:
             if tensor is not None and home and not tensor.is_contiguous():
                 strides[str(index)] = tensor.stride()
         for unused in self._segments.keys() - set(ids):
-            self._segments.pop(unused).close()
+            del self._segments[unused]
         segments = tuple(Segment(home, segment.nbytes) for home, segment in self._segments.items())
         return Export(segments, tuple(ids), tuple(offsets), strides)
 
@@ -127,9 +131,17 @@ class Exporter:
         if tensor.device.type == "cpu" and tensor.numel():
             address = tensor.untyped_storage().data_ptr()
             for home, segment in self._segments.items():
-                if segment.address <= address < segment.address + segment.nbytes:
+                if segment.holds(address):
                     return home
         return 0
+
+    def _find(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Take in the segments where tensors lie already."""
+        known = {id(segment) for segment in self._segments.values()}
+        others = [segment for segment in SharedMemory.segments() if id(segment) not in known]
+        for segment in others:
+            if any(tensor.device.type == "cpu" and segment.holds(tensor.data_ptr()) for tensor in tensors):
+                self._segments[next(self._ids)] = segment
 
     def _adopt_all(self, tensors: Sequence[torch.Tensor]) -> None:
         groups = [group for group in _by_storage(tensors) if _is_adoptable(group)]

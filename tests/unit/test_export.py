@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import nn
 
 from weight_transfer import ModuleSource
-from weight_transfer_ipc.export import Export, Exporter
-from weight_transfer_ipc.memory import map_read_only
+from weight_transfer.export import Export, Exporter
+from weight_transfer.shared_memory import SharedMemory, map_read_only
 
 
 def _export(module: nn.Module, exporter: Exporter) -> tuple[ModuleSource, Export]:
@@ -17,9 +19,10 @@ def _export(module: nn.Module, exporter: Exporter) -> tuple[ModuleSource, Export
 
 
 def _mapped(export: Export, exporter: Exporter) -> dict[int, torch.Tensor]:
-    import os
-
-    return {segment.id: map_read_only(os.dup(exporter.fd(segment.id)), segment.nbytes) for segment in export.segments}
+    return {
+        segment.id: map_read_only(os.dup(exporter.segment(segment.id).fd), segment.nbytes)
+        for segment in export.segments
+    }
 
 
 def test_an_adopted_parameter_stays_the_same_object_with_the_same_bits_and_its_updates_are_seen() -> None:
@@ -108,3 +111,27 @@ def test_the_parameters_outlive_the_exporter() -> None:
     assert torch.equal(module.weight, bits)
     module.weight.data.add_(1)
     assert torch.equal(module.weight, bits + 1)
+
+
+def test_a_later_exporter_finds_what_an_earlier_one_adopted() -> None:
+    module, exporter = nn.Linear(300, 200), Exporter(adopt=True)
+    _export(module, exporter)
+    exporter.close()
+    address, bits = module.weight.data_ptr(), module.weight.detach().clone()
+    later = Exporter(adopt=True)
+    source, export = _export(module, later)
+    assert export.segment_ids == (1, 1)
+    assert module.weight.data_ptr() == address
+    assert torch.equal(dict(export.views(source.manifest(), _mapped(export, later)))["weight"], bits)
+    later.close()
+
+
+def test_the_memory_and_its_descriptor_go_with_the_last_tensor_in_it() -> None:
+    module, exporter = nn.Linear(300, 200), Exporter(adopt=True)
+    before, fds = set(SharedMemory.segments()), set(os.listdir("/proc/self/fd"))
+    _export(module, exporter)
+    assert len(set(SharedMemory.segments()) - before) == 1
+    exporter.close()
+    del module
+    assert set(SharedMemory.segments()) <= before
+    assert set(os.listdir("/proc/self/fd")) <= fds

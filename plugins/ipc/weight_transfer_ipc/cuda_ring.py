@@ -1,0 +1,170 @@
+"""The ring of buckets in device memory: as in `ring`, but without waiting for the GPU between buckets.
+
+Copies are queued on streams, and each side tells the other by a byte on the socket once its GPU has *done* them. So the
+trainer packs the next bucket while a worker loads this one, and no stream ever waits for another process: a stream
+that waits for an event of a process that was killed would never drain.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from weight_transfer.buckets import BucketPlan, Unpacker, bucket_views, pack, plan_buckets
+from weight_transfer_ipc import cuda
+from weight_transfer_ipc.device_memory import bytes_at
+from weight_transfer_ipc.infos import Allocation
+from weight_transfer_ipc.ring import RING, RingLayout, each
+
+if TYPE_CHECKING:
+    from weight_transfer.deadline import Deadline
+    from weight_transfer.engine import LoadWeights
+    from weight_transfer.manifest import Manifest
+    from weight_transfer_ipc.connection import Connection
+
+POLL = 2e-5  # seconds between two looks at the GPU or the sockets
+
+
+class CudaRingWriter:
+    """The trainer's side.
+
+    The memory does not come from torch's allocator, so that it can be exported whatever that is set to.
+
+    Attributes:
+        layout: size and number of the buckets.
+        allocation: the exported memory.
+    """
+
+    def __init__(self, layout: RingLayout, device: torch.device) -> None:
+        self.layout = layout
+        self._device = device
+        index = device.index
+        try:
+            address = cuda.allocate(layout.nbytes, index)
+        except cuda.CudaMemoryError:
+            torch.cuda.empty_cache()  # torch may hold free memory that the driver lacks
+            address = cuda.allocate(layout.nbytes, index)
+        self.allocation = Allocation(RING, cuda.uuid_of(index), layout.nbytes, cuda.export(address, index), address)
+        self._buffers = layout.buffers(bytes_at(address, layout.nbytes, device))
+        self._views: list[list[torch.Tensor]] = []
+        self._plan: BucketPlan | None = None
+
+    def write(
+        self,
+        staged: Manifest,
+        tensors: Iterator[torch.Tensor],
+        readers: Sequence[Connection],
+        deadline: Deadline,
+        progress: Callable[[int], None],
+    ) -> None:
+        """Send the tensors of ``staged``, in its order; returns when all readers have loaded all of them.
+
+        Packing runs on the caller's current stream, where the tensors were gathered.
+        """
+        plan = self._plan_for(staged)
+        desk = _Desk(readers, deadline)
+        current, tensor = -1, torch.empty(0)
+        with torch.cuda.device(self._device):
+            for index, slots in enumerate(plan.buckets):
+                desk.wait_until(lambda index=index: desk.loaded > index - len(self._buffers))  # type: ignore[misc]
+                parts = []
+                for slot in slots:
+                    if slot.param != current:
+                        current, tensor = slot.param, next(tensors).contiguous()
+                    parts.append(tensor)
+                pack(slots, parts, self._views[index])
+                desk.packed(torch.cuda.current_stream().record_event())
+                progress(sum(slot.nbytes for slot in slots))
+            desk.wait_until(lambda: desk.loaded >= len(plan.buckets))
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._buffers, self._views, self._plan = [], [], None
+        cuda.free(self.allocation.address, self._device.index)
+
+    def _plan_for(self, staged: Manifest) -> BucketPlan:
+        if self._plan is None or self._plan.params is not staged.params:
+            self._plan = plan_buckets(staged.params, self.layout.bucket_bytes)
+            buffers = self._buffers
+            self._views = [bucket_views(s, buffers[i % len(buffers)]) for i, s in enumerate(self._plan.buckets)]
+        return self._plan
+
+
+class _Desk:
+    """Where one update's signals go out and come in."""
+
+    def __init__(self, readers: Sequence[Connection], deadline: Deadline) -> None:
+        self._readers = list(readers)
+        self._loaded = dict.fromkeys(self._readers, 0)
+        self._deadline = deadline
+        self._packing: deque[Any] = deque()
+
+    @property
+    def loaded(self) -> int:
+        """How many buckets all readers have loaded."""
+        return min((self._loaded[reader] for reader in self._readers), default=sys.maxsize)
+
+    def packed(self, event: Any) -> None:
+        """The next bucket will be full when ``event`` has happened; the readers are told then."""
+        self._packing.append(event)
+        self._attend()
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Attend to the readers until ``condition`` holds. One that died is dropped; the last one raises."""
+        self._attend()
+        while not condition():
+            self._deadline.check("waiting for workers to load a bucket", backend="ipc", phase="update")
+            time.sleep(POLL)
+            self._attend()
+
+    def _attend(self) -> None:
+        while self._packing and self._packing[0].query():
+            self._packing.popleft()
+            each(self._readers, lambda reader: reader.signal(self._deadline))
+        each(self._readers, self._take)
+
+    def _take(self, reader: Connection) -> None:
+        self._loaded[reader] += reader.take_signals()
+
+
+class CudaRingReader:
+    """A worker's side.
+
+    Args:
+        layout: of the trainer's ring.
+        memory: its bytes, uint8, on the worker's device.
+        staged: what goes through it.
+    """
+
+    def __init__(self, layout: RingLayout, memory: torch.Tensor, staged: Manifest) -> None:
+        self._plan = plan_buckets(staged.params, layout.bucket_bytes)
+        self._unpacker = Unpacker(self._plan, layout.buffers(memory))
+
+    def read(self, load_weights: LoadWeights, trainer: Connection, deadline: Deadline) -> None:
+        """Load every bucket on the current stream."""
+        full, loading = 0, deque[Any]()
+        for index in range(len(self._plan.buckets)):
+            while full <= index:
+                deadline.check("waiting for the trainer to fill a bucket", backend="ipc", phase="update")
+                self._tell(loading, trainer, deadline)
+                arrived = trainer.take_signals()
+                full += arrived
+                if not arrived:
+                    time.sleep(POLL)
+            self._unpacker.load(index, load_weights)
+            loading.append(torch.cuda.current_stream().record_event())
+        while loading:
+            deadline.check("loading the last buckets", backend="ipc", phase="update")
+            self._tell(loading, trainer, deadline)
+            trainer.check_alive()
+            time.sleep(POLL)
+
+    def _tell(self, loading: deque[Any], trainer: Connection, deadline: Deadline) -> None:
+        while loading and loading[0].query():
+            loading.popleft()
+            trainer.signal(deadline)

@@ -1,0 +1,108 @@
+"""The trainer's weights on GPUs: exported where they lie, by handles that travel with the update info."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from weight_transfer_ipc.cuda_export import CudaExporter, Readiness
+from weight_transfer_ipc.cuda_ring import CudaRingWriter
+from weight_transfer_ipc.infos import DeviceMemory
+from weight_transfer_ipc.ring import RingLayout, staged_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+    from weight_transfer.config import WeightTransferConfig
+    from weight_transfer.deadline import Deadline
+    from weight_transfer.export import Export
+    from weight_transfer.manifest import Manifest
+    from weight_transfer.source import WeightSource
+    from weight_transfer_ipc.connection import Connection
+
+
+class CudaWriter:
+    """Exports update after update from the same memory.
+
+    Args:
+        config: the trainer's.
+        device: where the ring lies; exported weights may lie on any GPU.
+    """
+
+    def __init__(self, config: WeightTransferConfig, device: torch.device) -> None:
+        options = config.options
+        self._config = config
+        self._device = device
+        self._keep_mapped: bool = options.keep_mapped
+        self._exporter = CudaExporter(options.export == "adopt", refuse=options.unexportable == "refuse")
+        self._readiness = Readiness()
+        self._export: Export | None = None
+        self._staged: Manifest | None = None
+        self._memory: DeviceMemory | None = None
+        self._ring: CudaRingWriter | None = None
+        self._old_rings: list[CudaRingWriter] = []
+
+    @property
+    def extra_memory(self) -> int:
+        """Bytes of the ring."""
+        return self._ring.layout.nbytes if self._ring is not None else 0
+
+    def welcome(self, rank: int) -> None:
+        """A worker has joined: whatever it needs comes with the update info."""
+
+    def describe(self, source: WeightSource, manifest: Manifest) -> dict[str, Any]:
+        """Return the fields of the update info; orders the update after the caller's current stream."""
+        export = self._exporter.refresh(manifest, source.resident())
+        if export is not self._export:
+            self._export, self._staged = export, export.staged(manifest)
+            self._fit_ring(self._staged)
+        ready = self._readiness.mark(self._exporter.devices)
+        allocations = self._exporter.allocations + ((self._ring.allocation,) if self._ring else ())
+        memory = DeviceMemory(allocations, ready)
+        if memory != self._memory:
+            self._memory = memory
+        return {
+            "export": export,
+            "device_memory": self._memory,
+            "ring": self._ring.layout if self._ring else None,
+            "keep_mapped": self._keep_mapped,
+        }
+
+    def send(
+        self,
+        source: WeightSource,
+        workers: dict[int, Connection],
+        deadline: Deadline,
+        progress: Callable[[int], None],
+    ) -> None:
+        """Send what is staged; the workers fetch the rest by themselves."""
+        if self._ring is not None:
+            assert self._staged is not None
+            tensors = staged_tensors(source, self._staged)
+            self._ring.write(self._staged, tensors, list(workers.values()), deadline, progress)
+
+    def release(self) -> None:
+        """No worker maps old memory any more, or, if so configured, any."""
+        self._exporter.release()
+        for ring in self._old_rings:
+            ring.close()
+        self._old_rings.clear()
+        if not self._keep_mapped:
+            self.close()
+
+    def close(self) -> None:
+        """Give everything back."""
+        self._exporter.close()
+        self._export = self._staged = self._memory = None
+        for ring in [*self._old_rings, *([self._ring] if self._ring else [])]:
+            ring.close()
+        self._old_rings, self._ring = [], None
+
+    def _fit_ring(self, staged: Manifest) -> None:
+        """Have a ring for ``staged``, or none."""
+        layout = RingLayout.fitting(staged, self._config.bucket_bytes, self._config.buckets) if staged.params else None
+        if self._ring is not None and self._ring.layout != layout:
+            self._old_rings.append(self._ring)
+            self._ring = None
+        if self._ring is None and layout is not None:
+            self._ring = CudaRingWriter(layout, self._device)

@@ -1,0 +1,79 @@
+"""A worker's view of a trainer whose weights lie in host memory: maps its segments and hands them to the loader."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from weight_transfer.errors import HandshakeError, ManifestMismatchError
+from weight_transfer.shared_memory import map_read_only
+from weight_transfer_ipc.ring import RING, RingReader
+from weight_transfer_ipc.views import chunks, views_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from weight_transfer.deadline import Deadline
+    from weight_transfer.engine import LoadWeights
+    from weight_transfer.export import Export
+    from weight_transfer.manifest import Manifest
+    from weight_transfer_ipc.connection import Connection
+    from weight_transfer_ipc.infos import IpcUpdateInfo
+
+_CHUNK = 64 * 2**20  # bytes between two looks at the deadline and at the trainer
+
+
+class HostReader:
+    """Reads update after update from the same mappings."""
+
+    extra_memory = 0
+
+    def __init__(self) -> None:
+        self._memory: dict[int, torch.Tensor] = {}
+        self._export: Export | None = None
+        self._manifest: Manifest | None = None
+        self._chunks: list[list[tuple[str, torch.Tensor]]] = []
+        self._ring: RingReader | None = None
+
+    def read(self, info: IpcUpdateInfo, load_weights: LoadWeights, trainer: Connection, deadline: Deadline) -> None:
+        """Load every parameter."""
+        if self._export is not info.export or self._manifest is not info.manifest:
+            self._map(info, trainer, deadline)
+        for chunk in self._chunks:
+            deadline.check("copying from shared memory", backend="ipc", phase="update")
+            trainer.check_alive()
+            load_weights(chunk)
+        if self._ring is not None:
+            self._ring.read(load_weights, trainer, deadline)
+
+    def close(self) -> None:
+        """Unmap everything."""
+        self._chunks, self._ring, self._export, self._manifest = [], None, None, None
+        self._memory.clear()
+
+    def _map(self, info: IpcUpdateInfo, trainer: Connection, deadline: Deadline) -> None:
+        """Map the segments that are new, drop those that are gone, and make the views, once per export."""
+        if info.device_memory is not None:
+            raise ManifestMismatchError("The trainer exports device memory to a worker on the CPU.", backend="ipc")
+        sizes = {segment.id: segment.nbytes for segment in info.export.segments}
+        if info.ring is not None:
+            sizes[RING] = info.ring.nbytes
+        self._chunks, self._ring = [], None
+        self._memory = {segment: memory for segment, memory in self._memory.items() if segment in sizes}
+        while self._memory.keys() != sizes.keys():
+            self._receive_segment(sizes, trainer, deadline)
+        self._chunks = chunks(views_of(info.export, info.manifest, self._memory), _CHUNK)
+        if info.ring is not None:
+            self._ring = RingReader(info.ring, self._memory[RING], info.export.staged(info.manifest))
+        self._export, self._manifest = info.export, info.manifest
+
+    def _receive_segment(self, sizes: dict[int, int], trainer: Connection, deadline: Deadline) -> None:
+        message, fds = trainer.receive(deadline)
+        segment = message.get("segment")
+        if len(fds) != 1 or not isinstance(segment, int) or segment not in sizes or segment in self._memory:
+            for fd in fds:
+                os.close(fd)
+            raise HandshakeError(
+                f"The trainer sent segment {segment!r}, which was not announced.", backend="ipc", peer="trainer"
+            )
+        self._memory[segment] = map_read_only(fds[0], sizes[segment])

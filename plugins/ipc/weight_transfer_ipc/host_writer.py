@@ -1,0 +1,86 @@
+"""The trainer's weights in host memory: exported as shared memory, whose descriptors go over the sockets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from weight_transfer.errors import PeerLostError
+from weight_transfer.export import Export, Exporter
+from weight_transfer_ipc.ring import RING, RingLayout, RingWriter, staged_tensors
+
+if TYPE_CHECKING:
+    from weight_transfer.config import WeightTransferConfig
+    from weight_transfer.deadline import Deadline
+    from weight_transfer.manifest import Manifest
+    from weight_transfer.source import WeightSource
+    from weight_transfer_ipc.connection import Connection
+
+
+class HostWriter:
+    """Exports update after update from the same segments."""
+
+    def __init__(self, config: WeightTransferConfig) -> None:
+        self._layout = RingLayout(config.bucket_bytes, config.buckets)
+        self._exporter = Exporter(adopt=config.options.export == "adopt")
+        self._export: Export | None = None
+        self._staged: Manifest | None = None
+        self._ring: RingWriter | None = None
+        self._sent: dict[int, set[int]] = {}
+
+    @property
+    def extra_memory(self) -> int:
+        """Bytes of the ring."""
+        return self._ring.layout.nbytes if self._ring is not None else 0
+
+    def welcome(self, rank: int) -> None:
+        """A worker has joined: it has no segment yet."""
+        self._sent[rank] = set()
+
+    def describe(self, source: WeightSource, manifest: Manifest) -> dict[str, Any]:
+        """Return the fields of the update info."""
+        export = self._exporter.refresh(manifest, source.resident())
+        if export is not self._export:
+            self._export, self._staged = export, export.staged(manifest)
+        assert self._staged is not None
+        if self._staged.params and self._ring is None:
+            self._ring = RingWriter(self._layout)
+        return {"export": export, "ring": self._layout if self._staged.params else None}
+
+    def send(
+        self,
+        source: WeightSource,
+        workers: dict[int, Connection],
+        deadline: Deadline,
+        progress: Callable[[int], None],
+    ) -> None:
+        """Let the workers have the segments, and send what is staged. Workers that died leave ``workers``."""
+        assert self._staged is not None
+        for rank, worker in list(workers.items()):
+            try:
+                self._pass_segments(rank, worker, deadline)
+            except PeerLostError:  # the worker's own answer will say so; the others go on
+                workers.pop(rank).close()
+        if self._staged.params and self._ring is not None:
+            tensors = staged_tensors(source, self._staged)
+            self._ring.write(self._staged, tensors, list(workers.values()), deadline, progress)
+
+    def release(self) -> None:
+        """Keep everything: adopted parameters live in it."""
+
+    def close(self) -> None:
+        """Give everything back."""
+        self._exporter.close()
+        self._export = self._staged = self._ring = None
+        self._sent.clear()
+
+    def _pass_segments(self, rank: int, worker: Connection, deadline: Deadline) -> None:
+        """Send a worker the file descriptors that it does not have yet."""
+        assert self._export is not None and self._staged is not None
+        fds = {segment.id: self._exporter.segment(segment.id).fd for segment in self._export.segments}
+        if self._staged.params and self._ring is not None:
+            fds[RING] = self._ring.memory.fd
+        for segment_id, fd in fds.items():
+            if segment_id not in self._sent[rank]:
+                worker.send({"segment": segment_id}, [fd], deadline)
+        self._sent[rank] = set(fds)

@@ -1,0 +1,69 @@
+"""The bytes of tensors, cut as a plan says: of tensors that stay in place, and of tensors that are made on the way."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from weight_transfer.buckets import Slot, as_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+    from weight_transfer.source import WeightSource
+
+_address = operator.methodcaller("data_ptr")
+_strides = operator.methodcaller("stride")
+
+
+class Places:
+    """Where some tensors lie in memory.
+
+    What was derived from their addresses once holds as long as they stay. It is asked batch by batch, while earlier
+    ones are on their way: for all of a large model's tensors that takes as long as sending a gigabyte.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._tensors = tensors
+        self._addresses = list(map(_address, tensors))
+        self._all_strides = list(map(_strides, tensors))
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether all of them still lie there."""
+        return _all_equal(map(_address, self._tensors), self._addresses) and _all_equal(
+            map(_strides, self._tensors), self._all_strides
+        )
+
+
+def piece_of(tensor: torch.Tensor, slot: Slot) -> torch.Tensor:
+    """Return the bytes of a contiguous tensor that travel in a slot, uint8 of shape ``[slot.nbytes]``."""
+    return as_bytes(tensor)[slot.start : slot.start + slot.nbytes]
+
+
+class StreamedBytes:
+    """The bytes of a source that is iterated: a tensor is kept until its last byte was asked for."""
+
+    def __init__(self, source: WeightSource, device: torch.device) -> None:
+        self._tensors: Iterator[tuple[str, torch.Tensor]] = iter(source)
+        self._device = device
+        self._held: dict[int, torch.Tensor] = {}
+        self._read = 0
+
+    def pieces(self, slots: Sequence[Slot]) -> list[torch.Tensor]:
+        """Return the bytes of each slot, uint8."""
+        pieces = []
+        for slot in slots:
+            while self._read <= slot.param:
+                _, tensor = next(self._tensors)
+                self._held[self._read] = tensor.to(self._device).contiguous()
+                self._read += 1
+            pieces.append(piece_of(self._held[slot.param], slot))
+            if slot.last:
+                del self._held[slot.param]
+        return pieces
+
+
+def _all_equal(found: Iterable[Any], expected: Iterable[Any]) -> bool:
+    return all(map(operator.eq, found, expected))
