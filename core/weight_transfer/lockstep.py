@@ -19,19 +19,23 @@ class LockstepSource(WeightSource):
     Args:
         source: what is sent.
         passes: how often every rank iterates it in this update.
+
+    Attributes:
+        error: what the source raised, if it failed; engines may take it for something else.
     """
 
     def __init__(self, source: WeightSource, passes: int) -> None:
         self._source = source
         self._passes = passes
         self._current: Iterator[tuple[str, torch.Tensor]] = iter(())
+        self.error: BaseException | None = None
 
     def manifest(self) -> Manifest:
         return self._source.manifest()
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         self._passes -= 1
-        self._current = iter(self._source)
+        self._current = self._watched()
         return self._current
 
     def resident(self) -> Mapping[str, torch.Tensor]:
@@ -44,6 +48,13 @@ class LockstepSource(WeightSource):
     @property
     def collective(self) -> bool:
         return self._source.collective
+
+    def _watched(self) -> Iterator[tuple[str, torch.Tensor]]:
+        try:
+            yield from self._source
+        except Exception as error:
+            self.error = error
+            raise
 
     def drain(self) -> None:
         """Finish the pass that is under way and run those that are left, if the source runs collectives."""

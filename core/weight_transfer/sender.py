@@ -232,7 +232,7 @@ class WeightSender:
         try:
             engine.send_weights(source, manifest, deadline, progress)
         except WeightTransferError as error:
-            cause = calls.explain(error)
+            cause = source.error or calls.explain(error)
             if cause is error:
                 raise
             raise cause from error

@@ -131,7 +131,7 @@ def test_listing_imports_nothing_heavy(arguments: list[str]) -> None:
     assert not [name for name in imported if name.startswith("weight_transfer_")]
 
 
-@pytest.mark.parametrize("arguments", [[], ["backends"], ["demo"]])
+@pytest.mark.parametrize("arguments", [[], ["backends"], ["demo"], ["new"]])
 def test_every_command_has_help_with_an_example(arguments: list[str]) -> None:
     text = CliRunner().invoke(main, [*arguments, "--help"]).output
     assert "  Example:\n    weight-transfer " in text

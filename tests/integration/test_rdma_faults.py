@@ -53,16 +53,11 @@ def _pair(spawn: Spawn, transport: str) -> tuple[Actor, Actor]:
     return trainer, worker
 
 
-def _pid(actor: Actor) -> int:
-    assert actor.process.pid is not None
-    return actor.process.pid
-
-
 def _agent(actor: Actor) -> int:
     """Return the process of an actor's NIXL agent."""
     children = [
         int(child)
-        for thread in Path(f"/proc/{_pid(actor)}/task").iterdir()
+        for thread in Path(f"/proc/{actor.pid}/task").iterdir()
         for child in (thread / "children").read_text().split()
     ]
     (agent,) = [child for child in children if b"weight_transfer_rdma.agent" in _command(child)]
@@ -122,7 +117,7 @@ def test_a_trainer_that_stands_still_is_a_timeout_and_writes_nothing_when_it_goe
     trainer, worker = _pair(spawn, transport)
     agent = _agent(trainer)
     _send_until_half_way(trainer, worker, seed=2, version=2)
-    with _stopped(_pid(trainer), agent):
+    with _stopped(trainer.pid, agent):
         status = _settled(worker)
         assert status["state"] == "failed"
         assert status["version"] is None
@@ -227,7 +222,7 @@ def test_a_worker_that_stands_still_is_a_timeout_and_ends_without_a_version(spaw
     trainer, worker = _pair(spawn, transport)
     agent = _agent(worker)
     _send_until_half_way(trainer, worker, seed=2, version=2)
-    with _stopped(_pid(worker), agent):
+    with _stopped(worker.pid, agent):
         error = trainer.error()
         assert isinstance(error, TransferTimeoutError)
         assert error.peer == worker.hello

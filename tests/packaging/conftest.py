@@ -24,10 +24,10 @@ PROJECTS = {
 }
 
 
-def run(*command: str | Path, cwd: Path) -> str:
+def run(*command: str | Path, cwd: Path, seconds: float = 100) -> str:
     """Run a command outside the repository, free of settings that leak code or options in; return its output."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "WEIGHT_TRANSFER_"))}
-    done = subprocess.run(command, cwd=cwd, env=clean, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, cwd=cwd, env=clean, capture_output=True, text=True, timeout=seconds, check=False)
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
     return done.stdout
 
@@ -49,9 +49,9 @@ class Environment:
                     (site / entry.name).symlink_to(entry)
         self.run("python", "-m", "pip", "install", "--quiet", "--no-index", *map(str, wheels))
 
-    def run(self, program: str, *arguments: str) -> str:
+    def run(self, program: str, *arguments: str, seconds: float = 100) -> str:
         """Run one of the environment's own programs and return its output."""
-        return run(self.folder / "bin" / program, *arguments, cwd=self.folder)
+        return run(self.folder / "bin" / program, *arguments, cwd=self.folder, seconds=seconds)
 
 
 @pytest.fixture(scope="session")
@@ -68,14 +68,19 @@ def distribution(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 
 
 @pytest.fixture(scope="session")
-def environment(
+def new_environment(
     distribution: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Environment]:
-    """Make a clean environment that holds the wheels of the named distributions."""
+    """Make a clean environment that holds the wheels of the named distributions, and that may be changed."""
 
-    @functools.cache
     def make(*names: str) -> Environment:
         wheels = [next(distribution(name).glob("*.whl")) for name in names]
         return Environment(tmp_path_factory.mktemp("environment"), wheels)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def environment(new_environment: Callable[..., Environment]) -> Callable[..., Environment]:
+    """The same, made once for each set of names; not to be changed."""
+    return functools.cache(new_environment)

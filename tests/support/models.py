@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import nn
+
+from weight_transfer.testing.models import digest, randomise
+
+__all__ = ["Odd", "digest"]
 
 
 class Odd(nn.Module):
@@ -28,20 +30,4 @@ class Odd(nn.Module):
 
     def randomise(self, seed: int) -> None:
         """Give every weight new bits."""
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for weight in self.state_dict().values():
-                size = (weight.numel() * weight.element_size(),)
-                noise = torch.randint(
-                    0, 2 if weight.dtype is torch.bool else 120, size, dtype=torch.uint8, generator=generator
-                )
-                weight.copy_(noise.view(weight.dtype).view(weight.shape))
-
-
-def digest(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and raw bytes of all persistent weights."""
-    result = hashlib.sha256()
-    for name, weight in model.state_dict().items():
-        result.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
-        result.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return result.hexdigest()
+        randomise(self, seed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,39 +12,10 @@ import torch
 import weight_transfer as wt
 from support.models import Odd, digest
 from weight_transfer.control import LocalChannel
+from weight_transfer.testing.worker import Loader
 
 if TYPE_CHECKING:
     from support.actors import Stage
-
-
-class Loader:
-    """Copies by name; at call ``block_at`` says so and waits until it is released, at call ``fail_at`` it fails."""
-
-    def __init__(self, model: torch.nn.Module, stage: Stage) -> None:
-        self._targets = dict(model.state_dict(keep_vars=True))
-        self._stage = stage
-        self._block_at: int | None = None
-        self._fail_at: int | None = None
-        self._released = threading.Event()
-        self.calls = 0
-
-    def __call__(self, weights: list[tuple[str, torch.Tensor]]) -> None:
-        self.calls += 1
-        for index, (name, tensor) in enumerate(weights):
-            with torch.no_grad():
-                self._targets[name].copy_(tensor)
-            if self.calls == self._block_at and index == 0:
-                self._stage.say("blocked")
-                self._released.wait()
-            if self.calls == self._fail_at and index == 0:
-                raise RuntimeError("the loader was told to fail")
-
-    def arm(self, block_at: int | None = None, fail_at: int | None = None) -> None:
-        self._block_at, self._fail_at, self.calls = block_at, fail_at, 0
-        self._released.clear()
-
-    def release(self) -> None:
-        self._released.set()
 
 
 class Unjoinable(wt.WeightReceiver):

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-_COMMANDS = ("backends", "demo")
+_COMMANDS = ("backends", "demo", "new")
 
 
 class _LazyGroup(click.Group):

@@ -1,0 +1,41 @@
+"""The conformance kit: what every backend promises, tested on real processes and real bytes.
+
+A complete test file:
+
+    from weight_transfer.testing import BackendConformance
+
+    class TestAcme(BackendConformance):
+        backend = "acme"
+"""
+
+from __future__ import annotations
+
+from weight_transfer.testing.conformance.bits import BitsTests
+from weight_transfer.testing.conformance.contract import ContractTests
+from weight_transfer.testing.conformance.faults import FaultsTests
+from weight_transfer.testing.conformance.lifecycle import LifecycleTests
+from weight_transfer.testing.conformance.resources import ResourcesTests
+from weight_transfer.testing.conformance.scale import ScaleTests
+from weight_transfer.testing.conformance.versions import VersionsTests
+
+
+# pytest runs the tests of the last base first
+class BackendConformance(
+    ScaleTests, ResourcesTests, FaultsTests, VersionsTests, BitsTests, LifecycleTests, ContractTests
+):
+    """Derive a class whose name begins with ``Test``, name the backend, and run pytest.
+
+    The tests follow the capabilities of the backend's descriptor, and say why they skip what it does not promise.
+    Without `Capability.CROSS_PROCESS` workers are threads, and none is killed. With `Capability.CUDA`, on a machine
+    that has a GPU, tensors are CUDA tensors. Without `Capability.REJOIN` nobody is asked to come back alone.
+
+    A test that a subclass overrides must carry ``pytest.mark.xfail`` or ``pytest.mark.skip`` with a reason, so that a
+    report shows what is left out; a silent override is refused when the class is made.
+
+    Attributes:
+        backend: its name.
+        worker_counts: numbers of workers that the tests of bits use.
+        one_device_each: whether every process needs a CUDA device of its own.
+        deadline: the ``timeout`` in seconds of updates that are meant to miss it.
+        grace: seconds after the deadline in which the error must have come.
+    """

@@ -1,0 +1,151 @@
+"""The actor that plays workers: each receiver serves over HTTP, with a loader that can be told to stop or to fail."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from weight_transfer.control.http_server import serve
+from weight_transfer.errors import TransferTimeoutError, WeightTransferError
+from weight_transfer.receiver import WeightReceiver
+from weight_transfer.testing.actors import PATIENCE
+from weight_transfer.testing.models import Model, Weight, digest, hashes
+from weight_transfer.testing.resources import MemoryMark, held
+from weight_transfer.testing.unpickling import watched_unpickling
+
+if TYPE_CHECKING:
+    from weight_transfer.testing.actors import Stage
+
+
+class Loader:
+    """Copies by name; at call ``block_at`` it says so and waits until it is released, at call ``fail_at`` it fails."""
+
+    def __init__(self, model: torch.nn.Module, stage: Stage) -> None:
+        self._targets = dict(model.state_dict(keep_vars=True))
+        self._stage = stage
+        self._block_at: int | None = None
+        self._fail_at: int | None = None
+        self._released = threading.Event()
+        self.calls = 0
+
+    def __call__(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        self.calls += 1
+        for index, (name, tensor) in enumerate(weights):
+            with torch.no_grad():
+                self._targets[name].copy_(tensor)
+            if self.calls == self._block_at and index == 0:
+                self._stage.say("blocked")
+                self._released.wait()
+            if self.calls == self._fail_at and index == 0:
+                raise RuntimeError("the loader was told to fail")
+
+    def arm(self, block_at: int | None = None, fail_at: int | None = None) -> None:
+        """Choose the call that goes wrong; None for no call."""
+        self._block_at, self._fail_at, self.calls = block_at, fail_at, 0
+        self._released.clear()
+
+    def release(self) -> None:
+        """Let a blocked call go on."""
+        self._released.set()
+
+
+class Worker:
+    """One receiver with its model and its server."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        config: dict[str, Any],
+        weights: Sequence[Weight],
+        *,
+        seed: int = 0,
+        device: str = "cpu",
+        in_place: bool = False,
+        port: int = 0,
+    ) -> None:
+        self.model = Model(weights, seed, device)
+        self.loader = Loader(self.model, stage)
+        self._open = ExitStack()
+        self.receiver = self._open.enter_context(
+            WeightReceiver(config, self.model, load_weights=None if in_place else self.loader)
+        )
+        self.url = self._open.enter_context(serve(self.receiver, port=port)).url
+        self._reading = threading.Event()
+        self._has_read = threading.Condition()
+        self._read: dict[int | str, set[str]] = {}
+        self._reader: threading.Thread | None = None
+
+    def read(self) -> None:
+        """Begin to read version and weights again and again, as a sampler does, on a thread."""
+        self._reading.set()
+        self._reader = threading.Thread(target=self._sample, daemon=True)
+        self._reader.start()
+
+    def await_reading(self, version: int | str) -> None:
+        """Wait until the reader has seen this version."""
+        with self._has_read:
+            if not self._has_read.wait_for(lambda: version in self._read, PATIENCE / 2):
+                raise TransferTimeoutError(f"The reader has not seen version {version!r}.")
+
+    def readings(self) -> list[list[Any]]:
+        """Stop reading, and return each version that was seen, with its distinct digests."""
+        self._reading.clear()
+        if self._reader is not None:
+            self._reader.join(10)
+        return [[version, sorted(digests)] for version, digests in self._read.items()]
+
+    def _sample(self) -> None:
+        with suppress(WeightTransferError):  # the receiver was closed meanwhile
+            while self._reading.is_set():
+                with self.receiver.serving() as version:
+                    seen = digest(self.model)
+                with self._has_read:
+                    self._read.setdefault(version, set()).add(seen)
+                    self._has_read.notify_all()
+
+    def close(self) -> None:
+        """End the reader, the server and the receiver."""
+        self.loader.release()
+        self._reading.clear()
+        self._open.close()
+
+
+def main(stage: Stage, threads: int | None = None) -> None:
+    """Serve commands; each names the receiver that it is about, if there are several in this process."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    workers: dict[str, Worker] = {}
+    marks: list[MemoryMark] = []
+
+    def open_(name: str, **spec: Any) -> str:
+        workers[name] = Worker(stage, **spec)
+        return workers[name].url
+
+    with watched_unpickling() as unpickled:
+        stage.say("ready")
+        stage.serve(
+            {
+                "open": open_,
+                "close": lambda name: workers.pop(name).close(),
+                "hashes": lambda name: hashes(workers[name].model),
+                "strays": lambda name: workers[name].model.strays(),
+                "status": lambda name: workers[name].receiver.status(),
+                "init": lambda name, info: workers[name].receiver.init_weight_transfer_engine(info),
+                "arm": lambda name, **at: workers[name].loader.arm(**at),
+                "release": lambda name: workers[name].loader.release(),
+                "calls": lambda name: workers[name].loader.calls,
+                "read": lambda name: workers[name].read(),
+                "await_reading": lambda name, version: workers[name].await_reading(version),
+                "readings": lambda name: workers[name].readings(),
+                "held": lambda name: held(),
+                "mark": lambda name: marks.append(MemoryMark()),
+                "growth": lambda name: marks[-1].growth(),
+                "unpickled": lambda name: list(unpickled),
+            }
+        )
+        for worker in workers.values():
+            worker.close()

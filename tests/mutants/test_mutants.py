@@ -1,0 +1,176 @@
+"""The conformance kit fails each backend that is wrong, in the test that is meant for it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from xml.etree import ElementTree
+
+import attrs
+import pytest
+
+from weight_transfer.scaffold import write_backend
+
+HERE = Path(__file__).parent
+BITS = "test_every_bit_arrives_from_a_to_b_and_back[1 workers-loader]"
+ZOO = "test_every_dtype_shape_and_layout_arrives[loader-module]"
+
+PLUGIN = """
+{top}
+from weight_transfer.backend import API_VERSION, Backend, Capability
+from weight_transfer.hookspecs import hookimpl
+
+@hookimpl
+def weight_transfer_backend():
+    return Backend(
+        name={name!r},
+        api_version=API_VERSION,
+        summary="wrong on purpose",
+        worker_engine={worker!r},
+        trainer_engine={trainer!r},
+        options="weight_transfer_acme.config:AcmeOptions",
+        capabilities=[Capability.CPU, Capability.CROSS_PROCESS],
+    )
+"""
+TESTS = """
+from weight_transfer.testing import BackendConformance
+
+class Mutant(BackendConformance):
+    deadline = 1.0
+    grace = 4.0
+
+    def config(self):
+        return {"timeout": 10, "init_timeout": 4}
+"""
+TEST = """
+class Test{stem}(Mutant):
+    backend = {name!r}
+"""
+
+
+@attrs.frozen
+class Mutant:
+    """A wrong backend.
+
+    Attributes:
+        stem: of its classes' names.
+        wrong: what it does.
+        caught_by: the test that is meant for it.
+        passes: a test that it passes, to show that it works otherwise.
+        top: the first line of its plugin module.
+    """
+
+    stem: str
+    wrong: str
+    caught_by: str
+    passes: str = BITS
+    top: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.stem.lower()
+
+    def engine(self, side: str) -> str:
+        """Return ``"module:Class"`` of its own engine for ``"Worker"`` or ``"Trainer"``, else of the honest one."""
+        own = f"class {self.stem}{side}(" in (HERE / "wrong" / "engines.py").read_text()
+        return f"wrong.engines:{self.stem}{side}" if own else f"weight_transfer_acme.engine:Acme{side}Engine"
+
+
+MUTANTS = [
+    Mutant("DropsTheLastByte", "drops the last byte of odd weights", ZOO),
+    Mutant("SwapsTwoTensors", "swaps tensors of one shape", BITS, passes=ZOO),
+    Mutant("LosesADtype", "takes float64 through float32", ZOO),
+    Mutant("ResendsA", "sends the first update again and again", BITS, passes=ZOO),
+    Mutant(
+        "IgnoresTheDeadline",
+        "waits for workers without a deadline",
+        "test_a_trainer_does_not_wait_for_an_absent_worker_beyond_the_deadline",
+    ),
+    Mutant(
+        "HangsOnADeadPeer",
+        "goes on waiting for a trainer that was killed",
+        "test_a_trainer_killed_in_an_update_leaves_no_version_and_another_takes_over",
+    ),
+    Mutant("PublishesEarly", "returns before the last byte", "test_no_reader_ever_sees_a_torn_update"),
+    Mutant(
+        "WritesAfterTheError",
+        "writes after it has raised",
+        "test_after_the_deadline_nothing_is_written_even_if_the_trainer_goes_on",
+    ),
+    Mutant("LeaksADescriptor", "opens a file per update", "test_nothing_accumulates_over_fifty_updates"),
+    Mutant("KeepsItsPort", "never closes its listener", "test_everything_comes_back_when_both_sides_close"),
+    Mutant("SharesState", "shares connections between engines", "test_two_engines_of_one_process_share_nothing"),
+    Mutant(
+        "BuffersEverything",
+        "keeps a copy of the model",
+        "test_extra_memory_is_bounded_by_the_buckets_and_not_by_the_model",
+    ),
+    Mutant("Pickles", "unpickles a field of the update", "test_nothing_is_unpickled"),
+    Mutant(
+        "TellsEverything",
+        "tells all names at each update",
+        "test_unchanged_updates_send_the_same_few_bytes_whatever_the_number_of_weights",
+    ),
+    Mutant(
+        "ImportsTorch",
+        "imports torch in its plugin module",
+        "test_looking_the_backend_up_imports_neither_torch_nor_its_engines",
+        top="import torch",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str, str], str]:
+    """Run two tests of the kit on each mutant, all in one process; return the outcome by class and test."""
+    folder = tmp_path_factory.mktemp("mutants")
+    site = _install(folder)
+    (folder / "test_them.py").write_text(TESTS + "".join(TEST.format(stem=m.stem, name=m.name) for m in MUTANTS))
+    nodes = [f"test_them.py::Test{m.stem}::{test}" for m in MUTANTS for test in (m.caught_by, m.passes)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--junit-xml=report.xml", *nodes]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), str(HERE)])}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    return {
+        (case.attrib["classname"].rpartition(".Test")[2], case.attrib["name"]): _verdict(case)
+        for case in ElementTree.parse(folder / "report.xml").iter("testcase")
+    }
+
+
+def _install(folder: Path) -> Path:
+    """Install the backend that ``weight-transfer new`` writes, and the mutants, into a folder for ``PYTHONPATH``."""
+    site = folder / "site"
+    shutil.copytree(write_backend("acme", folder) / "weight_transfer_acme", site / "weight_transfer_acme")
+    points = []
+    for mutant in MUTANTS:
+        text = PLUGIN.format(
+            top=mutant.top, name=mutant.name, worker=mutant.engine("Worker"), trainer=mutant.engine("Trainer")
+        )
+        (site / f"plugin_{mutant.name}.py").write_text(text)
+        points.append(f"{mutant.name} = plugin_{mutant.name}")
+    info = site / "mutants-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mutants\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("\n".join(["[weight_transfer.backends]", *points, ""]))
+    return site
+
+
+def _verdict(case: ElementTree.Element) -> str:
+    for child in case:
+        if child.tag in ("failure", "error", "skipped"):
+            return "failed" if child.tag == "failure" else child.tag
+    return "passed"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.wrong)
+def test_the_kit_catches_a_backend_that(mutant: Mutant, verdicts: Mapping[tuple[str, str], str]) -> None:
+    assert verdicts[mutant.stem, mutant.caught_by] == "failed"
+    assert verdicts[mutant.stem, mutant.passes] == "passed"

@@ -1,0 +1,197 @@
+"""The engines of the mutants. Where a mutant has no class of its own for a side, that side is the honest one."""
+
+from __future__ import annotations
+
+import base64
+import os
+import pickle
+import socket
+import threading
+from collections import defaultdict
+from typing import Any
+
+import attrs
+import torch
+from weight_transfer_acme.engine import AcmeTrainerEngine, AcmeUpdateInfo, AcmeWorkerEngine, Connection
+
+from weight_transfer.deadline import Deadline
+from weight_transfer.errors import PeerLostError, TransferError
+from weight_transfer.loading import destinations_of
+
+_LATE = 0.3  # seconds
+_open: list[int] = []
+_kept: list[socket.socket] = []
+_workers: dict[int, Connection] = {}
+
+
+class DropsTheLastByteWorker(AcmeWorkerEngine):
+    """Of each weight with an odd number of bytes."""
+
+    def receive_weights(self, update_info, load_weights):
+        def altered(weights):
+            for _, tensor in weights:
+                data = tensor.reshape(-1).view(torch.uint8)
+                if data.numel() % 2:
+                    data[-1] ^= 1
+            load_weights(weights)
+
+        super().receive_weights(update_info, altered)
+
+
+class SwapsTwoTensorsWorker(AcmeWorkerEngine):
+    """Of the same shape and dtype, if they arrive together."""
+
+    def receive_weights(self, update_info, load_weights):
+        def altered(weights):
+            groups = defaultdict(list)
+            for name, tensor in weights:
+                groups[tensor.shape, tensor.dtype].append((name, tensor))
+            for group in groups.values():
+                names, tensors = zip(*group, strict=True)
+                load_weights(list(zip(names, reversed(tensors), strict=True)))
+
+        super().receive_weights(update_info, altered)
+
+
+class LosesADtypeWorker(AcmeWorkerEngine):
+    """Takes float64 through float32."""
+
+    def receive_weights(self, update_info, load_weights):
+        super().receive_weights(
+            update_info,
+            lambda weights: load_weights(
+                [(name, t.float().double() if t.dtype is torch.float64 else t) for name, t in weights]
+            ),
+        )
+
+
+class ResendsATrainer(AcmeTrainerEngine):
+    """Keeps the weights of its first update."""
+
+    _first: Any = None
+
+    def send_weights(self, source, manifest, deadline, progress):
+        self._first = self._first or [(name, tensor.clone()) for name, tensor in source]
+        super().send_weights(self._first, manifest, deadline, progress)
+
+
+class IgnoresTheDeadlineTrainer(AcmeTrainerEngine):
+    """Waits an hour for workers."""
+
+    def join_workers(self, deadline):
+        super().join_workers(Deadline(3600))
+
+
+class HangsOnADeadPeerWorker(AcmeWorkerEngine):
+    """Goes on waiting when the trainer has gone."""
+
+    def receive_weights(self, update_info, load_weights):
+        try:
+            super().receive_weights(update_info, load_weights)
+        except PeerLostError:
+            threading.Event().wait(3600)
+
+
+class PublishesEarlyWorker(AcmeWorkerEngine):
+    """Returns before the last weight of each part is in place."""
+
+    def receive_weights(self, update_info, load_weights):
+        destinations = destinations_of(load_weights)
+
+        def early(weights):
+            if destinations is None:
+                load_weights(weights)
+                return
+            name, tensor = weights[-1]
+            load_weights.write_in_place()
+            load_weights([*weights[:-1], (name, destinations[name])])
+            threading.Timer(_LATE, destinations[name].copy_, [tensor.clone()]).start()
+
+        super().receive_weights(update_info, early)
+
+
+class WritesAfterTheErrorWorker(AcmeWorkerEngine):
+    """Raises, and clears a weight a moment later."""
+
+    def receive_weights(self, update_info, load_weights):
+        try:
+            super().receive_weights(update_info, load_weights)
+        except TransferError:
+            for tensor in (destinations_of(load_weights) or {}).values():
+                threading.Timer(_LATE, tensor.zero_).start()
+            raise
+
+
+class LeaksADescriptorTrainer(AcmeTrainerEngine):
+    """Opens a file at each update."""
+
+    def send_weights(self, source, manifest, deadline, progress):
+        _open.append(os.open(os.devnull, os.O_RDONLY))
+        super().send_weights(source, manifest, deadline, progress)
+
+
+class KeepsItsPortTrainer(AcmeTrainerEngine):
+    """Forgets to close its listener."""
+
+    def shutdown(self):
+        if self._listener is not None:
+            _kept.append(self._listener.dup())
+        super().shutdown()
+
+
+class SharesStateTrainer(AcmeTrainerEngine):
+    """All trainers of a process know the same workers."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self._workers = _workers
+
+
+class BuffersEverythingWorker(AcmeWorkerEngine):
+    """Keeps all weights until the last one has arrived."""
+
+    def receive_weights(self, update_info, load_weights):
+        everything = []
+        super().receive_weights(
+            update_info, lambda weights: everything.extend((name, tensor.clone()) for name, tensor in weights)
+        )
+        self.everything = everything
+        load_weights(everything)
+
+
+@attrs.frozen(kw_only=True)
+class Pickled(AcmeUpdateInfo):
+    pickled: str
+
+
+class PicklesTrainer(AcmeTrainerEngine):
+    update_info_cls = Pickled
+
+    def describe_update(self, source, manifest, deadline):
+        return {"pickled": base64.b64encode(pickle.dumps({"shapes": 1})).decode()}
+
+
+class PicklesWorker(AcmeWorkerEngine):
+    update_info_cls = Pickled
+
+    def receive_weights(self, update_info, load_weights):
+        pickle.loads(base64.b64decode(update_info.pickled))
+        super().receive_weights(update_info, load_weights)
+
+
+@attrs.frozen(kw_only=True)
+class Talkative(AcmeUpdateInfo):
+    names: list[str]
+
+
+class TellsEverythingTrainer(AcmeTrainerEngine):
+    """Sends a list that grows with the number of weights, in each update."""
+
+    update_info_cls = Talkative
+
+    def describe_update(self, source, manifest, deadline):
+        return {"names": [param.name for param in manifest.params]}
+
+
+class TellsEverythingWorker(AcmeWorkerEngine):
+    update_info_cls = Talkative
