@@ -3,7 +3,8 @@
 In one run, in alternating rounds:
 
 * ``limit``: a plain ``copy_`` out of 4 GiB of the trainer's memory, again and again, until all bytes have gone;
-* ``ours``: ``WeightSender.send``, all its phases, over HTTP and over a pipe, and the update phase alone;
+* ``ours``: ``WeightSender.send``, all its phases, over HTTP and over a pipe; its update phase alone; and the worker's
+  engine alone, which does what the limit does: all bytes are copied and checked in when it returns;
 * ``packed``: buffers of 1 GiB: concatenate, share the handle, map, split, copy, unmap, answer (vLLM's packed scheme,
   written afresh from its description);
 * ``unpacked``: a handle per tensor, shared, mapped and unmapped at each update, a copy per tensor (vLLM's other one).
@@ -29,6 +30,7 @@ from weight_transfer.integrity import tensor_digest
 from weight_transfer.manifest import digest_json
 from weight_transfer_ipc import cuda
 from weight_transfer_ipc.device_memory import bytes_at
+from weight_transfer_ipc.engine import IpcWorkerEngine
 
 CASES = {"dense": shapes.llama_8b, "moe": shapes.qwen_moe}
 GIB = 2**30
@@ -148,6 +150,20 @@ def send_unpacked(pipe: Connection, weights: nn.Module) -> None:
     pipe.recv_bytes()
 
 
+def watch_engine() -> list[float]:
+    """Return a list that grows by the seconds of each ``receive_weights`` of a worker's engine in this process."""
+    seconds: list[float] = []
+    receive = IpcWorkerEngine.receive_weights
+
+    def timed(*arguments: Any) -> None:
+        since = time.perf_counter()
+        receive(*arguments)
+        seconds.append(time.perf_counter() - since)
+
+    IpcWorkerEngine.receive_weights = timed  # type: ignore[method-assign]
+    return seconds
+
+
 def work(pipe: Connection, case: str, device_name: str, config: dict[str, Any], shared: tuple[str, int, int]) -> None:
     """Be the worker."""
     device = torch.device(device_name)
@@ -155,6 +171,7 @@ def work(pipe: Connection, case: str, device_name: str, config: dict[str, Any], 
     weights = shapes.Weights(CASES[case](), torch.bfloat16, device_name)
     total = sum(parameter.nbytes for parameter in weights.parameters())
     target = torch.empty(LIMIT, dtype=torch.uint8, device=device)
+    engine_times = watch_engine()
     with (
         Mapped(shared[0], shared[1], device) as memory,
         wt.WeightReceiver(config, weights) as receiver,
@@ -181,6 +198,8 @@ def work(pipe: Connection, case: str, device_name: str, config: dict[str, Any], 
             elif command == b"extra":
                 engine = receiver._engine  # noqa: SLF001  (no public way to ask a worker)
                 pipe.send_bytes(json.dumps(engine.extra_memory if engine else 0).encode())
+            elif command == b"engine":
+                pipe.send_bytes(json.dumps(engine_times[-1]).encode())
             elif command == b"forget":
                 for parameter in weights.parameters():
                     parameter.data.zero_()
@@ -253,6 +272,7 @@ def measure(case: str, peer: bool, rounds: int, config: dict[str, Any]) -> None:
             for name in senders:
                 report = timed(name, schemes[name])
                 note(f"{name}, update", report.seconds["update"])
+                note(f"{name}, engine", json.loads(ask("engine")))
         for _ in range(4):
             for name in ("packed", "unpacked"):
                 timed(name, schemes[name])

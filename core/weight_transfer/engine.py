@@ -155,7 +155,10 @@ class TrainerWeightTransferEngine(ABC, Generic[TInitInfo, TUpdateInfo]):
 
     @abstractmethod
     def join_workers(self, deadline: Deadline) -> None:
-        """Wait until every worker that was promised by the last `open_endpoint` has joined."""
+        """Wait until every worker that was promised by the last `open_endpoint` has joined.
+
+        Return at once if there is nothing to wait for but the workers' answers: the core waits for those.
+        """
 
     def describe_update(self, source: WeightSource, manifest: Manifest, deadline: Deadline) -> dict[str, Any]:
         """Return the fields that ``update_info_cls`` adds to `WeightTransferUpdateInfo`.

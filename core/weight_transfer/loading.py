@@ -99,10 +99,21 @@ class KernelFormatLoader:
             targets, tensors = list(compress(targets, moving)), tuple(compress(tensors, moving))
         if targets:
             with torch.no_grad():
+                if targets[0].is_cuda:
+                    targets, tensors = list(map(_bits, targets)), tuple(map(_bits, tensors))
                 torch._foreach_copy_(targets, tensors)
 
     def finish(self) -> None:
         return
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Return the tensor as integers of the same size: on CUDA, a batched copy of floats changes the bits of NaNs."""
+    integers = _INTEGERS.get(tensor.element_size())
+    return tensor if integers is None else tensor.view(integers)
 
 
 class CheckpointFormatLoader:

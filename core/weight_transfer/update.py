@@ -94,11 +94,13 @@ class Update:
 
     def __call__(self, weights: Weights) -> None:
         self.check()
-        if not self._accept_in_place(weights):
+        in_place = self._accept_in_place(weights)
+        if not in_place:
             for name, tensor in weights:
                 self._accept(name, tensor)
         self.touched = True
-        self._loader(weights)
+        if not in_place:
+            self._loader(weights)
         self._tell()
 
     def finish(self) -> None:
@@ -117,7 +119,7 @@ class Update:
     def _accept_in_place(self, weights: Weights) -> bool:
         """Accept all of ``weights`` at once if they are the worker's own tensors, whose forms the loader has checked.
 
-        Thousands of small tensors cost less than one by one.
+        Thousands of tensors cost less than one by one, and there is nothing left to load.
         """
         destinations = None if self._digests else self.destinations()
         if destinations is None or len(weights) < _MANY:

@@ -17,7 +17,7 @@ from weight_transfer import PeerLostError, TransferError, TransferTimeoutError
 
 ROWS = 120_000  # of 512 bytes: a read over TCP takes a tenth of a second or more
 TIMEOUT = 4
-TRANSPORTS = pytest.mark.parametrize("transport", ["shm", "tcp"])
+TRANSPORTS = pytest.mark.parametrize("transport", ["tcp", pytest.param("shm", marks=pytest.mark.slow)])
 
 Spawn = Callable[..., Actor]
 

@@ -37,14 +37,14 @@ def test_a_table_moves_every_byte_once_whatever_its_alignment() -> None:
 
 
 def test_copies_that_continue_each_other_on_both_sides_become_one() -> None:
-    spans = Spans.of((300, 0, 100, 900), (1300, 1000, 1100, 5000), (50, 100, 200, 7))
+    spans = Spans.of((300, 0, 100, 900), (1300, 1000, 1100, 5000), (50, 100, 200, 7)).merged()
     assert spans.sources.tolist() == [0, 900]
     assert spans.targets.tolist() == [1000, 5000]
     assert spans.sizes.tolist() == [350, 7]
 
 
 def test_neighbours_on_one_side_only_stay_apart() -> None:
-    spans = Spans.of((0, 100, 200), (0, 100, 300), (100, 100, 100))
+    spans = Spans.of((0, 100, 200), (0, 100, 300), (100, 100, 100)).merged()
     assert spans.sizes.tolist() == [200, 100]
 
 

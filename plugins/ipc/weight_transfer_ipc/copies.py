@@ -34,14 +34,23 @@ class Spans:
 
     @classmethod
     def of(cls, sources: Sequence[int], targets: Sequence[int], sizes: Sequence[int]) -> Spans:
-        """Take the columns, and merge copies that continue each other on both sides."""
-        source, target, size = (torch.tensor(column, dtype=torch.int64) for column in (sources, targets, sizes))
-        order = torch.argsort(source)
-        source, target, size = source[order], target[order], size[order]
+        """Take the columns."""
+        return cls(*(torch.tensor(column, dtype=torch.int64) for column in (sources, targets, sizes)))
+
+    def merged(self) -> Spans:
+        """Return them with copies that continue each other on both sides made one.
+
+        Such a copy may span allocations that lie side by side, which is nothing to a kernel, but an error to the copy
+        engines.
+        """
+        if not len(self.sizes):
+            return self
+        order = torch.argsort(self.sources)
+        source, target, size = self.sources[order], self.targets[order], self.sizes[order]
         begins = torch.ones(len(size), dtype=torch.bool)
         begins[1:] = (source[1:] != (source + size)[:-1]) | (target[1:] != (target + size)[:-1])
         total = torch.zeros(int(begins.sum()), dtype=torch.int64).index_add_(0, begins.cumsum(0) - 1, size)
-        return cls(source[begins], target[begins], total)
+        return Spans(source[begins], target[begins], total)
 
     def where(self, chosen: torch.Tensor) -> Spans:
         """Return those that a mask chooses."""
@@ -91,7 +100,7 @@ class Copies:
 
     def __init__(self, spans: Spans, device: torch.device, peer: bool) -> None:
         by_engine = spans.sizes >= _ENGINE_BYTES if peer and cuda.has_batches() else spans.sizes < 0
-        large, table = spans.where(by_engine), Table.of(spans.where(~by_engine))
+        large, table = spans.where(by_engine), Table.of(spans.where(~by_engine).merged())
         self._device = device
         self._batch = None
         if len(large.sizes):

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from weight_transfer_ipc.infos import DeviceMemory, IpcUpdateInfo
 
 _CHUNK = 512 * 2**20  # bytes that a loader is given at a time
+_PART = 1024  # tensors whose places are compared before their copies are queued
 
 
 def require_reachable(gpu: str, device: torch.device) -> None:
@@ -67,21 +68,45 @@ class _Mapped:
 
 
 @attrs.frozen
+class _Part:
+    """Copies into some of the worker's own tensors.
+
+    Attributes:
+        tensors: where to.
+        layout: where these lay when the copies were made.
+        copies: by the GPU that they read from.
+    """
+
+    tensors: list[torch.Tensor]
+    layout: object
+    copies: list[Copies]
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether all of the tensors still lie there."""
+        return layouts(self.tensors) == self.layout
+
+
+@attrs.frozen
 class _InPlace:
     """Copies straight into the worker's own tensors.
 
     Attributes:
-        destinations: what they were made for, and its layout.
+        destinations: what they were made for.
         written: the tensors that they write, by name.
-        copies: the copies, by the GPU that they read from.
+        parts: the copies. Whether the tensors have moved is asked part by part, while the GPU copies earlier ones.
         rest: what must go through the loader: other layouts, other devices.
     """
 
     destinations: Mapping[str, torch.Tensor]
-    layout: object
     written: Views
-    copies: list[Copies]
+    parts: list[_Part]
     rest: list[Views]
+
+    @property
+    def table_bytes(self) -> int:
+        """Device memory that the tables of the copies take."""
+        return sum(copies.nbytes for part in self.parts for copies in part.copies)
 
 
 class CudaReader:
@@ -107,7 +132,7 @@ class CudaReader:
     @property
     def extra_memory(self) -> int:
         """Bytes of device memory beside the weights: the tables of the copies."""
-        return sum(copies.nbytes for copies in self._in_place.copies) if self._in_place else 0
+        return self._in_place.table_bytes if self._in_place else 0
 
     def read(self, info: IpcUpdateInfo, load_weights: LoadWeights, trainer: Connection, deadline: Deadline) -> None:
         """Load every parameter; on return, and after an error, nothing of it is left on the GPU."""
@@ -143,12 +168,8 @@ class CudaReader:
     def _read(self, load_weights: LoadWeights, trainer: Connection, deadline: Deadline) -> None:
         destinations = destinations_of(load_weights)
         if destinations is not None and has_kernel():
-            work = self._in_place_for(destinations)
+            work = self._copy_in_place(destinations, load_weights)
             if work.written:
-                load_weights.write_in_place()  # type: ignore[attr-defined]  # whoever has destinations has this too
-                assert self._lane is not None
-                for copies in work.copies:
-                    copies.run(self._lane)
                 load_weights(work.written)  # checks and counts them, while the GPU copies
             parts = work.rest
         else:
@@ -242,17 +263,28 @@ class CudaReader:
             self._views = views_of(self._export, self._manifest, memory)
         return self._views
 
-    def _in_place_for(self, destinations: Mapping[str, torch.Tensor]) -> _InPlace:
-        known = self._in_place
-        layout = layouts(tuple(destinations.values()))
-        if known is None or known.destinations is not destinations or known.layout != layout:
-            known = self._in_place = self._plan_in_place(destinations, layout)
-        return known
+    def _copy_in_place(self, destinations: Mapping[str, torch.Tensor], load_weights: LoadWeights) -> _InPlace:
+        """Queue the copies into ``destinations``; if one of these has moved, plan them anew and begin again."""
+        work, lane = self._in_place, self._lane
+        assert lane is not None
+        if work is None or work.destinations is not destinations:
+            work = self._in_place = self._plan_in_place(destinations)
+        load_weights.write_in_place()  # type: ignore[attr-defined]  # whoever has destinations has this too
+        while True:
+            for part in work.parts:
+                if not part.unchanged:
+                    break
+                for copies in part.copies:
+                    copies.run(lane)
+            else:
+                return work
+            lane.synchronize()  # copies only, which end by themselves
+            work = self._in_place = self._plan_in_place(destinations)
 
-    def _plan_in_place(self, destinations: Mapping[str, torch.Tensor], layout: object) -> _InPlace:
+    def _plan_in_place(self, destinations: Mapping[str, torch.Tensor]) -> _InPlace:
         own = cuda.uuid_of(self._device.index)
         assert self._export is not None
-        by_gpu: dict[bool, list[tuple[int, int, int]]] = {False: [], True: []}
+        rows: list[tuple[torch.Tensor, bool, tuple[int, int, int]]] = []
         written, rest = [], []
         homes = {self._mapped[s.id].memory.untyped_storage().data_ptr(): s.id for s in self._export.segments}
         for name, view in self._all_views():
@@ -264,12 +296,18 @@ class CudaReader:
                 continue
             home = homes[view.untyped_storage().data_ptr()]
             peer = self._mapped[home].allocation.gpu != own
-            by_gpu[peer].append((view.data_ptr(), destination.data_ptr(), view.numel() * view.element_size()))
+            span = view.data_ptr(), destination.data_ptr(), view.numel() * view.element_size()
+            rows.append((destination, peer, span))
             written.append((name, destination))
-        copies = [Copies(_spans(rows), self._device, peer) for peer, rows in by_gpu.items() if rows]
-        return _InPlace(destinations, layout, written, copies, chunks(rest, _CHUNK))
+        parts = [self._part(rows[start : start + _PART]) for start in range(0, len(rows), _PART)]
+        return _InPlace(destinations, written, parts, chunks(rest, _CHUNK))
 
-
-def _spans(rows: Sequence[tuple[int, int, int]]) -> Spans:
-    sources, targets, sizes = zip(*rows, strict=True)
-    return Spans.of(sources, targets, sizes)
+    def _part(self, rows: Sequence[tuple[torch.Tensor, bool, tuple[int, int, int]]]) -> _Part:
+        tensors = [tensor for tensor, _, _ in rows]
+        copies = []
+        for peer in (False, True):
+            spans = [span for _, on_peer, span in rows if on_peer is peer]
+            if spans:
+                sources, targets, sizes = zip(*spans, strict=True)
+                copies.append(Copies(Spans.of(sources, targets, sizes), self._device, peer))
+        return _Part(tensors, layouts(tensors), copies)

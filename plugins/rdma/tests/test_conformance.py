@@ -1,4 +1,4 @@
-"""The backend passes the conformance kit: over gloo on CPU tensors, over NCCL where there are GPUs."""
+"""The backend passes the conformance kit: through agent processes on CPU tensors, over NVLink where there are GPUs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,3 @@ from weight_transfer.testing import BackendConformance
 
 class TestRdma(BackendConformance):
     backend = "rdma"
-    one_device_each = True
-
-    def options(self) -> dict[str, object]:
-        return {"direct_bytes": "96KiB"}
