@@ -7,7 +7,7 @@ LAB := .venv/rdma-lab
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-verbs check format docs clean
+.PHONY: help install demo test test-slow test-verbs check format docs clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,11 +22,11 @@ $(INSTALLED): pyproject.toml $(PLUGINS) constraints.txt
 demo: $(INSTALLED) ## Train a small model on the CPU and send it to two workers (ARGS="--steps 50")
 	$(BIN)/weight-transfer demo $(ARGS)
 
-test: $(INSTALLED) ## Run the tests, two at a time (ARGS="-k name")
-	$(BIN)/python -m pytest -n 2 --dist loadscope -m 'not slow' $(ARGS)
+test: $(INSTALLED) ## Run the tests, three at a time: most of them wait (ARGS="-k name")
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m 'not slow' $(ARGS)
 
 test-slow: $(INSTALLED) ## Run the tests that are too slow for each change
-	$(BIN)/python -m pytest -n 2 --dist loadscope -m slow $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m slow $(ARGS)
 
 test-verbs: $(INSTALLED) ## Test rdma over Soft-RoCE in a virtual machine (Debian, root: installs QEMU; 89 MB)
 	test -f $(LAB)/vmlinuz || bash tests/verbs/rdma-lab setup $(LAB)

@@ -71,6 +71,7 @@ class Fleet:
         peer = make_peer(worker, next(self._numbers), count, self._config)
         for other in self.peers:
             if peer.address == other.address or peer.channel is other.channel:
+                peer.close()
                 raise ConfigError(f"Worker {other.address} is there already; name each worker once.")
         self.peers.append(peer)
 
@@ -117,7 +118,7 @@ class Fleet:
             joining,
             lambda peer: peer.channel.init_weight_transfer_engine(peer.init_info),
             "init",
-            on_failure=lambda _peer: engine.abort_update(),
+            on_failure=self.react,
         )
         try:
             engine.join_workers(deadline)
@@ -194,7 +195,7 @@ class Fleet:
         return failures
 
     def react(self, peer: Peer) -> None:
-        """Tell the engine at once of a worker that failed in the middle of an update; callable from any thread."""
+        """Tell the engine at once of a worker that failed to join or to update; callable from any thread."""
         if self.engine is None:
             return
         if self.goes_on:

@@ -15,6 +15,7 @@ import select
 import socket
 import struct
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from weight_transfer.deadline import Deadline
@@ -209,9 +210,15 @@ class Listener:
         self._socket.listen(64)
         self._interrupted = threading.Event()
 
-    def accept(self, deadline: Deadline) -> tuple[int, Connection] | None:
-        """Wait for the next worker that shows the token; return its rank and connection, or None for an impostor."""
-        sock = self._next(deadline)
+    def accept(self, deadline: Deadline, wanted: Callable[[], bool] = lambda: True) -> tuple[int, Connection] | None:
+        """Wait for the next worker that shows the token, as long as one is ``wanted``.
+
+        Returns:
+            Its rank and connection; None for an impostor, or if none is wanted any more.
+        """
+        sock = self._next(deadline, wanted)
+        if sock is None:
+            return None
         try:
             connection = Connection(sock, "a worker")
             hello, fds = connection.receive(Deadline(min(deadline.remaining(), 5.0)))
@@ -229,9 +236,11 @@ class Listener:
         """End a running `accept`, and all later ones."""
         self._interrupted.set()
 
-    def _next(self, deadline: Deadline) -> socket.socket:
+    def _next(self, deadline: Deadline, wanted: Callable[[], bool]) -> socket.socket | None:
         self._socket.settimeout(_ACCEPT_INTERVAL)
         while not self._interrupted.is_set():
+            if not wanted():
+                return None
             if deadline.expired:
                 raise deadline.timeout("waiting for a worker to connect", backend="ipc", phase="init")
             with contextlib.suppress(TimeoutError):

@@ -61,7 +61,7 @@ class IpcTrainerEngine(TrainerWeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
         assert self._listener is not None
         while self._joining:
             try:
-                accepted = self._listener.accept(deadline)
+                accepted = self._listener.accept(deadline, wanted=lambda: bool(self._joining))
             except TransferTimeoutError as error:
                 waiting = ", ".join(self._joining.values())
                 raise deadline.timeout(f"waiting for {waiting} to connect", backend="ipc", peer=waiting) from error
@@ -72,7 +72,7 @@ class IpcTrainerEngine(TrainerWeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
             if accepted is None or accepted[0] not in self._joining:
                 continue
             rank, connection = accepted
-            connection.peer = self._joining.pop(rank)
+            connection.peer = self._joining.pop(rank, "a worker")
             connection.send({"welcome": rank}, [], deadline)
             if rank in self._workers:
                 self._workers[rank].close()
@@ -89,6 +89,10 @@ class IpcTrainerEngine(TrainerWeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
 
     def release_source(self) -> None:
         self._writer.release()
+
+    def lose_worker(self, peer: str) -> None:
+        for rank in [rank for rank, name in self._joining.copy().items() if name == peer]:
+            self._joining.pop(rank, None)
 
     def abort_update(self) -> None:
         if self._joining and self._listener is not None:  # those that joined before are not to suffer

@@ -88,7 +88,7 @@ class Cast:
     def __init__(self, config: dict[str, Any], device: Callable[[int], str], in_process: bool) -> None:
         self._config = config
         self._device = device
-        self._in_process = in_process
+        self.in_process = in_process
         self._end = ExitStack()
         self._actors: list[Actor] = []
         self._names = 0
@@ -141,8 +141,8 @@ class Cast:
         self._end.close()
 
     def _start(self, role: str) -> Actor:
-        threads = None if self._in_process else 1
-        actor = Actor(f"weight_transfer.testing.{role}", in_process=self._in_process, threads=threads)
+        threads = None if self.in_process else 1
+        actor = Actor(f"weight_transfer.testing.{role}", in_process=self.in_process, threads=threads)
         self._actors.append(actor)
         return actor.ready()
 

@@ -80,6 +80,8 @@ class ResourcesTests(Kit):
         worker.ask("mark")
         sent = trainer.ask("send", seed=1, version=1)
         assert sent["extra_memory"] <= 2 * 2**20
+        if cast.in_process:  # what this process's other threads take cannot be told apart
+            return
         assert worker.ask("growth")["private"] < 32 * 2**20, "bytes by which the worker grew in the first update"
         for member in (worker, trainer):
             member.ask("mark")
