@@ -25,8 +25,8 @@ demo: $(INSTALLED) ## Train a small model on the CPU and send it to two workers 
 test: $(INSTALLED) ## Run the tests, three at a time: most of them wait (ARGS="-k name")
 	$(BIN)/python -m pytest -n 3 --dist worksteal -m 'not slow' $(ARGS)
 
-test-slow: $(INSTALLED) ## Run the tests that are too slow for each change
-	$(BIN)/python -m pytest -n 3 --dist worksteal -m slow $(ARGS)
+test-slow: $(INSTALLED) ## Run the tests that are too slow for each change, one at a time
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-verbs: $(INSTALLED) ## Test rdma over Soft-RoCE in a virtual machine (Debian, root: installs QEMU; 89 MB)
 	test -f $(LAB)/vmlinuz || bash tests/verbs/rdma-lab setup $(LAB)
