@@ -15,7 +15,7 @@ from weight_transfer.loading import destinations_of
 from weight_transfer.manifest import ParamMeta, torch_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from weight_transfer.engine import LoadWeights
 
@@ -111,6 +111,35 @@ def typed_view(view: torch.Tensor, meta: ParamMeta) -> torch.Tensor:
     if not view.numel():
         return torch.empty(meta.shape, dtype=dtype, device=view.device)
     return view.view(dtype).view(meta.shape)
+
+
+class Packer:
+    """Fills the buckets of a plan in order from a stream of tensors, with cached views.
+
+    Args:
+        plan: the plan of both sides.
+        buffers: the uint8 buffers to fill; bucket ``i`` goes into ``buffers[i % len(buffers)]``.
+    """
+
+    def __init__(self, plan: BucketPlan, buffers: Sequence[torch.Tensor]) -> None:
+        self.plan = plan
+        self._views = [bucket_views(slots, buffers[i % len(buffers)]) for i, slots in enumerate(plan.buckets)]
+
+    def packing(self, tensors: Iterator[torch.Tensor]) -> Iterator[int]:
+        """Fill the next bucket at each step, and yield how many bytes of weights it holds.
+
+        Args:
+            tensors: yields the plan's parameters in order; a tensor is kept until its last byte is packed.
+        """
+        tensor = torch.empty(0)
+        for slots, views in zip(self.plan.buckets, self._views, strict=True):
+            parts = []
+            for slot in slots:
+                if not slot.start:
+                    tensor = next(tensors).contiguous()
+                parts.append(tensor)
+            pack(slots, parts, views)
+            yield sum(slot.nbytes for slot in slots)
 
 
 class Unpacker:

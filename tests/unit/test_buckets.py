@@ -13,6 +13,7 @@ from weight_transfer import ParamMeta
 from weight_transfer.buckets import (
     ALIGNMENT,
     BucketPlan,
+    Packer,
     Unpacker,
     as_bytes,
     bucket_views,
@@ -294,3 +295,23 @@ def test_a_view_has_the_type_and_shape_of_its_parameter() -> None:
     view = typed_view(buffer, ParamMeta("a", "float32", (2, 3)))
     assert (view.dtype, view.shape, view.data_ptr()) == (torch.float32, (2, 3), buffer.data_ptr())
     assert typed_view(buffer[:0], ParamMeta("a", "float32", (0, 3))).shape == (0, 3)
+
+
+def test_what_a_packer_fills_an_unpacker_finds_whatever_spans_buckets() -> None:
+    tensors = [torch.arange(size, dtype=torch.uint8) + size for size in (10, 700, 0, 300)]
+    params = [ParamMeta(f"p{index}", "uint8", tensor.shape) for index, tensor in enumerate(tensors)]
+    plan = plan_buckets(params, 512)
+    buffers = [torch.zeros(512, dtype=torch.uint8) for _ in range(2)]
+    packer, unpacker = Packer(plan, buffers), Unpacker(plan, buffers)
+    loaded: dict[str, torch.Tensor] = {}
+
+    def load(weights: list[tuple[str, torch.Tensor]]) -> None:
+        loaded.update((name, tensor.clone()) for name, tensor in weights)
+
+    for shift in (0, 1, 0):
+        sent = [tensor + shift for tensor in tensors]
+        loaded.clear()
+        for index, nbytes in enumerate(packer.packing(iter(sent))):
+            assert nbytes == sum(slot.nbytes for slot in plan.buckets[index])
+            unpacker.load(index, load)
+        assert [loaded[param.name].tolist() for param in params] == [tensor.tolist() for tensor in sent]

@@ -36,6 +36,7 @@ from weight_transfer import (
     WeightReceiver,
     WeightSender,
     WeightSource,
+    buckets,
 )
 from weight_transfer.buckets import pack
 from weight_transfer.testing.loopback import engine as loopback
@@ -614,7 +615,7 @@ def corrupt(monkeypatch: pytest.MonkeyPatch, bucket: int) -> None:
             next(view for view in views if view.numel())[0] ^= 1
         packed.append(slots)
 
-    monkeypatch.setattr(loopback, "pack", pack_and_corrupt)
+    monkeypatch.setattr(buckets, "pack", pack_and_corrupt)
 
 
 def test_verify_finds_one_wrong_bit_on_the_wire_and_names_the_parameter(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from weight_transfer.buckets import BucketPlan, Unpacker, bucket_views, pack, plan_buckets
+from weight_transfer.buckets import Packer, Unpacker, plan_buckets
 from weight_transfer_ipc import cuda
 from weight_transfer_ipc.device_memory import bytes_at
 from weight_transfer_ipc.infos import Allocation
@@ -51,8 +51,7 @@ class CudaRingWriter:
             address = cuda.allocate(layout.nbytes, index)
         self.allocation = Allocation(RING, cuda.uuid_of(index), layout.nbytes, cuda.export(address, index), address)
         self._buffers = layout.buffers(bytes_at(address, layout.nbytes, device))
-        self._views: list[list[torch.Tensor]] = []
-        self._plan: BucketPlan | None = None
+        self._packer: Packer | None = None
 
     def write(
         self,
@@ -66,33 +65,26 @@ class CudaRingWriter:
 
         Packing runs on the caller's current stream, where the tensors were gathered.
         """
-        plan = self._plan_for(staged)
+        packer = self._packer_for(staged)
+        packing, count = packer.packing(tensors), len(packer.plan.buckets)
         desk = _Desk(readers, deadline)
-        current, tensor = -1, torch.empty(0)
         with torch.cuda.device(self._device):
-            for index, slots in enumerate(plan.buckets):
+            for index in range(count):
                 desk.wait_until(lambda index=index: desk.loaded > index - len(self._buffers))  # type: ignore[misc]
-                parts = []
-                for slot in slots:
-                    if slot.param != current:
-                        current, tensor = slot.param, next(tensors).contiguous()
-                    parts.append(tensor)
-                pack(slots, parts, self._views[index])
+                nbytes = next(packing)
                 desk.packed(torch.cuda.current_stream().record_event())
-                progress(sum(slot.nbytes for slot in slots))
-            desk.wait_until(lambda: desk.loaded >= len(plan.buckets))
+                progress(nbytes)
+            desk.wait_until(lambda: desk.loaded >= count)
 
     def close(self) -> None:
         """Give the memory back."""
-        self._buffers, self._views, self._plan = [], [], None
+        self._buffers, self._packer = [], None
         cuda.free(self.allocation.address, self._device.index)
 
-    def _plan_for(self, staged: Manifest) -> BucketPlan:
-        if self._plan is None or self._plan.params is not staged.params:
-            self._plan = plan_buckets(staged.params, self.layout.bucket_bytes)
-            buffers = self._buffers
-            self._views = [bucket_views(s, buffers[i % len(buffers)]) for i, s in enumerate(self._plan.buckets)]
-        return self._plan
+    def _packer_for(self, staged: Manifest) -> Packer:
+        if self._packer is None or self._packer.plan.params is not staged.params:
+            self._packer = Packer(plan_buckets(staged.params, self.layout.bucket_bytes), self._buffers)
+        return self._packer
 
 
 class _Desk:

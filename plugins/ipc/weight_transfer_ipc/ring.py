@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import attrs
-import torch
 
-from weight_transfer.buckets import ALIGNMENT, BucketPlan, Unpacker, bucket_views, pack, plan_buckets
+from weight_transfer.buckets import ALIGNMENT, Packer, Unpacker, plan_buckets
 from weight_transfer.errors import PeerLostError
 from weight_transfer.shared_memory import SharedMemory
 
 if TYPE_CHECKING:
+    import torch
+
     from weight_transfer.deadline import Deadline
     from weight_transfer.engine import LoadWeights
     from weight_transfer.manifest import Manifest
@@ -66,8 +67,7 @@ class RingWriter:
         self.layout = layout
         self.memory = SharedMemory(layout.nbytes)
         self._buffers = layout.buffers(self.memory.storage(0, layout.nbytes))
-        self._views: list[list[torch.Tensor]] = []
-        self._plan: BucketPlan | None = None
+        self._packer: Packer | None = None
 
     def write(
         self,
@@ -78,29 +78,22 @@ class RingWriter:
         progress: Callable[[int], None],
     ) -> None:
         """Send the tensors of ``staged``, in its order; returns when all readers have loaded all of them."""
-        plan = self._plan_for(staged)
+        packer = self._packer_for(staged)
+        packing, count = packer.packing(tensors), len(packer.plan.buckets)
         readers = list(readers)
-        current, tensor = -1, torch.empty(0)
-        for index, slots in enumerate(plan.buckets):
+        for index in range(count):
             if index >= len(self._buffers):
                 each(readers, lambda reader: reader.await_signal(deadline))
-            parts = []
-            for slot in slots:
-                if slot.param != current:
-                    current, tensor = slot.param, next(tensors).contiguous()
-                parts.append(tensor)
-            pack(slots, parts, self._views[index])
+            nbytes = next(packing)
             each(readers, lambda reader: reader.signal(deadline))
-            progress(sum(slot.nbytes for slot in slots))
-        for _ in range(min(len(plan.buckets), len(self._buffers))):
+            progress(nbytes)
+        for _ in range(min(count, len(self._buffers))):
             each(readers, lambda reader: reader.await_signal(deadline))
 
-    def _plan_for(self, staged: Manifest) -> BucketPlan:
-        if self._plan is None or self._plan.params is not staged.params:
-            self._plan = plan_buckets(staged.params, self.layout.bucket_bytes)
-            buffers = self._buffers
-            self._views = [bucket_views(s, buffers[i % len(buffers)]) for i, s in enumerate(self._plan.buckets)]
-        return self._plan
+    def _packer_for(self, staged: Manifest) -> Packer:
+        if self._packer is None or self._packer.plan.params is not staged.params:
+            self._packer = Packer(plan_buckets(staged.params, self.layout.bucket_bytes), self._buffers)
+        return self._packer
 
 
 def each(readers: list[Connection], call: Callable[[Connection], None]) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
 
-from weight_transfer.buckets import ALIGNMENT, BucketPlan, bucket_views, pack, plan_buckets
+from weight_transfer.buckets import ALIGNMENT, Packer, plan_buckets
 from weight_transfer.engine import TrainerWeightTransferEngine, WorkerSlot
 from weight_transfer.errors import HandshakeError, PeerLostError, TransferError
 from weight_transfer.manifest import Manifest
@@ -74,9 +74,9 @@ class RdmaTrainerEngine(TrainerWeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo
         self, source: WeightSource, manifest: Manifest, deadline: Deadline, progress: Callable[[int], None]
     ) -> None:
         opened = self._open
-        assert opened is not None and opened.plan is not None
-        if opened.plan.params:
-            self._fill(opened, source, deadline, progress)
+        assert opened is not None
+        if opened.packer is not None:
+            self._fill(opened, opened.packer, source, deadline, progress)
 
     def release_source(self) -> None:
         self._updating = False
@@ -137,11 +137,11 @@ class RdmaTrainerEngine(TrainerWeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo
         stride = -(-self.config.bucket_bytes // ALIGNMENT) * ALIGNMENT
         if staged and opened.ring is None:
             opened.ring = self._memory.arena(stride * self.config.buckets, deadline)
-        opened.plan = plan_buckets(staged, self.config.bucket_bytes)
         buckets: tuple[int, ...] = ()
+        opened.packer = None
         if opened.ring is not None and staged:
-            buffers = list(opened.ring.data.split(stride))
-            opened.views = [bucket_views(s, buffers[i % len(buffers)]) for i, s in enumerate(opened.plan.buckets)]
+            buffers = opened.ring.data.split(stride)
+            opened.packer = Packer(plan_buckets(staged, self.config.bucket_bytes), buffers)
             buckets = tuple(opened.ring.address + index * stride for index in range(len(buffers)))
         opened.table = Table(
             addresses=tuple(located.addresses.tolist()),
@@ -155,26 +155,26 @@ class RdmaTrainerEngine(TrainerWeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo
             opened.endpoint = attrs.evolve(opened.endpoint, metadata=metadata)
         opened.located, opened.manifest = located, manifest
 
-    def _fill(self, opened: _Open, source: WeightSource, deadline: Deadline, progress: Callable[[int], None]) -> None:
+    def _fill(
+        self,
+        opened: _Open,
+        packer: Packer,
+        source: WeightSource,
+        deadline: Deadline,
+        progress: Callable[[int], None],
+    ) -> None:
         """Put the staged tensors into the ring; returns when all workers have read them."""
-        assert opened.plan is not None and opened.table is not None
-        plan = opened.plan
-        wanted = {param.name for param in plan.params}
-        tensors: Iterator[torch.Tensor] = (tensor for name, tensor in source if name in wanted)
-        current, tensor = -1, torch.empty(0)
+        assert opened.table is not None
+        wanted = {param.name for param in packer.plan.params}
+        packing = packer.packing(tensor for name, tensor in source if name in wanted)
         before = self._filled
-        for index, slots in enumerate(plan.buckets):
+        for index in range(len(packer.plan.buckets)):
             self._await(before + index + 1 - len(opened.table.buckets), opened, deadline)
-            parts = []
-            for slot in slots:
-                if slot.param != current:
-                    current, tensor = slot.param, next(tensors).contiguous()
-                parts.append(tensor)
-            pack(slots, parts, opened.views[index])
+            nbytes = next(packing)
             self._memory.settle()
             self._filled += 1
             opened.counters[0] = self._filled
-            progress(sum(slot.nbytes for slot in slots))
+            progress(nbytes)
         self._await(self._filled, opened, deadline)
 
     def _await(self, bucket: int, opened: _Open, deadline: Deadline) -> None:
@@ -204,8 +204,7 @@ class _Open:
     flags: Arena
     probe: Arena
     ring: Arena | None = None
-    views: list[list[torch.Tensor]] = attrs.field(factory=list)
     table: Table | None = None
-    plan: BucketPlan | None = None
+    packer: Packer | None = None
     located: Located | None = None
     manifest: Manifest | None = None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
-from weight_transfer.buckets import BucketPlan, Unpacker, bucket_views, pack, plan_buckets
+from weight_transfer.buckets import BucketPlan, Packer, Unpacker, plan_buckets
 from weight_transfer.deadline import Deadline
 from weight_transfer.engine import LoadWeights, TrainerWeightTransferEngine, WeightTransferEngine, WorkerSlot
 from weight_transfer.errors import HandshakeError, PeerLostError
@@ -130,18 +130,12 @@ class LoopbackTrainerEngine(TrainerWeightTransferEngine[LoopbackInitInfo, Loopba
     ) -> None:
         ring = self._ring()
         plan = plan_buckets(manifest.params, self.config.bucket_bytes)
-        tensors = (tensor.contiguous() for _, tensor in source)
-        current, tensor = -1, torch.empty(0)
-        for index, slots in enumerate(plan.buckets):
+        packing = Packer(plan, ring.buffers).packing(tensor for _, tensor in source)
+        for index in range(len(plan.buckets)):
             ring.wait_released(index + 1 - len(ring.buffers), deadline)
-            parts = []
-            for slot in slots:
-                if slot.param != current:
-                    current, tensor = slot.param, next(tensors)
-                parts.append(tensor)
-            pack(slots, parts, bucket_views(slots, ring.buffers[index % len(ring.buffers)]))
+            nbytes = next(packing)
             ring.fill()
-            progress(sum(slot.nbytes for slot in slots))
+            progress(nbytes)
         ring.wait_released(len(plan.buckets), deadline)
 
     def abort_update(self) -> None:

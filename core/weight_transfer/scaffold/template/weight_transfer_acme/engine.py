@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
-from weight_transfer.buckets import BucketPlan, Unpacker, bucket_views, pack, plan_buckets
+from weight_transfer.buckets import BucketPlan, Packer, Unpacker, plan_buckets
 from weight_transfer.deadline import Deadline
 from weight_transfer.engine import LoadWeights, TrainerWeightTransferEngine, WeightTransferEngine, WorkerSlot
 from weight_transfer.errors import HandshakeError, PeerLostError
@@ -168,19 +168,13 @@ class AcmeTrainerEngine(TrainerWeightTransferEngine[AcmeInitInfo, AcmeUpdateInfo
     ) -> None:
         plan = plan_buckets(manifest.params, len(self._bucket))
         bucket = torch.frombuffer(self._bucket, dtype=torch.uint8)
-        tensors = (tensor.contiguous() for _, tensor in source)
-        current, tensor = -1, torch.empty(0)
+        packing = Packer(plan, [bucket]).packing(tensor for _, tensor in source)
         for slots in plan.buckets:
-            parts = []
-            for slot in slots:
-                if slot.param != current:  # a weight may span several buckets
-                    current, tensor = slot.param, next(tensors)
-                parts.append(tensor)
-            pack(slots, parts, bucket_views(slots, bucket))
+            nbytes = next(packing)  # the bucket is full; a weight may span several
             used = slots[-1].offset + slots[-1].nbytes
             for worker in self._workers.values():
                 worker.send(memoryview(self._bucket)[:used], deadline)
-            progress(sum(slot.nbytes for slot in slots))
+            progress(nbytes)
 
     def abort_update(self) -> None:
         if self._listener is not None:
