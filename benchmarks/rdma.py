@@ -3,14 +3,15 @@
     python benchmarks/rdma.py [--transport shm,tcp] [--workers 1,2,3] [--rounds 9]     on the CPU
     python benchmarks/rdma.py --device cuda [--workers 1] [--rounds 9]                 between GPUs
 
-Rows: ``copy`` is one ``copy_`` of one flat tensor (between GPUs: from one to the other); ``one READ``, one NIXL read of
-one descriptor, which is the limit; ``READ per tensor``, one descriptor each, without merging; ``update`` and ``send``,
-this backend, the latter with its control calls. Rounds alternate between all of them, so that a noisy machine disturbs
-them alike; medians are compared. Each row's rate is that of one worker; with several, all of them read at once.
+Rows: ``copy`` is one ``copy_`` of one flat tensor, between GPUs from one to the other, where it is the limit; ``one
+READ``, one NIXL read of one descriptor, the limit on the CPU; ``READ per tensor``, one descriptor each, not merged;
+both by NIXL as it comes; ``engine``, the slowest worker's ``receive_weights``; ``update`` and ``send``, with the
+control calls over HTTP. Rounds alternate between all of them, so that a noisy machine disturbs them alike; medians are
+compared. Each row's rate is that of one worker, or the sum of several, which all read at once.
 
-Trainer, workers and the owner of the raw reads are processes of their own; workers answer over HTTP. The trainer is on
-the first GPU and worker i on GPU i, modulo their number: on a machine with one GPU, all are on it. Before the rounds,
-the workers' bytes are compared with the trainer's by integer digests after A, then B, then A again.
+Trainer, workers and the owner of the raw reads are processes of their own. The trainer is on the first GPU, the
+workers on the others in turn; on a machine with one GPU, all are on it. Before the rounds, the workers' bytes are
+compared with the trainer's by integer digests after A, then B, then A again.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from weight_transfer.deadline import Deadline
 from weight_transfer.integrity import tensor_digest
 from weight_transfer_rdma.memory import memory_for
 from weight_transfer_rdma.nixl import Place
+from weight_transfer_rdma.receiving import RdmaWorkerEngine
 
 CASES = {
     "cpu": {
@@ -51,18 +53,28 @@ def digests(weights: torch.nn.Module) -> str:
 
 
 def work(case: str, config: dict[str, Any], device: str) -> None:
-    """Be a worker: serve until standard input ends, and answer each line there with digests."""
+    """Be a worker: serve until standard input ends, and answer there: ``digests``, ``seconds`` of the engine."""
     weights = Weights(CASES[torch.device(device).type][case](), torch.bfloat16, device)
+    seconds = 0.0
+    receive = RdmaWorkerEngine.receive_weights
+
+    def watched(*arguments: Any) -> None:
+        nonlocal seconds
+        since = time.perf_counter()
+        receive(*arguments)
+        seconds = time.perf_counter() - since
+
+    RdmaWorkerEngine.receive_weights = watched  # type: ignore[method-assign]
     with wt.WeightReceiver(config, weights) as receiver, wt.serve(receiver) as server:
         print(server.url, flush=True)
-        for _ in sys.stdin:
-            print(digests(weights), flush=True)
+        for question in sys.stdin:
+            print(digests(weights) if question.strip() == "digests" else seconds, flush=True)
 
 
 def own(nbytes: int, config: dict[str, Any], device: str) -> None:
     """Be the owner of raw reads, until standard input ends."""
     memory, deadline = memory_for(device, wt.load_config(config).options), Deadline(LONG)
-    agent = memory.start_agent("raw-owner", "reader", deadline)
+    agent = memory.start_agent("raw-owner", "reader", False, deadline)
     arena = memory.arena(nbytes, deadline)
     arena.data.fill_(7)
     memory.settle()
@@ -83,9 +95,9 @@ class Child:
         assert self._process.stdout is not None
         return self._process.stdout.readline().strip()
 
-    def ask(self) -> str:
+    def ask(self, question: str) -> str:
         assert self._process.stdin is not None
-        self._process.stdin.write("\n")
+        self._process.stdin.write(f"{question}\n")
         self._process.stdin.flush()
         return self.line()
 
@@ -104,7 +116,7 @@ def raw_reads(stack: ExitStack, sizes: list[int], config: dict[str, Any], device
     starts = np.concatenate([[0], np.cumsum(-(-np.array(sizes) // 256) * 256)])
     total = int(starts[-1])
     owner = stack.enter_context(Child("--own", str(total), "--config", json.dumps(config), "--device", devices[0]))
-    agent = memory.start_agent("raw-reader", "owner", deadline)
+    agent = memory.start_agent("raw-reader", "owner", False, deadline)  # NIXL as it comes
     stack.callback(agent.close)
     arena = memory.arena(total, deadline)
     metadata, address, place = json.loads(owner.line())
@@ -147,7 +159,9 @@ def timed(call: Callable[[], Any]) -> float:
 
 def measure(case: str, rounds: int, workers: int, config: dict[str, Any], kind: str) -> None:
     gpus = torch.cuda.device_count()
-    places = [f"cuda:{index % gpus}" if kind == "cuda" else "cpu" for index in range(workers + 1)]
+    others = range(1, gpus) if gpus > 1 else [0]
+    places = ["cuda:0", *(f"cuda:{others[index % len(others)]}" for index in range(workers))]
+    places = places if kind == "cuda" else ["cpu"] * (workers + 1)
     weights = Weights(CASES[kind][case](), torch.bfloat16, places[0])
     sizes = [parameter.nbytes for parameter in weights.parameters()]
     nbytes = sum(sizes)
@@ -159,7 +173,7 @@ def measure(case: str, rounds: int, workers: int, config: dict[str, Any], kind: 
         for seed in (1, 2, 1):
             weights.randomise(seed)
             sender.send(weights)
-            if {child.ask() for child in children} != {digests(weights)}:
+            if {child.ask("digests") for child in children} != {digests(weights)}:
                 raise SystemExit(f"{case}: a worker's bytes differ from the trainer's")
         (one, each), transport = raw_reads(stack, sizes, config, (places[0], places[1]))
         calls = {"one READ": one, "READ per tensor": each, "copy": copying(nbytes, (places[0], places[1]))}
@@ -170,16 +184,18 @@ def measure(case: str, rounds: int, workers: int, config: dict[str, Any], kind: 
             report = sender.send(weights)
             seconds.setdefault("send", []).append(time.perf_counter() - since)
             seconds.setdefault("update", []).append(report.seconds["update"])
+            seconds.setdefault("engine", []).append(max(float(child.ask("seconds")) for child in children))
     print(
         f"{case}: {len(sizes)} tensors, {nbytes / 1e9:.3f} GB, {workers} workers, {transport.kind} ({transport.path})"
     )
-    limit = statistics.median(seconds["one READ"])
-    for name in ("copy", "one READ", "READ per tensor", "update", "send"):
-        median = statistics.median(seconds[name])
-        rate, best = nbytes / median / 1e9, min(seconds[name])
+    limit = "copy" if kind == "cuda" else "one READ"
+    whole = nbytes / statistics.median(seconds[limit])
+    for name in ("copy", "one READ", "READ per tensor", "engine", "update", "send"):
+        median, readers = statistics.median(seconds[name]), workers if name in ("engine", "update", "send") else 1
+        rate, best = readers * nbytes / median, min(seconds[name])
         print(
-            f"  {name:16} {median * 1e3:9.1f} ms {rate:8.2f} GB/s   of one READ {limit / median:5.2f}"
-            f"   best {best * 1e3:9.1f} ms"
+            f"  {name:16} {median * 1e3:9.2f} ms {rate / 1e9:8.2f} GB/s   of {limit} {rate / whole:6.3f}"
+            f"   best {best * 1e3:9.2f} ms"
         )
     print(f"  extra memory of the trainer: {report.extra_memory / 2**20:.0f} MiB", flush=True)
 

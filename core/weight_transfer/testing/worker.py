@@ -13,7 +13,7 @@ from weight_transfer.control.http_server import serve
 from weight_transfer.errors import TransferTimeoutError, WeightTransferError
 from weight_transfer.receiver import WeightReceiver
 from weight_transfer.testing.actors import PATIENCE
-from weight_transfer.testing.models import Model, Weight, digest, hashes
+from weight_transfer.testing.models import Model, Weight, digest, hashes, raw_bytes
 from weight_transfer.testing.resources import MemoryMark, held
 from weight_transfer.testing.unpickling import watched_unpickling
 
@@ -74,10 +74,21 @@ class Worker:
             WeightReceiver(config, self.model, load_weights=None if in_place else self.loader)
         )
         self.url = self._open.enter_context(serve(self.receiver, port=port)).url
+        self._left: list[tuple[str, torch.Tensor, bytes]] = []
         self._reading = threading.Event()
         self._has_read = threading.Condition()
         self._read: dict[int | str, set[str]] = {}
         self._reader: threading.Thread | None = None
+
+    def move(self, weight: str) -> None:
+        """Give a parameter other memory, while it stays the same object; the old memory is watched."""
+        parameter = self.model.get_parameter(weight)
+        self._left.append((weight, parameter.data, raw_bytes(parameter)))
+        parameter.data = torch.zeros_like(parameter)
+
+    def overwritten(self) -> list[str]:
+        """Return the moved parameters whose old memory was written since."""
+        return [weight for weight, memory, before in self._left if raw_bytes(memory) != before]
 
     def read(self) -> None:
         """Begin to read version and weights again and again, as a sampler does, on a thread."""
@@ -137,6 +148,8 @@ def main(stage: Stage, threads: int | None = None) -> None:
                 "init": lambda name, info: workers[name].receiver.init_weight_transfer_engine(info),
                 "arm": lambda name, **at: workers[name].loader.arm(**at),
                 "release": lambda name: workers[name].loader.release(),
+                "move": lambda name, weight: workers[name].move(weight),
+                "overwritten": lambda name: workers[name].overwritten(),
                 "calls": lambda name: workers[name].loader.calls,
                 "read": lambda name: workers[name].read(),
                 "await_reading": lambda name, version: workers[name].await_reading(version),

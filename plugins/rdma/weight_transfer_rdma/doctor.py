@@ -22,9 +22,9 @@ def _read_once() -> str:
 
     deadline, nbytes = Deadline(20), 2**20
     trainer, worker = HostMemory(RdmaOptions()), HostMemory(RdmaOptions())
-    owner = trainer.start_agent("doctor-owner", "reader", deadline)
+    owner = trainer.start_agent("doctor-owner", "reader", False, deadline)
     try:
-        reader = worker.start_agent("doctor-reader", "owner", deadline)
+        reader = worker.start_agent("doctor-reader", "owner", True, deadline)
         try:
             source, target = trainer.arena(nbytes, deadline), worker.arena(nbytes, deadline)
             source.data.fill_(7)

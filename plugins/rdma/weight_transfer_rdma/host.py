@@ -33,7 +33,7 @@ class HostMemory:
         self._arenas: list[SharedMemory] = []
         self._known: tuple[Export, Located] | None = None
 
-    def start_agent(self, name: str, peer: str, deadline: Deadline) -> AgentProcess:
+    def start_agent(self, name: str, peer: str, reads: bool, deadline: Deadline) -> AgentProcess:
         self._known = None
         self._arenas.clear()
         self._agent = AgentProcess(name, self._options, peer, deadline)
@@ -55,6 +55,9 @@ class HostMemory:
         return self.arena(nbytes, deadline)
 
     def settle(self) -> None:
+        return
+
+    def settle_copies(self) -> None:
         return
 
     def close(self) -> None:

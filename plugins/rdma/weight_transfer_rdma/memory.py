@@ -72,8 +72,8 @@ class Memory(Protocol):
 
     place: Place
 
-    def start_agent(self, name: str, peer: str, deadline: Deadline) -> RunningAgent:
-        """Start an agent; the methods below speak of the last one."""
+    def start_agent(self, name: str, peer: str, reads: bool, deadline: Deadline) -> RunningAgent:
+        """Start an agent that reads, or one that is read from; the methods below speak of the last one."""
 
     def locate(self, manifest: Manifest, tensors: Mapping[str, torch.Tensor], deadline: Deadline) -> Located:
         """Let the agent at the tensors of a manifest; return the same object while nothing moved."""
@@ -85,7 +85,10 @@ class Memory(Protocol):
         """Make zeroed host memory."""
 
     def settle(self) -> None:
-        """Wait until memory is as the caller's last operation leaves it."""
+        """Wait until memory is as all operations so far leave it."""
+
+    def settle_copies(self) -> None:
+        """Wait until the copies of the current stream have ended."""
 
     def close(self) -> None:
         """Let go of the weights."""

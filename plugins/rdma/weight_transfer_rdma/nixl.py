@@ -115,7 +115,7 @@ def transport_in(log: str, place: Place) -> Transport:
     wanted = "cuda" if place.memory == VRAM else "host"
     found = Transport("unknown", "UCX did not report it")
     for match in _READ.finditer(log):
-        if " self cfg" in match["config"] or f"into {wanted}" not in match["rest"]:
+        if match["config"].endswith(" self cfg#0") or f"into {wanted}" not in match["rest"]:  # 0 is itself
             continue
         row = _ROW.search(log, match.end())
         if row is not None:
@@ -131,11 +131,13 @@ class Agent:
     Args:
         name: unique among all agents that may meet.
         module: the NIXL module, from `installed`.
+        progress: whether a thread of NIXL's drives transfers; without it they go on in `done` and `wait` only, and
+            peers whose transfers need this side's processor (TCP) wait for as long.
     """
 
-    def __init__(self, name: str, module: str) -> None:
+    def __init__(self, name: str, module: str, progress: bool = True) -> None:
         api = load(module)
-        self._nixl: Any = api.nixl_agent(name, api.nixl_agent_config(backends=[]))
+        self._nixl: Any = api.nixl_agent(name, api.nixl_agent_config(enable_prog_thread=progress, backends=[]))
         # Mode "none" would wait for ever for a peer that died.
         self._nixl.create_backend("UCX", {"ucx_error_handling_mode": "peer"})
         self._transfers: list[Any] = []
@@ -192,42 +194,61 @@ class Agent:
             for operation, rows in (("READ", read), ("WRITE", write))
         )
 
-    def run(self, handle: int, bucket: int = 0, check: Callable[[], None] = lambda: None) -> None:
+    def run(self, handle: int, bucket: int = 0) -> None:
         """Run a transfer to its end.
 
         Args:
             handle: from `prepare`.
             bucket: if positive, first wait until the peer has filled that many buckets, and afterwards tell it so.
-            check: called now and then; what it raises ends the waiting, though not the transfer.
         """
-        if bucket:
-            assert self._flags is not None
-            pause = _FIRST_PAUSE
-            while self._words[0] < bucket:
-                self.post(self._flags[0])
-                self.wait(self._flags[0], check)
-                if self._words[0] < bucket:
-                    check()
-                    time.sleep(pause)
-                    pause = min(2 * pause, _LONGEST_PAUSE)
+        pause = _FIRST_PAUSE
+        while not self.filled(bucket):
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
         self.post(handle)
-        self.wait(handle, check)
+        self.wait(handle)
         if bucket:
-            self._words[1] = bucket
+            self.tell_read(bucket)
+
+    def filled(self, bucket: int, check: Callable[[], None] = lambda: None) -> bool:
+        """Ask the peer whether it has filled that many buckets; for ``check`` see `wait`."""
+        if self._words[0] < bucket:
             assert self._flags is not None
-            self.post(self._flags[1])
-            self.wait(self._flags[1], check)
+            self.post(self._flags[0])
+            self.wait(self._flags[0], check)
+        return bool(self._words[0] >= bucket)
+
+    def tell_read(self, bucket: int, check: Callable[[], None] = lambda: None) -> None:
+        """Tell the peer that this side has read that many buckets; for ``check`` see `wait`."""
+        self._words[1] = bucket
+        assert self._flags is not None
+        self.post(self._flags[1])
+        self.wait(self._flags[1], check)
 
     def post(self, handle: int) -> None:
         """Begin a transfer. Where the kernel copies (CMA), this is also its end."""
         self._nixl.transfer(self._transfers[handle])
 
+    def done(self, handle: int) -> bool:
+        """Ask whether a transfer has ended.
+
+        Raises:
+            RuntimeError, or an error of NIXL's: it failed.
+        """
+        state = self._nixl.check_xfer_state(self._transfers[handle])
+        if state not in ("PROC", "DONE"):
+            raise RuntimeError(f"NIXL ended a transfer in state {state}")
+        return bool(state == "DONE")
+
     def wait(self, handle: int, check: Callable[[], None] = lambda: None) -> None:
-        """Wait for the end of a transfer; see `run`."""
+        """Wait for the end of a transfer.
+
+        Args:
+            handle: from `prepare`.
+            check: called now and then; what it raises ends the waiting, though not the transfer.
+        """
         pause = _FIRST_PAUSE
-        while (state := self._nixl.check_xfer_state(self._transfers[handle])) == "PROC":
+        while not self.done(handle):
             check()
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
-        if state != "DONE":
-            raise RuntimeError(f"NIXL ended a transfer in state {state}")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import operator
 import secrets
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import attrs
 import numpy as np
+import torch
 
 from weight_transfer.buckets import ALIGNMENT, Unpacker, plan_buckets
 from weight_transfer.deadline import Deadline
@@ -21,8 +24,6 @@ from weight_transfer_rdma.nixl import VRAM, Place, Transport
 from weight_transfer_rdma.plan import Regions, merge
 
 if TYPE_CHECKING:
-    import torch
-
     from weight_transfer.config import ParallelConfig, WeightTransferConfig
     from weight_transfer.manifest import Manifest
     from weight_transfer_rdma.memory import Arena, Located, RunningAgent
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PROBE_TIMEOUT = 10.0  # seconds for the first, small read; a GPU's memory over TCP may never arrive
-_CHUNK = 2**30  # bytes that are read at once into the worker's own parameters
+_CHUNK = 2**30  # bytes of one read into the worker's own parameters
+_DEPTH = 4  # reads under way; fewer if the staging buckets are fewer
 
 
 @attrs.frozen(eq=False)
@@ -42,13 +44,17 @@ class _Job:
         bucket: which bucket of the update the trainer must have filled, counted from 1; 0 for a read of the weights
             where they lie.
         load: called after the read.
-        in_place: whether it writes into the worker's parameters.
+        targets: the worker's own tensors that it writes into, and where they were when it was prepared.
     """
 
     handle: int | None
     bucket: int
     load: Callable[[LoadWeights], None]
-    in_place: bool
+    targets: Sequence[tuple[torch.Tensor, int]] = ()
+
+    def is_in_place(self) -> bool:
+        """Whether its targets still are where they were."""
+        return all(tensor.data_ptr() == address and tensor.is_contiguous() for tensor, address in self.targets)
 
 
 class RdmaWorkerEngine(WeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo]):
@@ -69,6 +75,7 @@ class RdmaWorkerEngine(WeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo]):
         self._rank = 0
         self._probe: Arena | None = None
         self._arena: Arena | None = None
+        self._buffers = 0
         self._endpoint: Endpoint | None = None
         self._planned: tuple[object, ...] = ()
         self._jobs: list[_Job] = []
@@ -76,7 +83,7 @@ class RdmaWorkerEngine(WeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo]):
     def init_transfer_engine(self, init_info: RdmaInitInfo) -> None:
         deadline = Deadline(init_info.timeout)
         self._rank = init_info.rank_offset + self.parallel_config.rank
-        self._agent = self._memory.start_agent(f"worker-{secrets.token_hex(8)}", "trainer", deadline)
+        self._agent = self._memory.start_agent(f"worker-{secrets.token_hex(8)}", "trainer", True, deadline)
         self._attach(self._agent, init_info.endpoint, deadline)
 
     def receive_weights(self, update_info: RdmaUpdateInfo, load_weights: LoadWeights) -> None:
@@ -86,8 +93,16 @@ class RdmaWorkerEngine(WeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo]):
         try:
             self._memory.settle()
             self._attach(agent, update_info.endpoint, deadline)
-            self._plan(agent, update_info, destinations_of(load_weights), deadline)
-            self._run(agent, update_info.filled, load_weights, deadline)
+            destinations = destinations_of(load_weights)
+            reading = self._reading(agent, update_info, load_weights, deadline)
+            if self._same((update_info.manifest, update_info.table, destinations)):
+                reading.start_ahead()  # while the GPU copies, look whether everything is where it was
+            located = self._locate(update_info.manifest, destinations, deadline)
+            if not self._same((update_info.manifest, update_info.table, destinations, located)):
+                reading.abandon()
+                self._plan(agent, update_info, destinations, located, deadline)
+                reading = self._reading(agent, update_info, load_weights, deadline)
+            reading.run()
         except BaseException:
             agent.kill()  # what was under way writes nothing any more
             raise
@@ -150,24 +165,29 @@ class RdmaWorkerEngine(WeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo]):
         level = logging.WARNING if slow else logging.INFO
         logger.log(level, "rdma reads from the trainer over %s (%s)", kind, transport.path)
 
+    def _locate(
+        self, manifest: Manifest, destinations: Mapping[str, torch.Tensor] | None, deadline: Deadline
+    ) -> Located | None:
+        if destinations is None:
+            return None
+        ordered = {param.name: destinations[param.name] for param in manifest.params}
+        return self._memory.locate(manifest, ordered, deadline)
+
+    def _same(self, given: tuple[object, ...]) -> bool:
+        """Whether the jobs were planned for these: the manifest, the table, the destinations, and where those lie."""
+        return bool(self._planned) and all(map(operator.is_, given, self._planned))
+
     def _plan(
         self,
         agent: RunningAgent,
         info: RdmaUpdateInfo,
         destinations: Mapping[str, torch.Tensor] | None,
+        located: Located | None,
         deadline: Deadline,
     ) -> None:
-        """Prepare the reads, unless neither side's weights have moved since the last update."""
-        manifest, table = info.manifest, info.table
-        located: Located | None = None
-        if destinations is not None:
-            ordered = {param.name: destinations[param.name] for param in manifest.params}
-            located = self._memory.locate(manifest, ordered, deadline)
-        planned = (manifest, table, located, destinations)
-        if len(planned) == len(self._planned) and all(map(lambda a, b: a is b, planned, self._planned)):
-            return
+        """Prepare the reads."""
         self._jobs, self._planned = [], ()
-        endpoint = self._endpoint
+        manifest, table, endpoint = info.manifest, info.table, self._endpoint
         assert endpoint is not None
         agent.release(deadline)
         agent.attach_flags(endpoint.agent, endpoint.flags, endpoint.flags + self._rank * WORD, deadline)
@@ -175,32 +195,94 @@ class RdmaWorkerEngine(WeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo]):
         self._jobs = planner.direct(located, destinations or {})
         if planner.left:
             stride = -(-table.bucket_bytes // ALIGNMENT) * ALIGNMENT
-            nbytes = stride * max(len(table.buckets), self.config.buckets)
+            self._buffers = max(len(table.buckets), self.config.buckets)
+            nbytes = stride * self._buffers
             if self._arena is None or self._arena.data.nbytes < nbytes:
                 self._arena = self._memory.arena(nbytes, deadline)
-            self._jobs += planner.staged(list(self._arena.data.split(stride)), self._arena.address)
-        self._planned = planned
+            self._jobs += planner.staged(list(self._arena.data.split(stride))[: self._buffers], self._arena.address)
+        self._planned = manifest, table, destinations, located
 
-    def _run(self, agent: RunningAgent, filled: int, load_weights: LoadWeights, deadline: Deadline) -> None:
-        """Run the jobs; each is read while the one before it is loaded."""
-        self._start(agent, self._jobs[0], filled, load_weights, deadline)
-        for job, following in zip(self._jobs, [*self._jobs[1:], None], strict=True):
-            if job.handle is not None:
-                agent.finish(deadline)
-            if following is not None:
-                self._start(agent, following, filled, load_weights, deadline)
-            job.load(load_weights)
-            if not job.in_place:
-                self._memory.settle()  # before its bucket is read into again
+    def _reading(
+        self, agent: RunningAgent, info: RdmaUpdateInfo, load_weights: LoadWeights, deadline: Deadline
+    ) -> _Reading:
+        return _Reading(
+            agent, self._jobs, self._buffers, info.filled, load_weights, self._memory.settle_copies, deadline
+        )
 
-    def _start(
-        self, agent: RunningAgent, job: _Job, filled: int, load_weights: LoadWeights, deadline: Deadline
+
+class _Reading:
+    """The jobs of one update, of which some are read while one before them is loaded.
+
+    Args:
+        agent: reads.
+        jobs: in order.
+        buffers: how many staging buckets they share.
+        filled: buckets that the trainer had filled before this update.
+        load_weights: loads.
+        settle_copies: waits until what ``load_weights`` has queued is done.
+        deadline: of the update.
+    """
+
+    def __init__(
+        self,
+        agent: RunningAgent,
+        jobs: list[_Job],
+        buffers: int,
+        filled: int,
+        load_weights: LoadWeights,
+        settle_copies: Callable[[], None],
+        deadline: Deadline,
     ) -> None:
-        if job.handle is None:
-            return
-        if job.in_place:
-            load_weights.write_in_place()  # type: ignore[attr-defined]  # whoever has destinations has this too
-        agent.start(job.handle, filled + job.bucket if job.bucket else 0, deadline)
+        self._agent, self._load_weights, self._deadline = agent, load_weights, deadline
+        self._waiting, self._under_way = deque(jobs), deque[_Job]()
+        self._buffers, self._filled, self._settle_copies = buffers, filled, settle_copies
+
+    def start_ahead(self) -> None:
+        """Begin those reads into the worker's own tensors that come first, as far as these are where they were."""
+        while len(self._under_way) < _DEPTH and self._waiting and self._waiting[0].targets:
+            if not self._waiting[0].is_in_place():
+                return
+            self._start()
+
+    def abandon(self) -> None:
+        """Wait for what was begun; nothing is loaded."""
+        for job in self._under_way:
+            self._finish(job)
+
+    def run(self) -> None:
+        """Read and load everything."""
+        self._start_all()
+        while self._under_way:
+            job = self._under_way[0]
+            self._finish(job)
+            if job.targets:
+                self._under_way.popleft()
+            self._start_all()
+            job.load(self._load_weights)
+            if not job.targets:
+                self._settle_copies()
+                self._under_way.popleft()
+                self._start_all()
+
+    def _start_all(self) -> None:
+        """Begin all reads that may be under way now."""
+        while self._waiting and len(self._under_way) < _DEPTH:
+            staged = sum(not job.targets for job in self._under_way)
+            if not self._waiting[0].targets and staged >= self._buffers:
+                return  # its bucket holds what is not loaded yet
+            self._start()
+
+    def _start(self) -> None:
+        job = self._waiting.popleft()
+        self._under_way.append(job)
+        if job.targets:
+            self._load_weights.write_in_place()  # type: ignore[attr-defined]  # whoever has destinations has this too
+        if job.handle is not None:
+            self._agent.start(job.handle, self._filled + job.bucket if job.bucket else 0, self._deadline)
+
+    def _finish(self, job: _Job) -> None:
+        if job.handle is not None:
+            self._agent.finish(self._deadline)
 
 
 class _Planner:
@@ -252,10 +334,11 @@ class _Planner:
                 )
                 names = [self._params[index].name for index in chunk.tolist()]
                 weights = [(name, destinations[name]) for name in names]
-                jobs.append(_Job(self._prepare(rows), 0, _loading(weights), in_place=True))
+                targets = [(tensor, tensor.data_ptr()) for _, tensor in weights]
+                jobs.append(_Job(self._prepare(rows), 0, _loading(weights), targets))
         empty = [param.name for param in self._params if not param.nbytes]
         if empty:
-            jobs.append(_Job(None, 0, _loading([(name, destinations[name]) for name in empty]), in_place=False))
+            jobs.append(_Job(None, 0, _loading([(name, destinations[name]) for name in empty])))
         self.left -= {*order.tolist(), *np.flatnonzero(self._sizes == 0).tolist()}
         return jobs
 
@@ -292,7 +375,7 @@ class _Planner:
                     np.ones(len(used), dtype=bool),
                 )
                 handle = self._prepare(rows)
-            jobs.append(_Job(handle, 0, _unpacking(unpacker, number), in_place=False))
+            jobs.append(_Job(handle, 0, _unpacking(unpacker, number)))
         self.left -= set(indices)
         return jobs
 
@@ -306,7 +389,7 @@ class _Planner:
         for number, slots in enumerate(plan.buckets):
             theirs = self._table.buckets[number % len(self._table.buckets)]
             row = np.array([[addresses[number % len(buffers)], theirs, slots[-1].offset + slots[-1].nbytes]], np.uint64)
-            jobs.append(_Job(self._prepare(row), number + 1, _unpacking(unpacker, number), in_place=False))
+            jobs.append(_Job(self._prepare(row), number + 1, _unpacking(unpacker, number)))
         self.left.clear()
         return jobs
 

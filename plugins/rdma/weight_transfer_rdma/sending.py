@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from weight_transfer.source import WeightSource
 
 _FLAGS_BYTES = 64 * 1024
-_PAUSE = 5e-4  # seconds between two looks at the workers' counters
+_FIRST_PAUSE, _LONGEST_PAUSE = 5e-5, 5e-4  # seconds between two looks at the workers' counters
 
 
 class RdmaTrainerEngine(TrainerWeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo]):
@@ -104,7 +104,7 @@ class RdmaTrainerEngine(TrainerWeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo
         if self._open is not None and not self._open.agent.alive:
             self._close_agent()
         if self._open is None:
-            agent = self._memory.start_agent(f"trainer-{secrets.token_hex(8)}", "a worker", deadline)
+            agent = self._memory.start_agent(f"trainer-{secrets.token_hex(8)}", "a worker", False, deadline)
             try:
                 flags = self._memory.words(_FLAGS_BYTES, deadline)
                 probe = self._memory.arena(PROBE_BYTES, deadline)
@@ -171,7 +171,7 @@ class RdmaTrainerEngine(TrainerWeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo
         for index in range(len(packer.plan.buckets)):
             self._await(before + index + 1 - len(opened.table.buckets), opened, deadline)
             nbytes = next(packing)
-            self._memory.settle()
+            self._memory.settle_copies()
             self._filled += 1
             opened.counters[0] = self._filled
             progress(nbytes)
@@ -179,12 +179,14 @@ class RdmaTrainerEngine(TrainerWeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo
 
     def _await(self, bucket: int, opened: _Open, deadline: Deadline) -> None:
         """Wait until every worker has read that many buckets."""
+        pause = _FIRST_PAUSE
         while waiting := list(self._ranks.values()):
             if all((opened.counters[ranks.start : ranks.stop] >= bucket).all() for ranks in waiting):
                 return
             deadline.check("waiting for the workers to read a bucket", backend="rdma", phase="update")
-            if self._aborted.wait(_PAUSE):
+            if self._aborted.wait(pause):
                 raise TransferError("The update was aborted.", backend="rdma", phase="update")
+            pause = min(2 * pause, _LONGEST_PAUSE)
             if not opened.agent.alive:
                 raise PeerLostError("The trainer's RDMA agent ended.", backend="rdma", phase="update", peer="trainer")
         raise PeerLostError("No worker is left.", backend="rdma", phase="update")

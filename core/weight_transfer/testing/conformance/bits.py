@@ -159,3 +159,17 @@ class BitsTests(Kit):
         for seed, name in ((2, "layer2_weight"), (3, "embed")):
             trainer.ask("replace", weight=name)
             assert_same(trainer.ask("send", seed=seed, version=seed)["hashes"], worker.ask("hashes"))
+
+    def test_a_parameter_that_moved_is_written_where_it_is_now(self, cast: Cast) -> None:
+        """Between two updates parameters of the worker get other memory, and nothing is written where they were.
+
+        If this fails: addresses that were looked up once are written to. Compare them at each update, before the
+        first byte.
+        """
+        worker = cast.worker(in_place=True)
+        trainer = cast.trainer([worker])
+        trainer.ask("send", seed=1, version=1)
+        for seed, name in ((2, "layer2_weight"), (3, "embed")):
+            worker.ask("move", weight=name)
+            assert_same(trainer.ask("send", seed=seed, version=seed)["hashes"], worker.ask("hashes"))
+            assert worker.ask("overwritten") == []

@@ -25,7 +25,7 @@ class FaultsTests(Kit):
 
     @needs(Capability.CROSS_PROCESS)
     def test_a_worker_killed_in_an_update_is_named_and_comes_back(self, cast: Cast) -> None:
-        """`PeerLostError` that names it, long before the deadline; the survivor serves no version; both are mended.
+        """`PeerLostError` that names it, long before the deadline; the survivor serves nothing torn; both are mended.
 
         If this fails: watch the connection to each worker while bytes move, and let ``abort_update`` wake every wait.
         The core names the worker: it sees the control channel break.
@@ -41,7 +41,7 @@ class FaultsTests(Kit):
         assert isinstance(error, PeerLostError), repr(error)
         assert error.peer == victim.url
         assert error.version == 2
-        assert survivor.ask("status")["version"] is None
+        assert survivor.ask("status")["version"] in (None, 1)  # 1 if not a byte had arrived
         back = cast.worker(port=victim.port)
         sent = trainer.ask("send", seed=3, version=3)
         assert_same(sent["hashes"], back.ask("hashes"), survivor.ask("hashes"))
