@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _PROBE_TIMEOUT = 10.0  # seconds for the first, small read; a GPU's memory over TCP may never arrive
 _CHUNK = 2**30  # bytes of one read into the worker's own parameters
+_NOTHING = (object(),)  # is planned for nothing
 _DEPTH = 4  # reads under way; fewer if the staging buckets are fewer
 
 
@@ -52,7 +53,7 @@ class _Job:
     load: Callable[[LoadWeights], None]
     targets: Sequence[tuple[torch.Tensor, int]] = ()
 
-    def is_in_place(self) -> bool:
+    def stands(self) -> bool:
         """Whether its targets still are where they were."""
         return all(tensor.data_ptr() == address and tensor.is_contiguous() for tensor, address in self.targets)
 
@@ -77,7 +78,7 @@ class RdmaWorkerEngine(WeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo]):
         self._arena: Arena | None = None
         self._buffers = 0
         self._endpoint: Endpoint | None = None
-        self._planned: tuple[object, ...] = ()
+        self._planned: tuple[object, ...] = _NOTHING
         self._jobs: list[_Job] = []
 
     def init_transfer_engine(self, init_info: RdmaInitInfo) -> None:
@@ -94,13 +95,12 @@ class RdmaWorkerEngine(WeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo]):
             self._memory.settle()
             self._attach(agent, update_info.endpoint, deadline)
             destinations = destinations_of(load_weights)
+            planned = update_info.manifest, update_info.table, destinations
             reading = self._reading(agent, update_info, load_weights, deadline)
-            if self._same((update_info.manifest, update_info.table, destinations)):
-                reading.start_ahead()  # while the GPU copies, look whether everything is where it was
-            located = self._locate(update_info.manifest, destinations, deadline)
-            if not self._same((update_info.manifest, update_info.table, destinations, located)):
+            if not all(map(operator.is_, planned, self._planned)) or not reading.start():
                 reading.abandon()
-                self._plan(agent, update_info, destinations, located, deadline)
+                self._plan(agent, update_info, destinations, deadline)
+                self._planned = planned
                 reading = self._reading(agent, update_info, load_weights, deadline)
             reading.run()
         except BaseException:
@@ -115,7 +115,7 @@ class RdmaWorkerEngine(WeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo]):
         if self._agent is not None:
             self._agent.close()
             self._agent = None
-        self._jobs, self._planned, self._endpoint = [], (), None
+        self._jobs, self._planned, self._endpoint = [], _NOTHING, None
         self._probe = self._arena = None
         self._memory.close()
 
@@ -127,7 +127,7 @@ class RdmaWorkerEngine(WeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo]):
         """Connect to the trainer's agent as it is now, read a little, and see how that went."""
         if endpoint == self._endpoint:
             return
-        self._planned, self._jobs = (), []
+        self._planned, self._jobs = _NOTHING, []
         peer = agent.connect(endpoint.metadata, deadline)
         if peer != endpoint.agent:
             raise HandshakeError(f"The metadata of agent {endpoint.agent} belongs to {peer}.", backend="rdma")
@@ -165,30 +165,21 @@ class RdmaWorkerEngine(WeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo]):
         level = logging.WARNING if slow else logging.INFO
         logger.log(level, "rdma reads from the trainer over %s (%s)", kind, transport.path)
 
-    def _locate(
-        self, manifest: Manifest, destinations: Mapping[str, torch.Tensor] | None, deadline: Deadline
-    ) -> Located | None:
-        if destinations is None:
-            return None
-        ordered = {param.name: destinations[param.name] for param in manifest.params}
-        return self._memory.locate(manifest, ordered, deadline)
-
-    def _same(self, given: tuple[object, ...]) -> bool:
-        """Whether the jobs were planned for these: the manifest, the table, the destinations, and where those lie."""
-        return bool(self._planned) and all(map(operator.is_, given, self._planned))
-
     def _plan(
         self,
         agent: RunningAgent,
         info: RdmaUpdateInfo,
         destinations: Mapping[str, torch.Tensor] | None,
-        located: Located | None,
         deadline: Deadline,
     ) -> None:
         """Prepare the reads."""
-        self._jobs, self._planned = [], ()
+        self._jobs, self._planned = [], _NOTHING
         manifest, table, endpoint = info.manifest, info.table, self._endpoint
         assert endpoint is not None
+        located: Located | None = None
+        if destinations is not None:
+            ordered = {param.name: destinations[param.name] for param in manifest.params}
+            located = self._memory.locate(manifest, ordered, deadline)
         agent.release(deadline)
         agent.attach_flags(endpoint.agent, endpoint.flags, endpoint.flags + self._rank * WORD, deadline)
         planner = _Planner(agent, endpoint, self._memory.place, manifest, table, deadline)
@@ -200,7 +191,6 @@ class RdmaWorkerEngine(WeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo]):
             if self._arena is None or self._arena.data.nbytes < nbytes:
                 self._arena = self._memory.arena(nbytes, deadline)
             self._jobs += planner.staged(list(self._arena.data.split(stride))[: self._buffers], self._arena.address)
-        self._planned = manifest, table, destinations, located
 
     def _reading(
         self, agent: RunningAgent, info: RdmaUpdateInfo, load_weights: LoadWeights, deadline: Deadline
@@ -237,15 +227,17 @@ class _Reading:
         self._waiting, self._under_way = deque(jobs), deque[_Job]()
         self._buffers, self._filled, self._settle_copies = buffers, filled, settle_copies
 
-    def start_ahead(self) -> None:
-        """Begin those reads into the worker's own tensors that come first, as far as these are where they were."""
-        while len(self._under_way) < _DEPTH and self._waiting and self._waiting[0].targets:
-            if not self._waiting[0].is_in_place():
-                return
-            self._start()
+    def start(self) -> bool:
+        """Begin, and say whether the worker's tensors are where they were: the first are read meanwhile."""
+        for number, job in enumerate(list(self._waiting)):
+            if not job.stands():
+                return False
+            if number < _DEPTH and job.targets and number == len(self._under_way):
+                self._start()
+        return True
 
     def abandon(self) -> None:
-        """Wait for what was begun; nothing is loaded."""
+        """Wait for what was begun; nothing of it is loaded."""
         for job in self._under_way:
             self._finish(job)
 
