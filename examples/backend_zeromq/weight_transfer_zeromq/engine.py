@@ -38,7 +38,7 @@ _HELLO = struct.Struct("!32sI")  # the token, and the worker's rank
 _WELCOME = b"welcome"
 _POSITION = struct.Struct("!QI")  # serial of the update; index of a bucket, or number of buckets that were taken
 _OVERHEAD = 1024  # bytes that a handshake or a header takes at most, encryption included
-_SLICE = 50  # milliseconds after which a wait looks whether it was interrupted
+_SLICE = 0.05  # seconds after which a wait looks whether it was interrupted
 
 
 # --8<-- [start:infos]
@@ -71,19 +71,17 @@ class ZeroMqUpdateInfo(WeightTransferUpdateInfo):
 class Port:
     """A ZeroMQ socket whose waits end: at their deadline, when they are interrupted, and when a peer is lost.
 
-    A socket belongs to one thread, so `interrupt` touches only an event. A socket says nothing of connections that
-    break, so its monitor is asked too. Nothing is acquired before `open`.
+    A socket belongs to one thread, so another thread only sets an event, ``interrupted``. A socket says nothing of
+    connections that break, so its monitor is asked too. Nothing is acquired before `open`.
 
     Args:
         peer_of: names the peer whose connection had this file descriptor; None for a stranger's.
     """
 
-    socket: zmq.Socket[bytes]
-
     def __init__(self, peer_of: Callable[[int], str | None]) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._peer_of = peer_of
-        self._interrupted = threading.Event()
+        self.interrupted = threading.Event()
 
     def open(self, kind: int) -> zmq.Socket[bytes]:
         """Make the socket, a ``zmq.ROUTER`` or a ``zmq.DEALER``, and return it."""
@@ -93,9 +91,6 @@ class Port:
         self.socket.reconnect_ivl = -1  # a connection that broke stays broken
         self.socket.sndhwm = 0  # `send` never waits: the queue is bounded by what the peer has confirmed
         self._monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
-        self._poller = zmq.Poller()
-        self._poller.register(self.socket, zmq.POLLIN)
-        self._poller.register(self._monitor, zmq.POLLIN)
         return self.socket
 
     def send(self, frames: Sequence[Any], peer: str) -> None:
@@ -107,20 +102,15 @@ class Port:
 
     def receive(self, deadline: Deadline, peer: str) -> list[zmq.Frame]:
         """Wait for the next message of ``peer``, which may be several, and return its frames."""
-        while not self._interrupted.is_set():
+        while not self.interrupted.is_set():
             deadline.check(f"waiting for {peer}", backend=_BACKEND, peer=peer)
-            ready = dict(self._poller.poll(min(_SLICE, int(1000 * deadline.remaining()))))
+            ready, _, _ = zmq.select([self.socket, self._monitor], [], [], min(_SLICE, deadline.remaining()))
             if self._monitor in ready:
-                lost = self._peer_of(recv_monitor_message(self._monitor)["value"])
-                if lost is not None:
+                if lost := self._peer_of(recv_monitor_message(self._monitor)["value"]):
                     raise PeerLostError("The connection broke: the process died or left.", backend=_BACKEND, peer=lost)
             elif self.socket in ready:
                 return self.socket.recv_multipart(copy=False)
         raise PeerLostError("The transfer was aborted.", backend=_BACKEND, peer=peer)
-
-    def interrupt(self) -> None:
-        """End every wait, now and later. Callable from any thread."""
-        self._interrupted.set()
 
     def close(self) -> None:
         """Close the sockets and end ZeroMQ's threads."""
@@ -208,7 +198,7 @@ class ZeroMqTrainerEngine(TrainerWeightTransferEngine[ZeroMqInitInfo, ZeroMqUpda
 
     # --8<-- [end:send]
     def abort_update(self) -> None:
-        self._port.interrupt()
+        self._port.interrupted.set()
 
     def shutdown(self) -> None:
         self._port.close()
@@ -255,21 +245,16 @@ class ZeroMqWorkerEngine(WeightTransferEngine[ZeroMqInitInfo, ZeroMqUpdateInfo])
         """Copy the next message into the bucket, if it is the one that comes next, to the byte."""
         header, *frames = self._port.receive(deadline, "trainer")
         if header.bytes != position or [len(frame) for frame in frames] != [slot.nbytes for slot in slots]:
-            message = "The trainer sent another bucket than the manifest and the update's number say; send again."
-            raise ManifestMismatchError(message, backend=_BACKEND, peer="trainer")
+            raise ManifestMismatchError("This bucket is not the next one.", backend=_BACKEND, peer="trainer")
         for slot, frame in zip(slots, frames, strict=True):
             memoryview(self._bucket)[slot.offset : slot.offset + slot.nbytes] = frame.buffer
 
     # --8<-- [end:receive]
     def abort_update(self) -> None:
-        self._port.interrupt()
+        self._port.interrupted.set()
 
     def shutdown(self) -> None:
         self._port.close()
         self._bucket = bytearray()
-
-    @property
-    def extra_memory(self) -> int:
-        return len(self._bucket)
 
     # --8<-- [end:worker]

@@ -28,6 +28,5 @@ def probe() -> Probe:
     except ImportError as error:
         return Probe(available=False, reason=f"pyzmq cannot be imported: {error}", fix="pip install pyzmq")
     if not zmq.has("curve"):
-        fix = "Install pyzmq from its wheel: pip install --only-binary pyzmq pyzmq"
-        return Probe(available=False, reason="this libzmq was built without CURVE", fix=fix)
+        return Probe(available=False, reason="libzmq was built without CURVE", fix="Install pyzmq from its wheel.")
     return Probe(available=True, reason=f"found pyzmq {zmq.__version__} with libzmq {zmq.zmq_version()} and CURVE")
