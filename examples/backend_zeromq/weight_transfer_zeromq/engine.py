@@ -120,7 +120,6 @@ class Port:
     # --8<-- [end:port]
 
 
-# --8<-- [start:trainer]
 class ZeroMqTrainerEngine(TrainerWeightTransferEngine[ZeroMqInitInfo, ZeroMqUpdateInfo]):
     """Sends each bucket to all workers, straight out of the weights, and waits when one of them falls behind."""
 
@@ -203,10 +202,7 @@ class ZeroMqTrainerEngine(TrainerWeightTransferEngine[ZeroMqInitInfo, ZeroMqUpda
     def shutdown(self) -> None:
         self._port.close()
 
-    # --8<-- [end:trainer]
 
-
-# --8<-- [start:worker]
 class ZeroMqWorkerEngine(WeightTransferEngine[ZeroMqInitInfo, ZeroMqUpdateInfo]):
     """Takes bucket after bucket off the queue, and loads each while the next one is on its way."""
 
@@ -256,5 +252,3 @@ class ZeroMqWorkerEngine(WeightTransferEngine[ZeroMqInitInfo, ZeroMqUpdateInfo])
     def shutdown(self) -> None:
         self._port.close()
         self._bucket = bytearray()
-
-    # --8<-- [end:worker]
