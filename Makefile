@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 LAB := .venv/rdma-lab
-PLUGINS := $(wildcard plugins/*/pyproject.toml)
+PLUGINS := $(wildcard plugins/*/pyproject.toml) examples/backend_zeromq/pyproject.toml tests/sample_backend/files/pyproject.toml
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow test-verbs check format docs clean

@@ -20,6 +20,7 @@ PROJECTS = {
     "weight-transfer-nccl": ROOT / "plugins/nccl",
     "weight-transfer-rdma": ROOT / "plugins/rdma",
     "sample-broken": ROOT / "tests/sample_backend/broken",
+    "weight-transfer-sample": ROOT / "tests/sample_backend/files",
     "sample-clash": ROOT / "tests/sample_backend/clash",
 }
 

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")
 _LONGEST = 40  # characters of a name
-_MARKS = re.compile(r"^# --8<-- .*\n", re.MULTILINE)  # of the parts that the documentation quotes
 
 
 def write_backend(name: str, directory: Path) -> Path:
@@ -76,7 +75,7 @@ def _template(folder: Traversable, prefix: str) -> Iterator[tuple[str, str]]:
             if not entry.name.startswith((".", "__pycache__")):  # what tools leave behind
                 yield from _template(entry, f"{prefix}{entry.name}/")
         else:
-            yield prefix + entry.name, _MARKS.sub("", entry.read_text(encoding="utf-8"))
+            yield prefix + entry.name, entry.read_text(encoding="utf-8")
 
 
 def _renamed(text: str, names: dict[str, str]) -> str:

@@ -112,7 +112,6 @@ class Connection:
             raise PeerLostError(message, backend=_BACKEND, peer=self.peer, cause=str(error)) from error
 
 
-# --8<-- [start:trainer]
 class AcmeTrainerEngine(TrainerWeightTransferEngine[AcmeInitInfo, AcmeUpdateInfo]):
     """Packs the weights into a bucket and sends it to each worker."""
 
@@ -195,10 +194,8 @@ class AcmeTrainerEngine(TrainerWeightTransferEngine[AcmeInitInfo, AcmeUpdateInfo
     @property
     def extra_memory(self) -> int:
         return len(self._bucket)
-# --8<-- [end:trainer]
 
 
-# --8<-- [start:worker]
 class AcmeWorkerEngine(WeightTransferEngine[AcmeInitInfo, AcmeUpdateInfo]):
     """Receives bucket after bucket, and loads each before the next one is read."""
 
@@ -251,4 +248,3 @@ class AcmeWorkerEngine(WeightTransferEngine[AcmeInitInfo, AcmeUpdateInfo]):
     @property
     def extra_memory(self) -> int:
         return len(self._bucket)
-# --8<-- [end:worker]

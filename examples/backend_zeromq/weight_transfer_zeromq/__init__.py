@@ -1,0 +1,3 @@
+"""The ``zeromq`` backend of weight-transfer."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""A stranger's distribution: the backend ``files`` and the observer ``jsonlines``."""
