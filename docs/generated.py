@@ -23,7 +23,7 @@ from weight_transfer.config import WeightTransferConfig
 from weight_transfer.read_config import ENVIRONMENT
 
 _REQUEST = re.compile(r"^<!-- (keys|command): (.+) -->$", re.MULTILINE)
-_TYPES = {int: "whole number", float: "number", bool: "`true` or `false`", str: "text", Any: "table"}
+_TYPES: dict[Any, str] = {int: "whole number", float: "number", bool: "`true` or `false`", str: "text", Any: "table"}
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
