@@ -14,6 +14,7 @@ A TOML file:
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import attrs
@@ -53,12 +54,18 @@ def parse_seconds(value: object, field: attrs.Attribute[float]) -> float:
 
 def size_field(**arguments: Any) -> Any:
     """Declare an attrs field that holds a number of bytes and takes ``"256MiB"``; for options classes, too."""
-    return attrs.field(converter=attrs.Converter(parse_size, takes_field=True), **arguments)
+    return _converted("bytes", parse_size, **arguments)
 
 
 def seconds_field(**arguments: Any) -> Any:
     """Declare an attrs field that holds a positive duration in seconds."""
-    return attrs.field(converter=attrs.Converter(parse_seconds, takes_field=True), **arguments)
+    return _converted("seconds", parse_seconds, **arguments)
+
+
+def _converted(unit: str, parse: Any, metadata: Mapping[str, object] | None = None, **arguments: Any) -> Any:
+    """Declare a field with a unit, which stands in the field's metadata for whoever documents it."""
+    converter = attrs.Converter(parse, takes_field=True)
+    return attrs.field(converter=converter, metadata={"unit": unit, **(metadata or {})}, **arguments)
 
 
 def _positive(_instance: object, attribute: attrs.Attribute[int], value: int) -> None:
@@ -87,7 +94,7 @@ class WeightTransferConfig:
         verify: compare position-sensitive digests of every tensor on both sides before a version is published.
         on_worker_failure: ``"abort"``: one failing worker fails the update on all, and none publishes it;
             ``"continue"``: the others publish, and the failed one may rejoin at the next update.
-        observers: names of the installed observers to notify, such as ``("progress",)``.
+        observers: names of the installed observers to notify, such as ``["progress"]``.
         token: bearer token of the HTTP control channel; demanded when a worker listens beyond loopback.
         options: the backend's own table: a dict, or an instance of its options class.
     """

@@ -15,7 +15,7 @@ class TransferStarted:
     Attributes:
         role: ``trainer`` or ``worker``: the side on which the event was raised.
         backend: the backend's name.
-        version: the version under way; a worker learns it only at the end and has None here.
+        version: the version under way; on a worker the one that the trainer announced, None if it announced none.
         nbytes: bytes of one full copy of the weights.
         params: number of parameters.
         workers: workers that take part (1 on a worker).

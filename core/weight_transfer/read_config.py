@@ -18,6 +18,12 @@ from weight_transfer.structuring import nearest, structure
 
 TABLE = "weight_transfer"
 ENV_PREFIX = "WEIGHT_TRANSFER_"
+ENVIRONMENT = {
+    field.name: ENV_PREFIX + field.name.upper()
+    for field in attrs.fields(WeightTransferConfig)
+    if field.name != "options"
+}
+"""The environment variable of each key that has one."""
 
 
 def load_config(
@@ -91,14 +97,14 @@ def _read(source: Mapping[str, Any] | str | Path | None) -> tuple[str, dict[str,
 
 def _environment() -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for field in attrs.fields(WeightTransferConfig):
-        text = os.environ.get(ENV_PREFIX + field.name.upper())
-        if text is None or field.name == "options":
+    for name, variable in ENVIRONMENT.items():
+        text = os.environ.get(variable)
+        if text is None:
             continue
         try:
-            found[field.name] = _from_text(field.name, text)
+            found[name] = _from_text(name, text)
         except ValueError as error:
-            raise ConfigError(f"environment variable {ENV_PREFIX}{field.name.upper()}: {error}.") from error
+            raise ConfigError(f"environment variable {variable}: {error}.") from error
     return found
 
 

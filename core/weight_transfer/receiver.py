@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import torch
 
 from weight_transfer.config import ParallelConfig, WeightTransferConfig
@@ -75,7 +76,8 @@ class WeightReceiver:
         observers: tuple[object, ...] = (),
     ) -> None:
         self.config: WeightTransferConfig = load_config(config)
-        self.parallel_config = parallel_config or ParallelConfig(device=_device_of(model))
+        parallel = parallel_config or ParallelConfig()
+        self.parallel_config = attrs.evolve(parallel, device=parallel.device or _device_of(model))
         self._backend = load_backend(self.config.backend)
         add_observers(self._backend, self.config.observers, observers)
         self._loaders = loader_for(model, load_weights, process_weights_after_loading)

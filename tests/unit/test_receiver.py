@@ -20,6 +20,7 @@ from weight_transfer import (
     LifecycleError,
     Manifest,
     ManifestMismatchError,
+    ParallelConfig,
     ParamMeta,
     ReceiverState,
     TransferError,
@@ -946,3 +947,12 @@ def test_a_listener_that_fails_does_not_fail_the_update(new: Callable[..., Worke
     worker.init()
     worker.deliver(1.0, 1)
     assert (worker.receiver.version, worker.model.values) == (1, [1.0] * 3)
+
+
+def test_a_place_among_ranks_that_names_no_device_takes_the_models() -> None:
+    parallel = ParallelConfig(rank=1, world_size=2)
+    with WeightReceiver({"backend": "loopback"}, Served().to("meta"), parallel_config=parallel) as receiver:
+        assert receiver.parallel_config == ParallelConfig(rank=1, world_size=2, device="meta")
+    parallel = ParallelConfig(device="cpu")
+    with WeightReceiver({"backend": "loopback"}, Served().to("meta"), parallel_config=parallel) as receiver:
+        assert receiver.parallel_config.device == "cpu"

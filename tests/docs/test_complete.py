@@ -1,0 +1,94 @@
+"""The documentation leaves nothing out, and describes nothing that is not there."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+
+import attrs
+import click
+import pytest
+
+from support.pages import ROOT, table, text_of
+from weight_transfer import errors, hookspecs, load_backend
+from weight_transfer.backend import Capability
+from weight_transfer.cli import main
+from weight_transfer.config import ParallelConfig, WeightTransferConfig
+from weight_transfer.read_config import ENVIRONMENT
+
+BACKENDS = ["ipc", "nccl", "rdma", "loopback"]
+SOURCES = [*(ROOT / "core").rglob("*.py"), *(ROOT / "plugins").glob("*/weight_transfer_*/**/*.py")]
+
+
+def test_every_hook_is_described_with_its_signature() -> None:
+    tree = ast.parse(inspect.getsource(hookspecs))
+    signatures = {f"`{node.name}({ast.unparse(node.args)})`" for node in tree.body if isinstance(node, ast.FunctionDef)}
+    rows = table("hooks.md", "hook")
+    assert {row[0] for row in rows} == signatures
+    assert all(all(row) for row in rows)
+
+
+def test_every_error_has_a_cause_and_a_remedy() -> None:
+    def named(cls: type) -> str:
+        builtin = [f"(`{base.__name__}`)" for base in cls.__bases__ if base.__module__ == "builtins"]
+        return " ".join([f"`{cls.__name__}`", *(builtin if cls is not errors.WeightTransferError else [])])
+
+    classes = [cls for cls in vars(errors).values() if isinstance(cls, type) and cls.__module__ == errors.__name__]
+    rows = table("errors.md", "class")
+    assert {row[0] for row in rows} == {named(cls) for cls in classes}
+    assert all(len(row) == 3 and all(row) for row in rows)
+
+
+def keys_of(heading: str) -> set[str]:
+    """Return the keys in the table of a section of the configuration page."""
+    page = text_of("configuration.md")
+    section = re.split(r"^##+ ", page.partition(f"# {heading}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
+    rows = [line.split(" | ") for line in section.splitlines() if line.startswith("| `")]
+    assert all(len(cell.strip("| ")) for row in rows for cell in row)
+    return {row[0].strip("| `") for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("heading", "cls"), [("Keys", WeightTransferConfig), ("Where a process stands", ParallelConfig)]
+)
+def test_every_configuration_key_is_documented(heading: str, cls: type) -> None:
+    assert keys_of(heading) == {field.name for field in attrs.fields(cls)}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_option_of_a_backend_is_documented(backend: str) -> None:
+    options = load_backend(backend).parse_options({}, "test")
+    expected = {field.name for field in attrs.fields(type(options))} if options is not None else set()
+    assert keys_of(backend) == expected
+
+
+def test_every_environment_variable_is_documented() -> None:
+    used = {name for source in SOURCES for name in re.findall(r"WEIGHT_TRANSFER_[A-Z_]*[A-Z]\b", source.read_text())}
+    documented = set(re.findall(r"`(WEIGHT_TRANSFER_[A-Z_]+)`", text_of("configuration.md")))
+    assert documented == used | set(ENVIRONMENT.values()) | {"WEIGHT_TRANSFER_CONFIG"}
+
+
+def test_every_command_and_option_is_documented() -> None:
+    sections = {
+        line: body for line, _, body in (part.partition("\n") for part in text_of("reference/cli.md").split("\n## "))
+    }
+    commands: dict[str, click.Command | None] = {"weight-transfer": main}
+    with click.Context(main) as context:
+        commands |= {name: main.get_command(context, name) for name in main.list_commands(context)}
+    assert set(sections) - {"# Commands"} == set(commands)
+    for name, command in commands.items():
+        assert command is not None
+        for option in (option for parameter in command.params for option in parameter.opts if option[0] == "-"):
+            assert option in sections[name], f"{name} {option}"
+
+
+def test_every_capability_is_documented_as_the_backends_declare_it() -> None:
+    declared = {backend: load_backend(backend).backend.capabilities for backend in BACKENDS}
+    rows = table("choose-a-backend.md", "capability")
+    expected = {
+        f"`{capability}`": ["yes" if capability in declared[backend] else "no" for backend in BACKENDS]
+        for capability in Capability
+    }
+    assert {row[0]: row[2:] for row in rows} == expected
+    assert all(row[1] for row in rows)
