@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -389,7 +390,7 @@ _ADVICE = {
 
 
 def _device_of(model: nn.Module) -> str:
-    first = next(model.parameters(), None)
+    first = next(chain(model.parameters(), model.buffers()), None)
     return str(first.device) if first is not None else "cpu"
 
 
