@@ -16,8 +16,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from enum import StrEnum
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import attrs

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 _OF_THE_CONTROL_CHANNEL = ("AnyIO worker thread", "asyncio_", "weight-transfer ")
+_OF_THE_DRIVER = "cuda.shm."  # CUDA's own; it leaves them when a process is killed
 _MEBIBYTE = 2**20
 
 
@@ -26,7 +27,7 @@ def held() -> dict[str, int]:
         "threads": len(tasks) - len(passing),
         "child processes": sum(len(_children(task)) for task in tasks),
         "shared mappings": sum(line.split()[1].endswith("s") for line in _lines("/proc/self/maps")),
-        "files in /dev/shm": len(os.listdir("/dev/shm")),  # noqa: S108  (listed, not used)
+        "files in /dev/shm": sum(not name.startswith(_OF_THE_DRIVER) for name in os.listdir("/dev/shm")),  # noqa: S108
         "MiB of device memory": _device_memory() // _MEBIBYTE,
     }
 
@@ -56,12 +57,14 @@ class MemoryMark:
         self._private, self._resident, self._device = _status("RssAnon"), _status("VmRSS"), _device_memory()
 
     def growth(self) -> dict[str, int]:
-        """Return the growth in bytes: ``private`` to this moment, ``peak`` at the worst one, with shared memory."""
-        device = torch.cuda.max_memory_allocated() - self._device if torch.cuda.is_initialized() else 0
-        return {
-            "private": _status("RssAnon") - self._private,
-            "peak": max(_status("VmHWM") - self._resident, device),
-        }
+        """Return the growth in bytes: ``private`` to this moment, ``peak`` at the worst one, with shared memory.
+
+        Where CUDA is in use ``private`` is that of device memory: libraries that are loaded take host memory.
+        """
+        if not torch.cuda.is_initialized():
+            return {"private": _status("RssAnon") - self._private, "peak": _status("VmHWM") - self._resident}
+        peak = torch.cuda.max_memory_allocated() - self._device
+        return {"private": _device_memory() - self._device, "peak": max(_status("VmHWM") - self._resident, peak)}
 
 
 def _status(field: str) -> int:

@@ -179,7 +179,11 @@ class _Run:
 
 
 class DeviceMemory:
-    """A `Memory` on one CUDA device; weights stay where they are."""
+    """A `Memory` on one CUDA device; weights stay where they are.
+
+    What is registered are whole segments of torch's allocator, each once: of regions that overlap, NIXL may not find
+    the one in which a range lies.
+    """
 
     def __init__(self, options: RdmaOptions, device: torch.device) -> None:
         self._device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
@@ -187,11 +191,13 @@ class DeviceMemory:
         self._options = options
         self._agent: LocalAgent | None = None
         self._registered: dict[int, int] = {}
+        self._arenas: list[torch.Tensor] = []
         self._known: tuple[tuple[object, ...], Located] | None = None
 
     def start_agent(self, name: str, peer: str, reads: bool, deadline: Deadline) -> LocalAgent:
         self._known = None
         self._registered.clear()
+        self._arenas.clear()
         self._agent = LocalAgent(name, self._options, peer, reads)
         return self._agent
 
@@ -206,10 +212,12 @@ class DeviceMemory:
         return self._known[1]
 
     def arena(self, nbytes: int, deadline: Deadline) -> Arena:
-        assert self._agent is not None
         data = torch.zeros(nbytes, dtype=torch.uint8, device=self._device)
         self.settle()
-        self._agent.register(data.data_ptr(), nbytes, self.place)
+        self._arenas.append(data)
+        segments = self._segments()
+        home = _home(segments, data)
+        self._register({int(segments.addresses[home]): int(segments.sizes[home])} if home >= 0 else _span(data))
         return Arena(data, data.data_ptr())
 
     def words(self, nbytes: int, deadline: Deadline) -> Arena:
@@ -226,37 +234,64 @@ class DeviceMemory:
 
     def close(self) -> None:
         self._agent = self._known = None
+        self._arenas.clear()
 
     def _located(self, tensors: list[torch.Tensor | None]) -> Located:
         """Register the allocator's segments in which tensors lie, and take back the others."""
-        assert self._agent is not None
-        mine = [
-            (int(segment["address"]), int(segment["total_size"]))
-            for segment in torch.cuda.memory_snapshot()
-            if segment["device"] == self._device.index
-        ]
-        segments = Regions.of(mine)
+        segments = self._segments()
         addresses = np.full(len(tensors), -1, dtype=np.int64)
         padded = np.zeros(len(tensors), dtype=bool)
         used: dict[int, int] = {}
         for index, tensor in enumerate(tensors):
             if tensor is None or tensor.device != self._device or not tensor.is_contiguous() or not tensor.numel():
                 continue
-            start, nbytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
-            home = int(np.searchsorted(segments.addresses, start, side="right")) - 1
-            if home < 0 or start + nbytes > segments.addresses[home] + segments.sizes[home]:
+            home = _home(segments, tensor)
+            if home < 0:
                 continue  # not from torch's allocator: it goes through the buckets
-            addresses[index] = start
+            addresses[index] = start = tensor.data_ptr()
             storage = tensor.untyped_storage()
-            padded[index] = storage.data_ptr() == start and storage.nbytes() == nbytes
+            padded[index] = storage.data_ptr() == start and storage.nbytes() == tensor.nbytes
             used[int(segments.addresses[home])] = int(segments.sizes[home])
-        for address in [address for address, size in self._registered.items() if used.get(address) != size]:
-            self._agent.deregister(address)
-            del self._registered[address]
-        for address in used.keys() - self._registered.keys():
-            self._agent.register(address, used[address], self.place)
-            self._registered[address] = used[address]
+        kept = dict(used)
+        for arena in self._arenas:
+            home = _home(segments, arena)
+            kept |= {int(segments.addresses[home]): int(segments.sizes[home])} if home >= 0 else _span(arena)
+        self._register(kept, only=True)
         return Located(addresses, padded, Regions.of(list(used.items())))
+
+    def _segments(self) -> Regions:
+        """Return the segments of torch's allocator on the device."""
+        return Regions.of(
+            [
+                (int(segment["address"]), int(segment["total_size"]))
+                for segment in torch.cuda.memory_snapshot()
+                if segment["device"] == self._device.index
+            ]
+        )
+
+    def _register(self, regions: dict[int, int], only: bool = False) -> None:
+        """Register regions, address and bytes each; with ``only``, take back all others."""
+        assert self._agent is not None
+        for address, size in list(self._registered.items()):
+            if regions.get(address, 0 if only else size) != size:
+                self._agent.deregister(address)
+                del self._registered[address]
+        for address in regions.keys() - self._registered.keys():
+            self._agent.register(address, regions[address], self.place)
+            self._registered[address] = regions[address]
+
+
+def _home(segments: Regions, tensor: torch.Tensor) -> int:
+    """Return the index of the segment in which a contiguous tensor lies, -1 if in none."""
+    start = tensor.data_ptr()
+    home = int(np.searchsorted(segments.addresses, start, side="right")) - 1
+    if home < 0 or start + tensor.nbytes > segments.addresses[home] + segments.sizes[home]:
+        return -1
+    return home
+
+
+def _span(tensor: torch.Tensor) -> dict[int, int]:
+    return {tensor.data_ptr(): tensor.nbytes}
 
 
 @cache

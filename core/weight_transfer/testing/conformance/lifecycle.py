@@ -142,7 +142,7 @@ class LifecycleTests(Kit):
         If this fails: as with engines that share something; or one waits for the other while it holds a lock.
         """
         left = cast.worker()
-        right = cast.worker(beside=left)
+        right = cast.worker(rank=2, beside=left)
         trainer = cast.trainer([left, right])
         for seed in (1, 2):
             sent = trainer.ask("send", seed=seed, version=seed)["hashes"]
