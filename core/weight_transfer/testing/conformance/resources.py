@@ -9,7 +9,10 @@ from weight_transfer.testing.models import weight
 
 _UPDATES = 50
 _SETTLE = 5.0  # seconds in which threads and descriptors of the control channel come back by themselves
-_SLACK = {"MiB of device memory": 1}  # it is rounded
+_SLACK = {
+    "MiB of device memory": 1,  # it is rounded
+    "file descriptors": 1,  # the control channel keeps a second connection once an abort has needed one
+}
 _LARGE = [weight(f"w{index}", "float32", 1024, 1024) for index in range(16)]  # 64 MiB
 
 
