@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import threading
 import time
@@ -14,6 +13,7 @@ import pytest
 
 from support.actors import Actor
 from weight_transfer import PeerLostError, TransferError, TransferTimeoutError
+from weight_transfer.testing.resources import abandoned
 
 ADOPT: dict[str, Any] = {"backend": "ipc", "timeout": 30, "init_timeout": 20}
 STAGE: dict[str, Any] = ADOPT | {"ipc": {"export": "stage"}, "bucket_bytes": "64KiB"}
@@ -225,7 +225,7 @@ def test_after_a_timeout_a_trainer_that_wakes_up_writes_nothing_any_more(spawn: 
 
 @NOT_IN_A_KIT
 def test_nothing_accumulates_over_many_updates_and_nothing_is_left_behind(spawn: Spawn, config: dict[str, Any]) -> None:
-    before = set(os.listdir("/dev/shm"))
+    before = abandoned()
     worker = spawn("worker", seed=11, config=config)
     trainer = spawn("trainer", config=config, workers=[worker.hello])
     for version in range(3):
@@ -235,7 +235,7 @@ def test_nothing_accumulates_over_many_updates_and_nothing_is_left_behind(spawn:
         trainer.ask("send", seed=version, version=version)
     assert (trainer.ask("fds"), trainer.ask("maps"), worker.ask("maps")) == baseline
     trainer.kill()
-    assert set(os.listdir("/dev/shm")) == before  # shared memory without a name: nothing to unlink, even after SIGKILL
+    assert abandoned() == before  # shared memory without a name: nothing to unlink, even after SIGKILL
 
 
 def test_a_second_update_sends_less_than_4_kb_of_control_traffic_whatever_the_number_of_parameters(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import threading
@@ -10,12 +11,13 @@ from pathlib import Path
 import torch
 
 _OF_THE_CONTROL_CHANNEL = ("AnyIO worker thread", "asyncio_", "weight-transfer ")
+_SHARED_MEMORY = "/dev/shm/"  # noqa: S108  (looked at, not written to)
 _OF_THE_DRIVER = "cuda.shm."  # CUDA's own; it leaves them when a process is killed
 _MEBIBYTE = 2**20
 
 
 def held() -> dict[str, int]:
-    """Count this process's descriptors, native threads, shared mappings and children, and the files in ``/dev/shm``.
+    """Count this process's descriptors, native threads, shared mappings and children, and `abandoned` files.
 
     Threads of the control channel, which come and go by themselves, are not counted.
     """
@@ -27,9 +29,32 @@ def held() -> dict[str, int]:
         "threads": len(tasks) - len(passing),
         "child processes": sum(len(_children(task)) for task in tasks),
         "shared mappings": sum(line.split()[1].endswith("s") for line in _lines("/proc/self/maps")),
-        "files in /dev/shm": sum(not name.startswith(_OF_THE_DRIVER) for name in os.listdir("/dev/shm")),  # noqa: S108
+        "abandoned files in /dev/shm": len(abandoned()),
         "MiB of device memory": _device_memory() // _MEBIBYTE,
     }
+
+
+def abandoned() -> set[str]:
+    """Return the names in ``/dev/shm`` that no process has mapped or open: memory that nobody will give back.
+
+    The directory is the whole machine's: what other processes work with does not count.
+    """
+    names = {name for name in os.listdir(_SHARED_MEMORY) if not name.startswith(_OF_THE_DRIVER)}
+    for process in os.listdir("/proc") if names else ():
+        if process.isdigit():
+            names -= _in_use(Path("/proc", process))
+    return {name for name in names if Path(_SHARED_MEMORY, name).exists()}  # not those that ended meanwhile
+
+
+def _in_use(process: Path) -> set[str]:
+    """Return the names in ``/dev/shm`` that a process has mapped or open."""
+    paths = set()
+    with contextlib.suppress(OSError):  # it has ended, or belongs to another user
+        paths |= {line.split(maxsplit=5)[-1] for line in _lines(f"{process}/maps")}
+        for link in os.scandir(f"{process}/fd"):
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                paths.add(os.readlink(link))
+    return {path.removeprefix(_SHARED_MEMORY) for path in paths if path.startswith(_SHARED_MEMORY)}
 
 
 def _children(task: str) -> list[str]:

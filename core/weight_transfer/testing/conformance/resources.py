@@ -96,16 +96,16 @@ class ResourcesTests(Kit):
 
     @needs(Capability.CROSS_PROCESS)
     def test_a_killed_trainer_leaves_no_shared_memory(self, cast: Cast) -> None:
-        """``/dev/shm`` holds what it held before, though no exit path of the trainer has run.
+        """No file in ``/dev/shm`` is left behind, though no exit path of the trainer has run.
 
         If this fails: use memory without a name (memfd), or unlink the name as soon as all sides have opened it.
         """
         worker = cast.worker(in_place=True)
-        before = worker.ask("held")["files in /dev/shm"]
+        before = worker.ask("held")["abandoned files in /dev/shm"]
         trainer = cast.trainer([worker])
         trainer.ask("send", seed=1, version=1)
         trainer.kill()
-        assert eventually(lambda: worker.ask("held")["files in /dev/shm"] <= before, _SETTLE)
+        assert eventually(lambda: worker.ask("held")["abandoned files in /dev/shm"] <= before, _SETTLE)
 
 
 def _assert_back(members: list[Member], before: list[dict[str, int]]) -> None:
