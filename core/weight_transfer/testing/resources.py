@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 _OF_THE_CONTROL_CHANNEL = ("AnyIO worker thread", "asyncio_", "weight-transfer ")
-_SHARED_MEMORY = "/dev/shm/"  # noqa: S108  (looked at, not written to)
+_SHARED_MEMORY = "/dev/shm"  # noqa: S108  (looked at, not written to)
 _OF_THE_DRIVER = "cuda.shm."  # CUDA's own; it leaves them when a process is killed
 _MEBIBYTE = 2**20
 
@@ -35,26 +35,34 @@ def held() -> dict[str, int]:
 
 
 def abandoned() -> set[str]:
-    """Return the names in ``/dev/shm`` that no process has mapped or open: memory that nobody will give back.
+    """Return the names in ``/dev/shm`` whose files no process has mapped or open: memory that nobody will give back.
 
     The directory is the whole machine's: what other processes work with does not count.
     """
-    names = {name for name in os.listdir(_SHARED_MEMORY) if not name.startswith(_OF_THE_DRIVER)}
-    for process in os.listdir("/proc") if names else ():
-        if process.isdigit():
-            names -= _in_use(Path("/proc", process))
-    return {name for name in names if Path(_SHARED_MEMORY, name).exists()}  # not those that ended meanwhile
+    files = {}
+    for entry in os.scandir(_SHARED_MEMORY):
+        with contextlib.suppress(FileNotFoundError):  # gone meanwhile, here and below
+            files[_identity(entry.path)] = entry.name
+    used = [_in_use(Path("/proc", process)) for process in os.listdir("/proc") if files and process.isdigit()]
+    names = {name for identity, name in files.items() if not any(identity in files_of for files_of in used)}
+    return {name for name in names if not name.startswith(_OF_THE_DRIVER) and Path(_SHARED_MEMORY, name).exists()}
 
 
 def _in_use(process: Path) -> set[str]:
-    """Return the names in ``/dev/shm`` that a process has mapped or open."""
-    paths = set()
+    """Return the identities of the files that a process has mapped or open."""
+    found: set[str] = set()
     with contextlib.suppress(OSError):  # it has ended, or belongs to another user
-        paths |= {line.split(maxsplit=5)[-1] for line in _lines(f"{process}/maps")}
+        found |= {":".join(line.split()[3:5]) for line in _lines(f"{process}/maps")}
         for link in os.scandir(f"{process}/fd"):
-            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-                paths.add(os.readlink(link))
-    return {path.removeprefix(_SHARED_MEMORY) for path in paths if path.startswith(_SHARED_MEMORY)}
+            with contextlib.suppress(FileNotFoundError):
+                found.add(_identity(link.path))
+    return found
+
+
+def _identity(path: str) -> str:
+    """Return a file's device and inode as they stand in ``/proc/self/maps``: names there may be those of its making."""
+    status = os.stat(path)
+    return f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
 
 
 def _children(task: str) -> list[str]:

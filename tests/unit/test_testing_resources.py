@@ -1,0 +1,54 @@
+"""What the kit counts as left behind."""
+
+from __future__ import annotations
+
+import mmap
+import multiprocessing
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from weight_transfer.testing.resources import abandoned
+
+
+@pytest.fixture
+def file() -> Iterator[Path]:
+    path = Path("/dev/shm", f"weight transfer test {id(object()):x}")
+    path.write_bytes(bytes(4096))
+    yield path
+    path.unlink()
+
+
+def test_a_file_that_nobody_holds_is_abandoned(file: Path) -> None:
+    assert file.name in abandoned()
+
+
+def test_a_file_that_is_open_or_mapped_is_not(file: Path) -> None:
+    with file.open("r+b") as opened:
+        assert file.name not in abandoned()
+        mapped = mmap.mmap(opened.fileno(), 4096)
+    assert file.name not in abandoned()
+    mapped.close()
+    assert file.name in abandoned()
+
+
+def test_another_process_holds_it_too(file: Path) -> None:
+    code = f"file = open({str(file)!r}); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert file.name not in abandoned()
+        other.communicate(b"\n")
+    assert file.name in abandoned()
+
+
+def test_a_semaphore_is_held_though_its_file_was_made_under_another_name() -> None:
+    before = set(Path("/dev/shm").iterdir())
+    semaphore = multiprocessing.get_context("spawn").Semaphore()
+    made = {path.name for path in set(Path("/dev/shm").iterdir()) - before}
+    assert any(name.startswith("sem.") for name in made)
+    assert not made & abandoned()
+    del semaphore
