@@ -47,7 +47,7 @@ _MODULES = {
     "manifest": ("Manifest", "ParamMeta"),
     "read_config": ("load_config",),
     "receiver": ("ReceiverState", "WeightReceiver"),
-    "report": ("TransferReport",),
+    "report": ("TransferReport", "WorkerReport"),
     "sender": ("WeightSender",),
     "source": ("CheckpointSource", "ModuleSource", "WeightSource"),
 }

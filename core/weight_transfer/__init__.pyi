@@ -51,6 +51,7 @@ from weight_transfer.read_config import load_config as load_config
 from weight_transfer.receiver import ReceiverState as ReceiverState
 from weight_transfer.receiver import WeightReceiver as WeightReceiver
 from weight_transfer.report import TransferReport as TransferReport
+from weight_transfer.report import WorkerReport as WorkerReport
 from weight_transfer.sender import WeightSender as WeightSender
 from weight_transfer.source import CheckpointSource as CheckpointSource
 from weight_transfer.source import ModuleSource as ModuleSource

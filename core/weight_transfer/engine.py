@@ -49,10 +49,17 @@ class WeightTransferEngine(ABC, Generic[TInitInfo, TUpdateInfo]):
     Subclasses set `init_info_cls` and `update_info_cls` and write the three abstract methods. The core
     calls them from one thread at a time, in the order of this module's docstring; only `abort_update` may come
     from another thread at any time.
+
+    Attributes:
+        transport: how the bytes travel from the trainer, for reports, such as ``"gloo over TCP"``. An engine whose
+            library chooses says here what it chose.
+        warnings: what is amiss with the last update though it is good, for reports, a sentence each: a slow path, say.
     """
 
     init_info_cls: ClassVar[type[Any]] = WeightTransferInitInfo
     update_info_cls: ClassVar[type[Any]] = WeightTransferUpdateInfo
+    transport: str = ""
+    warnings: tuple[str, ...] = ()
 
     def __init__(self, config: WeightTransferConfig, parallel_config: ParallelConfig) -> None:
         """Keep both configs; ``config.options`` is an instance of the backend's options class. Acquire nothing yet."""

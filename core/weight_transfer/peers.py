@@ -95,6 +95,10 @@ class Calls:
 
     The threads are daemons: a channel that never returns costs a thread, not the trainer.
 
+    Attributes:
+        failures: the errors that are known so far.
+        results: what the others returned.
+
     Args:
         peers: whom to call.
         call: what to call; its exceptions are collected.
@@ -114,6 +118,7 @@ class Calls:
         self._answers: queue.SimpleQueue[tuple[Peer, WeightTransferError | None]] = queue.SimpleQueue()
         self._pending = list(peers)
         self.failures: dict[Peer, WeightTransferError] = {}
+        self.results: dict[Peer, object] = {}
         for peer in peers:
             name = f"weight-transfer {phase} {peer.address}"
             threading.Thread(target=self._run, args=(peer, call), name=name, daemon=True).start()
@@ -158,7 +163,7 @@ class Calls:
     def _run(self, peer: Peer, call: Callable[[Peer], object]) -> None:
         error: WeightTransferError | None = None
         try:
-            call(peer)
+            self.results[peer] = call(peer)
         except WeightTransferError as known:
             error = known
         except Exception as foreign:  # noqa: BLE001  (a channel of the user's own may raise anything; it is reported)

@@ -31,6 +31,7 @@ from weight_transfer.info import WireDecoder
 from weight_transfer.loading import Weights, loader_for
 from weight_transfer.manager import add_observers, load_backend
 from weight_transfer.read_config import load_config
+from weight_transfer.report import WorkerReport
 from weight_transfer.update import Update
 
 if TYPE_CHECKING:
@@ -180,8 +181,11 @@ class WeightReceiver:
                 self._end_update(str(error))
                 raise
 
-    def update_weights(self, update_info: dict[str, Any]) -> None:
+    def update_weights(self, update_info: dict[str, Any]) -> dict[str, Any]:
         """Receive and load every weight; returns when all of them are in place and verified.
+
+        Returns:
+            A `WorkerReport` as a dict: how the bytes travelled, and warnings.
 
         Raises:
             LifecycleError: no update was started, or this one has its weights already.
@@ -201,6 +205,7 @@ class WeightReceiver:
                 if named is error:
                     raise
                 raise named from error
+            return WorkerReport(self._engine.transport, self._engine.warnings).to_dict()
 
     def finish_weight_update(self, weight_version: Version | None = None) -> None:
         """Publish the version.

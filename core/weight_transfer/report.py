@@ -1,10 +1,46 @@
-"""What one update cost."""
+"""What one update cost, and what the workers noticed in it."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import attrs
 
 from weight_transfer.events import Version
+
+
+@attrs.frozen
+class WorkerReport:
+    """What the engine of a worker, or of each worker of a replica, noticed in an update.
+
+    Attributes:
+        transport: how the bytes travelled, such as ``"shm (zero-copy over cma/memory)"``; empty if nobody tells.
+        warnings: what is amiss though the update is good, a sentence each.
+    """
+
+    transport: str = ""
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, answer: object) -> WorkerReport:
+        """Read the answer to ``update_weights``; a foreign server's answer may hold anything else, or nothing."""
+        fields = answer if isinstance(answer, dict) else {}
+        transport, warnings = fields.get("transport"), fields.get("warnings")
+        return cls(
+            transport if isinstance(transport, str) else "",
+            tuple(map(str, warnings)) if isinstance(warnings, (list, tuple)) else (),
+        )
+
+    @classmethod
+    def joint(cls, reports: list[WorkerReport]) -> WorkerReport:
+        """Say once what several say alike."""
+        transports = dict.fromkeys(report.transport for report in reports if report.transport)
+        warnings = dict.fromkeys(warning for report in reports for warning in report.warnings)
+        return cls(", ".join(transports), tuple(warnings))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it JSON-safe."""
+        return {"transport": self.transport, "warnings": list(self.warnings)}
 
 
 @attrs.frozen(kw_only=True)
@@ -20,6 +56,9 @@ class TransferReport:
         lost: ``(address, error)`` of workers that failed, if ``on_worker_failure = "continue"``.
         seconds: wall time by phase (``init``, ``start``, ``update``, ``finish``).
         extra_memory: bytes of staging memory that the trainer's engine holds.
+        transports: how the bytes travelled to each worker, by its address, as far as the backend tells.
+        warnings: what is amiss though the update is good, such as a link far below its rate; a sentence each, which
+            begins with the worker's address.
     """
 
     backend: str
@@ -30,6 +69,8 @@ class TransferReport:
     lost: tuple[tuple[str, str], ...] = ()
     seconds: dict[str, float]
     extra_memory: int
+    transports: dict[str, str] = attrs.field(factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def total_seconds(self) -> float:
@@ -44,7 +85,9 @@ class TransferReport:
     def __str__(self) -> str:
         phases = ", ".join(f"{phase} {seconds * 1e3:.1f} ms" for phase, seconds in self.seconds.items())
         lost = f", lost {', '.join(peer for peer, _ in self.lost)}" if self.lost else ""
+        over = ", ".join(dict.fromkeys(self.transports.values()))
+        warnings = "".join(f"; warning: {warning}" for warning in self.warnings)
         return (
-            f"version {self.version}: {self.nbytes / 1e9:.3f} GB to {len(self.workers)} workers over {self.backend} "
-            f"at {self.gbps:.2f} GB/s ({phases}){lost}"
+            f"version {self.version}: {self.nbytes / 1e9:.3f} GB to {len(self.workers)} workers over {self.backend}"
+            f"{f', {over},' if over else ''} at {self.gbps:.2f} GB/s ({phases}){lost}{warnings}"
         )

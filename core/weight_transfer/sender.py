@@ -23,9 +23,9 @@ from weight_transfer.info import WeightTransferUpdateInfo, WireEncoder
 from weight_transfer.integrity import tensor_digest
 from weight_transfer.lockstep import LockstepSource
 from weight_transfer.manager import add_observers, load_backend
-from weight_transfer.peers import Calls
+from weight_transfer.peers import Calls, Peer
 from weight_transfer.read_config import load_config
-from weight_transfer.report import TransferReport
+from weight_transfer.report import TransferReport, WorkerReport
 from weight_transfer.source import ModuleSource, WeightSource, as_source
 
 if TYPE_CHECKING:
@@ -184,6 +184,7 @@ class WeightSender:
     def _send(self, source: LockstepSource, manifest: Manifest, version: Version) -> TransferReport:
         seconds: dict[str, float] = {}
         lost: Lost = {}
+        noticed: dict[Peer, WorkerReport] = {}
         if self._sends:
             self._fleet.place(source.device)
             with _timed(seconds, "init"):
@@ -194,11 +195,13 @@ class WeightSender:
                 lost |= self._fleet.start(deadline)
                 self._fleet.require_one(lost)
             with _timed(seconds, "update"):
-                lost |= self._update(source, manifest, version, deadline)
+                failures, noticed = self._update(source, manifest, version, deadline)
+                lost |= failures
                 self._fleet.require_one(lost)
             with _timed(seconds, "finish"):
                 lost |= self._fleet.finish(version, deadline)
                 self._fleet.require_one(lost)
+        noticed = {peer: report for peer, report in noticed.items() if peer not in lost}
         return TransferReport(
             backend=self.config.backend,
             version=version,
@@ -208,9 +211,14 @@ class WeightSender:
             lost=tuple((peer.address, str(error)) for peer, error in lost.items()),
             seconds=seconds,
             extra_memory=self._fleet.engine.extra_memory if self._fleet.engine else 0,
+            transports={peer.address: report.transport for peer, report in noticed.items() if report.transport},
+            warnings=tuple(f"{peer.address}: {text}" for peer, report in noticed.items() for text in report.warnings),
         )
 
-    def _update(self, source: LockstepSource, manifest: Manifest, version: Version, deadline: Deadline) -> Lost:
+    def _update(
+        self, source: LockstepSource, manifest: Manifest, version: Version, deadline: Deadline
+    ) -> tuple[Lost, dict[Peer, WorkerReport]]:
+        """Move the bytes; return the workers that were lost, and what the others noticed."""
         assert self._fleet.engine is not None
         engine = self._fleet.engine
         info: WeightTransferUpdateInfo = engine.update_info_cls(
@@ -242,7 +250,7 @@ class WeightSender:
         lost = self._fleet.settle(failures)
         progress(progress.left)
         engine.release_source()
-        return lost
+        return lost, {peer: WorkerReport.of(calls.results[peer]) for peer in wires if peer not in failures}
 
     def _named(self, error: BaseException, version: Version) -> BaseException:
         """Give an error its context, and a foreign exception its place in the tree; the trainer's one such boundary."""

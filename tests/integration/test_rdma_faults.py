@@ -53,6 +53,33 @@ def _pair(spawn: Spawn, transport: str) -> tuple[Actor, Actor]:
     return trainer, worker
 
 
+@pytest.mark.parametrize(
+    ("options", "transport", "warnings"),
+    [
+        ({"transport": "tcp"}, "tcp (", []),
+        ({"ucx": {"TLS": "tcp,self"}}, "tcp (", ["UCX reads from the trainer over TCP"]),
+        ({"transport": "tcp", "link_rate": 1e-3}, "tcp (", []),
+        ({"transport": "tcp", "link_rate": 1e6}, "tcp (", ["less than half of its share of the link"]),
+    ],
+)
+def test_the_report_tells_the_transport_and_warns_of_a_slow_one(
+    spawn: Spawn, options: dict[str, Any], transport: str, warnings: list[str]
+) -> None:
+    """Every update says so again, not only the first."""
+    config = {"backend": "rdma", "timeout": 30, "init_timeout": 30, "rdma": options}
+    rows = 140_000  # 72 MB: of less nothing is said
+    worker = spawn("worker", seed=11, config=config, in_place=True, rows=rows)
+    trainer = spawn("trainer", config=config, workers=[worker.hello], rows=rows)
+    for version in (1, 2):
+        sent = trainer.ask("send", seed=version, version=version)
+        assert worker.ask("digest") == sent["digest"]
+        assert sent["transports"][worker.hello].startswith(transport)
+        assert len(sent["warnings"]) == len(warnings)
+        for text, words in zip(sent["warnings"], warnings, strict=True):
+            assert text.startswith(f"{worker.hello}: ")
+            assert words in text
+
+
 def _agent(actor: Actor) -> int:
     """Return the process of an actor's NIXL agent."""
     children = [

@@ -33,7 +33,13 @@ def main(
             report = sender.send(model, version=version)
             sent = digest(model)
             model.randomise(999)  # the source may change as soon as send returns
-            return {"digest": sent, "workers": report.workers, "lost": report.lost}
+            return {
+                "digest": sent,
+                "workers": report.workers,
+                "lost": report.lost,
+                "transports": report.transports,
+                "warnings": report.warnings,
+            }
 
         def reallocate() -> None:
             for parameter in model.parameters():

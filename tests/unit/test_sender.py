@@ -214,6 +214,45 @@ def test_the_report_says_what_went_where_and_at_what_cost(pair: tuple[WeightSend
     assert str(report).startswith("version step-5: 0.000 GB to 2 workers over loopback at ")
 
 
+def test_the_report_says_how_the_bytes_travelled_and_what_each_worker_warns_of(
+    new_sender: Make, closing: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = (
+        closing(WeightReceiver(LOOPBACK, Small(seed), parallel_config=ParallelConfig(rank=rank, world_size=size)))
+        for seed, rank, size in ((1, 0, 2), (2, 1, 2), (3, 0, 1))
+    )
+    sender = new_sender([LocalChannel(first, second), third], workers_per_channel=1)
+    sender.connect()
+    for receiver, transport, warnings in (
+        (first, "shm", ("slow.",)),
+        (second, "tcp", ("slow.", "lossy.")),
+        (third, "", ()),
+    ):
+        monkeypatch.setattr(receiver._engine, "transport", transport)
+        monkeypatch.setattr(receiver._engine, "warnings", warnings)
+    report = sender.send(Small(4))
+    assert report.transports == {"worker 0": "shm, tcp"}
+    assert report.warnings == ("worker 0: slow.", "worker 0: lossy.")
+    assert "over loopback, shm, tcp, at " in str(report)
+    assert str(report).endswith("; warning: worker 0: slow.; warning: worker 0: lossy.")
+
+
+@pytest.mark.parametrize("answer", [None, {"message": "ok"}, {"transport": 3, "warnings": "no list"}, ["shm"]])
+def test_a_foreign_channel_may_answer_an_update_as_it_likes(
+    new_sender: Make, closing: Callable[[Any], Any], answer: Any
+) -> None:
+    class Foreign(LocalChannel):
+        def update_weights(self, update_info: dict[str, Any]) -> Any:
+            super().update_weights(update_info)
+            return answer
+
+    model = Small(1)
+    receiver = closing(WeightReceiver(LOOPBACK, model))
+    report = new_sender([Foreign(receiver)]).send(Small(2))
+    assert digest(model) == digest(Small(2))
+    assert (report.transports, report.warnings) == ({}, ())
+
+
 def test_extra_memory_is_buckets_times_bucket_bytes_and_comes_back(
     pair: tuple[WeightSender, list[Worker]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

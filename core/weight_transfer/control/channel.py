@@ -5,13 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from weight_transfer.errors import WeightTransferError
+from weight_transfer.report import WorkerReport
 
 if TYPE_CHECKING:
     from weight_transfer.events import Version
     from weight_transfer.receiver import WeightReceiver
+
+T = TypeVar("T")
 
 
 class ControlChannel(Protocol):
@@ -29,8 +32,8 @@ class ControlChannel(Protocol):
     def start_weight_update(self) -> None:
         """Begin an update."""
 
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Receive and load the weights."""
+    def update_weights(self, update_info: dict[str, Any]) -> dict[str, Any] | None:
+        """Receive and load the weights; return a `WorkerReport` as a dict, or None."""
 
     def finish_weight_update(self, weight_version: Version | None = None) -> None:
         """Publish the version."""
@@ -62,8 +65,9 @@ class LocalChannel:
     def start_weight_update(self) -> None:
         self._each(lambda receiver: receiver.start_weight_update())
 
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        self._each(lambda receiver: receiver.update_weights(update_info), together=True)
+    def update_weights(self, update_info: dict[str, Any]) -> dict[str, Any]:
+        answers = self._each(lambda receiver: receiver.update_weights(update_info), together=True)
+        return WorkerReport.joint([WorkerReport.of(answer) for answer in answers]).to_dict()
 
     def finish_weight_update(self, weight_version: Version | None = None) -> None:
         self._each(lambda receiver: receiver.finish_weight_update(weight_version))
@@ -84,16 +88,16 @@ class LocalChannel:
             "error": next((member["error"] for member in members if member["error"]), None),
         }
 
-    def _each(self, call: Callable[[WeightReceiver], None], together: bool = False) -> None:
-        """Call for each receiver; ``together``: the first failure aborts the update of the others."""
+    def _each(self, call: Callable[[WeightReceiver], T], together: bool = False) -> list[T]:
+        """Call for each receiver and return the results; ``together``: a failure aborts the update of the others."""
         if len(self._receivers) == 1:
-            call(self._receivers[0])
-            return
+            return [call(self._receivers[0])]
         errors: list[BaseException] = []
+        results: dict[WeightReceiver, T] = {}
 
         def run(receiver: WeightReceiver) -> None:
             try:
-                call(receiver)
+                results[receiver] = call(receiver)
             except BaseException as error:  # noqa: BLE001  (re-raised below, in the caller's thread)
                 errors.append(error)
                 if together and len(errors) == 1:
@@ -106,6 +110,7 @@ class LocalChannel:
             thread.join()
         if errors:
             raise errors[0]
+        return [results[receiver] for receiver in self._receivers]
 
     def _abort_others(self, failed: WeightReceiver, reason: str) -> None:
         for receiver in self._receivers:

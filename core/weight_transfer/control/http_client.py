@@ -41,8 +41,11 @@ class HttpChannel:
     def start_weight_update(self) -> None:
         self._post("start_weight_update", {})
 
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        self._post("update_weights", {"update_info": update_info}, update_info.get("timeout"))
+    def update_weights(self, update_info: dict[str, Any]) -> dict[str, Any] | None:
+        report: dict[str, Any] | None = self._post(
+            "update_weights", {"update_info": update_info}, update_info.get("timeout")
+        )
+        return report
 
     def finish_weight_update(self, weight_version: Version | None = None) -> None:
         self._post("finish_weight_update", {"weight_version": weight_version})
@@ -64,8 +67,8 @@ class HttpChannel:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _post(self, route: str, body: dict[str, Any], timeout: float | None = None) -> None:
-        self._request("POST", route, body, timeout)
+    def _post(self, route: str, body: dict[str, Any], timeout: float | None = None) -> Any:
+        return self._request("POST", route, body, timeout)
 
     def _request(self, method: str, route: str, body: dict[str, Any] | None, timeout: float | None) -> Any:
         seconds = (timeout or self._timeout) + _MARGIN

@@ -33,9 +33,9 @@ class RecordingChannel(HttpChannel):
         self.init_infos.append(init_info)
         super().init_weight_transfer_engine(init_info)
 
-    def update_weights(self, update_info: dict[str, Any]) -> None:
+    def update_weights(self, update_info: dict[str, Any]) -> dict[str, Any] | None:
         self.update_infos.append(update_info)
-        super().update_weights(update_info)
+        return super().update_weights(update_info)
 
 
 class Trainer:

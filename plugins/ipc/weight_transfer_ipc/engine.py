@@ -139,6 +139,7 @@ class IpcWorkerEngine(WeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
     def init_transfer_engine(self, init_info: IpcInitInfo) -> None:
         deadline = Deadline(init_info.timeout)
         self._require_one_kind(init_info.gpu)
+        self.transport = "CUDA IPC" if init_info.gpu else "shared memory"
         self._trainer = Connection.connect(init_info.address, deadline)
         rank = init_info.rank_offset + self.parallel_config.rank
         self._trainer.send({"token": init_info.token, "rank": rank}, [], deadline)

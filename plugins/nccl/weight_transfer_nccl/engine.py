@@ -117,6 +117,7 @@ class NcclWorkerEngine(WeightTransferEngine[NcclInitInfo, NcclUpdateInfo]):
                 backend="nccl",
                 phase="init",
             )
+        self.transport = meeting.transport
         self._layout = init_info.layout
         rank = init_info.rank_offset + self.parallel_config.rank
         store = reach_store(meeting, deadline)

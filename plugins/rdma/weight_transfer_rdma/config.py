@@ -36,6 +36,9 @@ class RdmaOptions:
             whoever reaches a TCP port of an agent can read and write the weights, so name devices of a trusted
             network only.
         ucx: further UCX options by name without their ``UCX_``, such as ``RC_TIMEOUT = "100ms"``.
+        link_rate: of the link between trainer and worker, in GB/s (10**9 bytes): a worker that reads at less than half
+            of its share of it says so in the report. Default is what the kernel says of RDMA and network devices;
+            without a number nothing is said, as for NVLink and shared memory.
         adopt: whether CPU weights move into shared memory at the first update, so that they are read from and into
             their own place; if not, they are copied through staging buckets on this side.
     """
@@ -46,4 +49,5 @@ class RdmaOptions:
     allow_tcp: bool = False
     interface: str | None = None
     ucx: dict[str, str] = attrs.field(factory=dict, validator=_is_ucx_table)
+    link_rate: float | None = attrs.field(default=None, validator=attrs.validators.optional(attrs.validators.gt(0)))
     adopt: bool = True

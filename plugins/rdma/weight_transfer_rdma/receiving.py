@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import operator
 import secrets
+import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import attrs
@@ -19,6 +21,7 @@ from weight_transfer.engine import LoadWeights, WeightTransferEngine
 from weight_transfer.errors import HandshakeError, ManifestMismatchError, TransferTimeoutError
 from weight_transfer.loading import destinations_of
 from weight_transfer_rdma.info import PROBE_BYTES, WORD, Endpoint, RdmaInitInfo, RdmaUpdateInfo, Table
+from weight_transfer_rdma.link import doubt_about, link_rate, slow_link
 from weight_transfer_rdma.memory import memory_for
 from weight_transfer_rdma.nixl import VRAM, Place, Transport
 from weight_transfer_rdma.plan import Regions, merge
@@ -44,12 +47,14 @@ class _Job:
         handle: the prepared read; None if there is nothing to read.
         bucket: which bucket of the update the trainer must have filled, counted from 1; 0 for a read of the weights
             where they lie.
+        nbytes: to be read.
         load: called after the read.
         targets: the worker's own tensors that it writes into, and where they were when it was prepared.
     """
 
     handle: int | None
     bucket: int
+    nbytes: int
     load: Callable[[LoadWeights], None]
     targets: Sequence[tuple[torch.Tensor, int]] = ()
 
@@ -59,18 +64,17 @@ class _Job:
 
 
 class RdmaWorkerEngine(WeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo]):
-    """Reads the trainer's weights.
-
-    Attributes:
-        transport: how UCX reads from the trainer; None before joining.
-    """
+    """Reads the trainer's weights."""
 
     init_info_cls = RdmaInitInfo
     update_info_cls = RdmaUpdateInfo
 
     def __init__(self, config: WeightTransferConfig, parallel_config: ParallelConfig) -> None:
         super().__init__(config, parallel_config)
-        self.transport: Transport | None = None
+        self._transport = Transport("unknown", "not joined")
+        self._link_rate: float | None = None
+        self._doubts: tuple[str, ...] = ()
+        self._workers = 1
         self._memory = memory_for(parallel_config.device, config.options)
         self._agent: RunningAgent | None = None
         self._rank = 0
@@ -84,6 +88,7 @@ class RdmaWorkerEngine(WeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo]):
     def init_transfer_engine(self, init_info: RdmaInitInfo) -> None:
         deadline = Deadline(init_info.timeout)
         self._rank = init_info.rank_offset + self.parallel_config.rank
+        self._workers = init_info.world_size - 1
         self._agent = self._memory.start_agent(f"worker-{secrets.token_hex(8)}", "trainer", True, deadline)
         self._attach(self._agent, init_info.endpoint, deadline)
 
@@ -103,6 +108,8 @@ class RdmaWorkerEngine(WeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo]):
                 self._planned = planned
                 reading = self._reading(agent, update_info, load_weights, deadline)
             reading.run()
+            slow = slow_link(reading.nbytes, reading.seconds, self._transport, self._link_rate, self._workers)
+            self.warnings = (*self._doubts, slow) if slow else self._doubts
         except BaseException:
             agent.kill()  # what was under way writes nothing any more
             raise
@@ -144,9 +151,9 @@ class RdmaWorkerEngine(WeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo]):
         self._endpoint = endpoint
 
     def _judge(self, transport: Transport) -> None:
-        """Refuse a transport that the options do not allow."""
-        self.transport = transport
-        options, kind = self.config.options, transport.kind
+        """Refuse a transport that the options do not allow; doubt one that the user may not know of."""
+        self._transport, self.transport = transport, f"{transport.kind} ({transport.path})"
+        options, kind, place = self.config.options, transport.kind, self._memory.place
         if options.transport not in ("auto", kind):
             raise HandshakeError(
                 f"UCX reads from the trainer by {transport.path} ({kind}), not over {options.transport} as this "
@@ -154,16 +161,17 @@ class RdmaWorkerEngine(WeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo]):
                 backend="rdma",
                 peer="trainer",
             )
-        slow = kind in ("tcp", "unknown") and options.transport == "auto"
-        if kind == "tcp" and slow and self._memory.place.memory == VRAM and not options.allow_tcp:
+        if kind == "tcp" and options.transport == "auto" and place.memory == VRAM and not options.allow_tcp:
             raise HandshakeError(
                 "UCX finds nothing better than TCP between these GPUs. On one GPU use the ipc backend; else check "
                 "NVLink and RDMA devices, or set allow_tcp = true.",
                 backend="rdma",
                 peer="trainer",
             )
-        level = logging.WARNING if slow else logging.INFO
-        logger.log(level, "rdma reads from the trainer over %s (%s)", kind, transport.path)
+        self._link_rate = options.link_rate or link_rate(transport)
+        doubt = "" if options.allow_tcp or options.transport == kind else doubt_about(transport)
+        self._doubts = (doubt,) if doubt else ()
+        logger.log(logging.WARNING if doubt else logging.INFO, "%s", doubt or f"rdma reads over {self.transport}")
 
     def _plan(
         self,
@@ -211,6 +219,10 @@ class _Reading:
         load_weights: loads.
         settle_copies: waits until what ``load_weights`` has queued is done.
         deadline: of the update.
+
+    Attributes:
+        nbytes: read so far from where the weights lie; buckets do not count, for which the trainer may be waited for.
+        seconds: spent on nothing but these.
     """
 
     def __init__(
@@ -225,6 +237,7 @@ class _Reading:
     ) -> None:
         self._agent, self._load_weights, self._deadline = agent, load_weights, deadline
         self._waiting, self._under_way = deque(jobs), deque[_Job]()
+        self.nbytes, self.seconds = 0, 0.0
         self._buffers, self._filled, self._settle_copies = buffers, filled, settle_copies
 
     def start(self) -> bool:
@@ -270,11 +283,20 @@ class _Reading:
         if job.targets:
             self._load_weights.write_in_place()  # type: ignore[attr-defined]  # whoever has destinations has this too
         if job.handle is not None:
-            self._agent.start(job.handle, self._filled + job.bucket if job.bucket else 0, self._deadline)
+            with self._timed(job):
+                self._agent.start(job.handle, self._filled + job.bucket if job.bucket else 0, self._deadline)
 
     def _finish(self, job: _Job) -> None:
         if job.handle is not None:
-            self._agent.finish(self._deadline)
+            with self._timed(job):
+                self._agent.finish(self._deadline)
+            self.nbytes += 0 if job.bucket else job.nbytes
+
+    @contextmanager
+    def _timed(self, job: _Job) -> Iterator[None]:
+        since = time.perf_counter()
+        yield
+        self.seconds += 0 if job.bucket else time.perf_counter() - since
 
 
 class _Planner:
@@ -327,10 +349,11 @@ class _Planner:
                 names = [self._params[index].name for index in chunk.tolist()]
                 weights = [(name, destinations[name]) for name in names]
                 targets = [(tensor, tensor.data_ptr()) for _, tensor in weights]
-                jobs.append(_Job(self._prepare(rows), 0, _loading(weights), targets))
+                nbytes = int(self._sizes[chunk].sum())
+                jobs.append(_Job(self._prepare(rows), 0, nbytes, _loading(weights), targets))
         empty = [param.name for param in self._params if not param.nbytes]
         if empty:
-            jobs.append(_Job(None, 0, _loading([(name, destinations[name]) for name in empty])))
+            jobs.append(_Job(None, 0, 0, _loading([(name, destinations[name]) for name in empty])))
         self.left -= {*order.tolist(), *np.flatnonzero(self._sizes == 0).tolist()}
         return jobs
 
@@ -367,7 +390,7 @@ class _Planner:
                     np.ones(len(used), dtype=bool),
                 )
                 handle = self._prepare(rows)
-            jobs.append(_Job(handle, 0, _unpacking(unpacker, number)))
+            jobs.append(_Job(handle, 0, sum(slot.nbytes for slot in used), _unpacking(unpacker, number)))
         self.left -= set(indices)
         return jobs
 
@@ -381,7 +404,7 @@ class _Planner:
         for number, slots in enumerate(plan.buckets):
             theirs = self._table.buckets[number % len(self._table.buckets)]
             row = np.array([[addresses[number % len(buffers)], theirs, slots[-1].offset + slots[-1].nbytes]], np.uint64)
-            jobs.append(_Job(self._prepare(row), number + 1, _unpacking(unpacker, number)))
+            jobs.append(_Job(self._prepare(row), number + 1, int(row[0, 2]), _unpacking(unpacker, number)))
         self.left.clear()
         return jobs
 
