@@ -57,7 +57,20 @@ def test_every_bit_arrives_on_every_gpu(spawn: Spawn, in_place: bool, verify: bo
         sent = trainer.ask("send", seed=seed, version=version)
         assert [worker.ask("digest") for worker in workers] == [sent["digest"]] * count
         seen.append(sent["digest"])
+        assert {transport.partition(" ")[0] for transport in sent["transports"].values()} <= {"nvlink", "rdma"}
+        assert sent["warnings"] == []
     assert seen[0] == seen[2] != seen[1]
+
+
+@two_gpus
+@pytest.mark.parametrize(("link_rate", "slow"), [(1e-3, False), (1e6, True)])
+def test_a_link_far_below_its_rate_is_in_the_report(spawn: Spawn, link_rate: float, slow: bool) -> None:
+    config = CONFIG | {"rdma": {"link_rate": link_rate}}
+    worker = spawn("worker", 1, seed=11, config=config, in_place=True, rows=140_000)  # 72 MB: of less nothing is said
+    trainer = spawn("trainer", 0, config=config, workers=[worker.hello], rows=140_000)
+    sent = trainer.ask("send", seed=1, version=1)
+    assert worker.ask("digest") == sent["digest"]
+    assert ["less than half" in warning for warning in sent["warnings"]] == [True] * slow
 
 
 @two_gpus
