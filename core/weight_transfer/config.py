@@ -14,7 +14,7 @@ A TOML file:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import attrs
@@ -74,6 +74,21 @@ def _positive(_instance: object, attribute: attrs.Attribute[int], value: int) ->
         raise ConfigError(f"{attribute.name} must be a whole number of at least {minimum}, got {value!r}.")
 
 
+def _expects(what: str, holds: Callable[[Any], bool]) -> Callable[[object, attrs.Attribute[Any], Any], None]:
+    """Return a validator whose sentence says what was expected."""
+
+    def check(_instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+        if not holds(value):
+            raise ConfigError(f"{attribute.name}: expected {what}, got {value!r}.")
+
+    return check
+
+
+_text = _expects("text", lambda value: isinstance(value, str))
+_flag = _expects("true or false", lambda value: isinstance(value, bool))
+_reaction = _expects('"abort" or "continue"', lambda value: value in ("abort", "continue"))
+
+
 def _visible(_instance: object, _attribute: object, token: str | None) -> None:
     if token is not None and not (isinstance(token, str) and re.fullmatch(r"[!-~]+", token)):
         raise ConfigError("token: expected visible ASCII characters without spaces.")
@@ -99,16 +114,14 @@ class WeightTransferConfig:
         options: the backend's own table: a dict, or an instance of its options class.
     """
 
-    backend: str = attrs.field(validator=attrs.validators.instance_of(str))
+    backend: str = attrs.field(validator=_text)
     timeout: float = seconds_field(default=300.0)
     init_timeout: float = seconds_field(default=60.0)
     bucket_bytes: int = size_field(default=256 * 2**20, validator=_positive, metadata={"minimum": 256})
     buckets: int = attrs.field(default=2, validator=_positive, metadata={"minimum": 2})
-    is_checkpoint_format: bool = attrs.field(default=True, validator=attrs.validators.instance_of(bool))
-    verify: bool = attrs.field(default=False, validator=attrs.validators.instance_of(bool))
-    on_worker_failure: Literal["abort", "continue"] = attrs.field(
-        default="abort", validator=attrs.validators.in_(("abort", "continue"))
-    )
+    is_checkpoint_format: bool = attrs.field(default=True, validator=_flag)
+    verify: bool = attrs.field(default=False, validator=_flag)
+    on_worker_failure: Literal["abort", "continue"] = attrs.field(default="abort", validator=_reaction)
     observers: tuple[str, ...] = ()
     token: str | None = attrs.field(default=None, repr=False, validator=_visible)
     options: Any = attrs.field(factory=dict)

@@ -29,6 +29,7 @@ from weight_transfer.errors import (
     PluginError,
 )
 from weight_transfer.structuring import nearest, structure
+from weight_transfer.switches import strict, tracing
 
 if TYPE_CHECKING:
     from weight_transfer.config import ParallelConfig, WeightTransferConfig
@@ -40,8 +41,6 @@ PUBLISHED = {"nccl": "weight-transfer-nccl", "ipc": "weight-transfer-ipc", "rdma
 """Backends that this project publishes: name to distribution, for the ``pip install`` line of an error."""
 
 ENV_OBSERVERS = "WEIGHT_TRANSFER_OBSERVERS"
-ENV_STRICT = "WEIGHT_TRANSFER_STRICT"
-ENV_TRACE = "WEIGHT_TRANSFER_TRACE"
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -139,7 +138,7 @@ class LoadedBackend:
             try:
                 self.plugins.subset_hook_caller(hook, others)(event=event)
             except Exception:
-                if _strict():
+                if strict():
                     raise
                 name = self.plugins.get_name(plugin)
                 logger.exception("observer %s failed in %s and is not called again", name, hook)
@@ -165,7 +164,7 @@ class LoadedBackend:
         module, _, attribute = reference.partition(":")
         try:
             return getattr(import_module(module), attribute)
-        except Exception as error:  # such as OSError, for a shared library that is missing
+        except (Exception, SystemExit) as error:  # such as OSError, for a shared library that is missing
             raise _load_error(self.name, self.provider, f"cannot import {reference}", error) from error
 
     def _contract(self, reason: str) -> BackendContractError:
@@ -188,7 +187,7 @@ def load_backend(name: str) -> LoadedBackend:
     ref = _select(name)
     plugins = pluggy.PluginManager(hookspecs.PROJECT)
     plugins.add_hookspecs(hookspecs)
-    if os.environ.get(ENV_TRACE):
+    if tracing():
         plugins.trace.root.setwriter(lambda message: logger.info("%s", message.rstrip()))
         plugins.enable_tracing()
     try:
@@ -196,7 +195,7 @@ def load_backend(name: str) -> LoadedBackend:
         plugins.check_pending()
     except pluggy.PluginValidationError as error:
         raise _contract_error(name, ref.provider, _one_line(error)) from error
-    except Exception as error:  # a plugin's module may raise anything at import
+    except (Exception, SystemExit) as error:  # a plugin's module may raise anything at import
         raise _load_error(name, ref.provider, "its module fails to import", error) from error
     try:
         backend = plugins.hook.weight_transfer_backend()
@@ -222,7 +221,7 @@ def add_observers(loaded: LoadedBackend, names: tuple[str, ...], objects: tuple[
         try:
             _register_observer(loaded, name)
         except Exception:
-            if _strict():
+            if strict():
                 raise
             logger.warning("observer %r is skipped", name, exc_info=True)
     for observer in objects:
@@ -299,7 +298,7 @@ def _contract_error(name: str, provider: Provider, reason: str) -> BackendContra
     return BackendContractError(message, name=name, provider=str(provider), reason=reason)
 
 
-def _load_error(name: str, provider: Provider, what: str, error: Exception) -> BackendLoadError:
+def _load_error(name: str, provider: Provider, what: str, error: BaseException) -> BackendLoadError:
     reason = f"{type(error).__name__}: {error}"
     message = f"Backend {name!r} ({provider}) cannot be loaded: {what}."
     return BackendLoadError(message, name=name, provider=str(provider), reason=reason, cause=reason)
@@ -308,7 +307,3 @@ def _load_error(name: str, provider: Provider, what: str, error: Exception) -> B
 def _one_line(error: pluggy.PluginValidationError) -> str:
     """Pluggy's message without its first line, which repeats the plugin's name."""
     return " ".join(str(error).partition("\n")[2].split()) or str(error)
-
-
-def _strict() -> bool:
-    return os.environ.get(ENV_STRICT, "") not in ("", "0")

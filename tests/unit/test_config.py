@@ -236,6 +236,19 @@ def test_wrong_types_and_values_name_the_key(table: dict[str, Any], words: list[
 
 
 @pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"backend": 5}, "backend: expected text, got 5."),
+        ({"verify": 1}, "verify: expected true or false, got 1."),
+        ({"is_checkpoint_format": "yes"}, "is_checkpoint_format: expected true or false, got 'yes'."),
+        ({"on_worker_failure": "contine"}, 'on_worker_failure: expected "abort" or "continue", got \'contine\'.'),
+    ],
+)
+def test_an_object_made_by_hand_is_checked_like_a_table(wrong: dict[str, Any], words: str) -> None:
+    assert words in message_of(lambda: WeightTransferConfig(**{"backend": "loopback", **wrong}))
+
+
+@pytest.mark.parametrize(
     ("wrong", "right"), [("backed", "backend"), ("time_out", "timeout"), ("bucket_byte", "bucket_bytes")]
 )
 def test_an_unknown_key_names_the_nearest_one(wrong: str, right: str) -> None:

@@ -229,6 +229,7 @@ def test_one_distribution_that_is_seen_twice_is_no_conflict(install: Install) ->
             "OSError: libacme.so: cannot open shared object file",
         ),
         ("def weight_transfer_backend(:", "SyntaxError: "),
+        ("raise SystemExit('no licence')", "SystemExit: no licence"),
     ],
 )
 def test_a_plugin_that_fails_to_import_says_who_and_why(acme: Callable[..., None], text: str, cause: str) -> None:

@@ -17,6 +17,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from weight_transfer.errors import BackendUnavailableError, PeerLostError, TransferError, TransferTimeoutError
+from weight_transfer.switches import tracing
 from weight_transfer_rdma.nixl import Place, Transport, environment, installed, transport_in
 from weight_transfer_rdma.wire import Message, receive, send
 
@@ -193,7 +194,7 @@ class AgentProcess:
 
     def _trace(self) -> None:
         """Hand on what the agent printed, if the user wants to see everything."""
-        if os.environ.get("WEIGHT_TRANSFER_TRACE") == "1":
+        if tracing():
             text = self._read_log(self._traced)
             self._traced = os.fstat(self._log).st_size
             for line in text.splitlines():
