@@ -4,10 +4,14 @@
     python benchmarks/rdma.py --device cuda [--workers 1] [--rounds 9]                 between GPUs
 
 Rows: ``copy`` is one ``copy_`` of one flat tensor, between GPUs from one to the other, where it is the limit; ``one
-READ``, one NIXL read of one descriptor, the limit on the CPU; ``READ per tensor``, one descriptor each, not merged;
-both by NIXL as it comes; ``engine``, the slowest worker's ``receive_weights``; ``update`` and ``send``, with the
-control calls over HTTP. Rounds alternate between all of them, so that a noisy machine disturbs them alike; medians are
+READ``, one NIXL read of one descriptor; ``READ per tensor``, one descriptor each, not merged; both by NIXL as it
+comes, between memory of their own; ``bare READ``, one worker's prepared reads and nothing around them, from and into
+the weights themselves; ``engine``, the slowest worker's ``receive_weights``; ``update`` and ``send``, with the control
+calls over HTTP. Rounds alternate between all of them, so that a noisy machine disturbs them alike; medians are
 compared. Each row's rate is that of one worker, or the sum of several, which all read at once.
+
+On the CPU ``bare READ`` is the limit: it is one descriptor there, too, and between the same pages. Other pages may be
+faster or slower by a seventh.
 
 Trainer, workers and the owner of the raw reads are processes of their own. The trainer is on the first GPU, the
 workers on the others in turn; on a machine with one GPU, all are on it. Before the rounds, the workers' bytes are
@@ -53,22 +57,44 @@ def digests(weights: torch.nn.Module) -> str:
 
 
 def work(case: str, config: dict[str, Any], device: str) -> None:
-    """Be a worker: serve until standard input ends, and answer there: ``digests``, ``seconds`` of the engine."""
+    """Be a worker: serve until standard input ends, and answer there.
+
+    The questions are ``digests``; ``seconds``, of the engine; ``bare READ``, in seconds.
+    """
     weights = Weights(CASES[torch.device(device).type][case](), torch.bfloat16, device)
     seconds = 0.0
+    engine: RdmaWorkerEngine | None = None
     receive = RdmaWorkerEngine.receive_weights
 
-    def watched(*arguments: Any) -> None:
-        nonlocal seconds
-        since = time.perf_counter()
-        receive(*arguments)
+    def watched(self: RdmaWorkerEngine, *arguments: Any) -> None:
+        nonlocal seconds, engine
+        engine, since = self, time.perf_counter()
+        receive(self, *arguments)
         seconds = time.perf_counter() - since
+
+    answers: dict[str, Callable[[], object]] = {
+        "digests": lambda: digests(weights),
+        "seconds": lambda: seconds,
+        "bare READ": lambda: timed(lambda: read_again(engine)),
+    }
 
     RdmaWorkerEngine.receive_weights = watched  # type: ignore[method-assign]
     with wt.WeightReceiver(config, weights) as receiver, wt.serve(receiver) as server:
         print(server.url, flush=True)
         for question in sys.stdin:
-            print(digests(weights) if question.strip() == "digests" else seconds, flush=True)
+            print(answers[question.strip()](), flush=True)
+
+
+def read_again(engine: RdmaWorkerEngine | None) -> None:
+    """Run what the engine has prepared for the weights that it reads where they lie."""
+    assert engine is not None
+    agent, jobs, deadline = engine._agent, engine._jobs, Deadline(LONG)  # noqa: SLF001  (measured by themselves)
+    assert agent is not None
+    handles = [job.handle for job in jobs if job.handle is not None and not job.bucket]
+    for handle in handles:
+        agent.start(handle, 0, deadline)
+    for _ in handles:
+        agent.finish(deadline)
 
 
 def own(nbytes: int, config: dict[str, Any], device: str) -> None:
@@ -180,6 +206,7 @@ def measure(case: str, rounds: int, workers: int, config: dict[str, Any], kind: 
         for _ in range(rounds):
             for name, call in calls.items():
                 seconds.setdefault(name, []).append(timed(call))
+            seconds.setdefault("bare READ", []).append(float(children[0].ask("bare READ")))
             since = time.perf_counter()
             report = sender.send(weights)
             seconds.setdefault("send", []).append(time.perf_counter() - since)
@@ -188,9 +215,9 @@ def measure(case: str, rounds: int, workers: int, config: dict[str, Any], kind: 
     print(
         f"{case}: {len(sizes)} tensors, {nbytes / 1e9:.3f} GB, {workers} workers, {transport.kind} ({transport.path})"
     )
-    limit = "copy" if kind == "cuda" else "one READ"
+    limit = "copy" if kind == "cuda" else "bare READ"
     whole = nbytes / statistics.median(seconds[limit])
-    for name in ("copy", "one READ", "READ per tensor", "engine", "update", "send"):
+    for name in ("copy", "one READ", "READ per tensor", "bare READ", "engine", "update", "send"):
         median, readers = statistics.median(seconds[name]), workers if name in ("engine", "update", "send") else 1
         rate, best = readers * nbytes / median, min(seconds[name])
         print(
