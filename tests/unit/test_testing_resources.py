@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import mmap
 import multiprocessing
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,23 +18,31 @@ from weight_transfer.testing.resources import abandoned
 
 @pytest.fixture
 def file() -> Iterator[Path]:
-    path = Path("/dev/shm", f"weight transfer test {id(object()):x}")
-    path.write_bytes(bytes(4096))
-    yield path
-    path.unlink()
+    """A file that nobody holds, in a folder that this test holds: other tests look at ``/dev/shm`` meanwhile."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        held = os.open(folder, os.O_RDONLY)
+        path = Path(folder, "a file")
+        path.write_bytes(bytes(4096))
+        yield path
+    os.close(held)
+
+
+def _is_abandoned(file: Path) -> bool:
+    return file.name in abandoned(str(file.parent))
 
 
 def test_a_file_that_nobody_holds_is_abandoned(file: Path) -> None:
-    assert file.name in abandoned()
+    assert _is_abandoned(file)
+    assert file.parent.name not in abandoned()
 
 
 def test_a_file_that_is_open_or_mapped_is_not(file: Path) -> None:
     with file.open("r+b") as opened:
-        assert file.name not in abandoned()
+        assert not _is_abandoned(file)
         mapped = mmap.mmap(opened.fileno(), 4096)
-    assert file.name not in abandoned()
+    assert not _is_abandoned(file)
     mapped.close()
-    assert file.name in abandoned()
+    assert _is_abandoned(file)
 
 
 def test_another_process_holds_it_too(file: Path) -> None:
@@ -40,9 +50,9 @@ def test_another_process_holds_it_too(file: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        assert file.name not in abandoned()
+        assert not _is_abandoned(file)
         other.communicate(b"\n")
-    assert file.name in abandoned()
+    assert _is_abandoned(file)
 
 
 def test_a_semaphore_is_held_though_its_file_was_made_under_another_name() -> None:

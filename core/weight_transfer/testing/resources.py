@@ -34,18 +34,19 @@ def held() -> dict[str, int]:
     }
 
 
-def abandoned() -> set[str]:
-    """Return the names in ``/dev/shm`` whose files no process has mapped or open: memory that nobody will give back.
+def abandoned(folder: str = _SHARED_MEMORY) -> set[str]:
+    """Return the names in a folder whose files no process has mapped or open: memory that nobody will give back.
 
-    The directory is the whole machine's: what other processes work with does not count.
+    ``/dev/shm`` is the whole machine's: what other processes work with does not count.
     """
     files = {}
-    for entry in os.scandir(_SHARED_MEMORY):
+    for name in os.listdir(folder):
         with contextlib.suppress(FileNotFoundError):  # gone meanwhile, here and below
-            files[_identity(entry.path)] = entry.name
-    used = [_in_use(Path("/proc", process)) for process in os.listdir("/proc") if files and process.isdigit()]
-    names = {name for identity, name in files.items() if not any(identity in files_of for files_of in used)}
-    return {name for name in names if not name.startswith(_OF_THE_DRIVER) and Path(_SHARED_MEMORY, name).exists()}
+            files[name] = _identity(f"{folder}/{name}")
+    files = {name: identity for name, identity in files.items() if not name.startswith(_OF_THE_DRIVER)}
+    processes = [entry for entry in os.listdir("/proc") if entry.isdigit()] if files else []
+    used = set().union(*(_in_use(Path("/proc", process)) for process in processes))
+    return {name for name, identity in files.items() if identity not in used and Path(folder, name).exists()}
 
 
 def _in_use(process: Path) -> set[str]:
