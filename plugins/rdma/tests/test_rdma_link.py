@@ -33,6 +33,7 @@ def devices(tmp_path: Path) -> Path:
     [
         ("zero-copy over rc_mlx5/mlx5_0:1", 50.0),
         ("zero-copy over 60% on rc_mlx5/mlx5_0:1 and 40% on rc_mlx5/mlx5_1:2", 75.0),
+        ("zero-copy over 50% on rc_mlx5/mlx5_0:1/path0 and 50% on rc_mlx5/mlx5_0:1/path1", 50.0),
         ("fragmented copy-in copy-out over tcp/eth0", 3.125),
         ("fragmented copy-in copy-out over tcp/lo", None),
         ("over tcp/veth", None),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from weight_transfer_rdma.nixl import Transport
 
-_DEVICE = re.compile(r"\b[a-z][\w]*/(?P<device>[\w.-]+)(:(?P<port>\d+))?")
+_DEVICE = re.compile(r"\b[a-z]\w*/(?P<device>[\w.-]+)(:(?P<port>\d+))?")
 _LEAST_BYTES = 64 * 2**20  # less is gone before its rate can be told
 _LEAST_SHARE = 0.5
 _GIGA = 1e9
@@ -40,10 +40,13 @@ def link_rate(transport: Transport, root: Path = Path("/sys/class")) -> float | 
     Returns:
         GB/s, or None if it says nothing.
     """
+    ports = {
+        (match["device"], match["port"] or "1") for match in _DEVICE.finditer(transport.path)
+    }  # several paths: once
     rates = [
-        _number(root / "infiniband" / match["device"] / "ports" / (match["port"] or "1") / "rate", per_second=1e9)
-        or _number(root / "net" / match["device"] / "speed", per_second=1e6)
-        for match in _DEVICE.finditer(transport.path)
+        _number(root / "infiniband" / device / "ports" / port / "rate", per_second=1e9)
+        or _number(root / "net" / device / "speed", per_second=1e6)
+        for device, port in ports
     ]
     return sum(rate for rate in rates if rate) or None
 
