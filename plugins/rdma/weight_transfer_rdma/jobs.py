@@ -1,0 +1,177 @@
+"""What a worker does in an update, one read after another: planned once, done again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import attrs
+import numpy as np
+import torch
+
+from weight_transfer.buckets import Unpacker, plan_buckets
+from weight_transfer.engine import LoadWeights
+from weight_transfer.errors import ManifestMismatchError
+from weight_transfer_rdma.plan import Regions, merge
+
+if TYPE_CHECKING:
+    from weight_transfer.deadline import Deadline
+    from weight_transfer.manifest import Manifest
+    from weight_transfer_rdma.info import Endpoint, Table
+    from weight_transfer_rdma.memory import Located, RunningAgent
+    from weight_transfer_rdma.nixl import Place
+
+_CHUNK = 2**30  # bytes of one read into the worker's own parameters
+
+
+@attrs.frozen(eq=False)
+class Job:
+    """One read, and what to load when it is done.
+
+    Attributes:
+        handle: the prepared read; None if there is nothing to read.
+        bucket: which bucket of the update the trainer must have filled, counted from 1; 0 for a read of the weights
+            where they lie.
+        nbytes: to be read from where the weights lie; 0 for a bucket, for which the trainer may have to be waited for.
+        load: called after the read.
+        targets: the worker's own tensors that it writes into, and where they were when it was prepared.
+    """
+
+    handle: int | None
+    bucket: int
+    nbytes: int
+    load: Callable[[LoadWeights], None]
+    targets: Sequence[tuple[torch.Tensor, int]] = ()
+
+    def stands(self) -> bool:
+        """Whether its targets still are where they were."""
+        return all(tensor.data_ptr() == address and tensor.is_contiguous() for tensor, address in self.targets)
+
+
+class Planner:
+    """Turns a manifest and both sides' addresses into jobs."""
+
+    def __init__(
+        self,
+        agent: RunningAgent,
+        endpoint: Endpoint,
+        place: Place,
+        manifest: Manifest,
+        table: Table,
+        deadline: Deadline,
+    ) -> None:
+        self._agent, self._endpoint, self._place, self._deadline = agent, endpoint, place, deadline
+        self._table = table
+        self._params = manifest.params
+        self._remote = np.array(table.addresses, dtype=np.int64)
+        self._sizes = np.array([param.nbytes for param in manifest.params], dtype=np.int64)
+        if len(self._remote) != len(self._sizes) or len(table.region_addresses) != len(table.region_sizes):
+            raise ManifestMismatchError(
+                "The trainer's table of addresses and its manifest differ in length.", backend="rdma"
+            )
+        regions = Regions.of(list(zip(table.region_addresses, table.region_sizes, strict=True)))
+        reachable = (self._remote >= 0) & (self._sizes > 0)
+        self._regions = np.full(len(self._sizes), -1, dtype=np.int64)
+        self._regions[reachable] = regions.index(self._remote[reachable], self._sizes[reachable])
+        self.left = set(range(len(self._sizes)))
+
+    def direct(self, located: Located | None, destinations: Mapping[str, torch.Tensor]) -> list[Job]:
+        """Read into the worker's own parameters what both agents reach."""
+        if located is None:
+            return []
+        at_home = np.zeros(len(self._sizes), dtype=np.int64)
+        possible = (self._remote >= 0) & (located.addresses >= 0) & (self._sizes > 0)
+        at_home[possible] = located.regions.index(located.addresses[possible], self._sizes[possible])
+        order = np.flatnonzero(possible)
+        order = order[np.argsort(located.addresses[order], kind="stable")]
+        jobs = []
+        for chunk in np.split(order, _cuts(self._sizes[order], _CHUNK)):
+            if len(chunk):
+                rows = merge(
+                    located.addresses[chunk],
+                    self._remote[chunk],
+                    self._sizes[chunk],
+                    at_home[chunk],
+                    self._regions[chunk],
+                    located.padded[chunk],
+                )
+                names = [self._params[index].name for index in chunk.tolist()]
+                weights = [(name, destinations[name]) for name in names]
+                targets = [(tensor, tensor.data_ptr()) for _, tensor in weights]
+                nbytes = int(self._sizes[chunk].sum())
+                jobs.append(Job(self._prepare(rows), 0, nbytes, _loading(weights), targets))
+        empty = [param.name for param in self._params if not param.nbytes]
+        if empty:
+            jobs.append(Job(None, 0, 0, _loading([(name, destinations[name]) for name in empty])))
+        self.left -= {*order.tolist(), *np.flatnonzero(self._sizes == 0).tolist()}
+        return jobs
+
+    def staged(self, buffers: list[torch.Tensor], address: int) -> list[Job]:
+        """Read the rest into staging buckets.
+
+        Args:
+            buffers: the buckets, uint8, one after another.
+            address: of the first one in the agent.
+        """
+        stride = buffers[0].nbytes
+        addresses = [address + index * stride for index in range(len(buffers))]
+        pulled = self._pulled(buffers, addresses)
+        turn = len(pulled) % len(buffers)  # the next bucket is read while the last one of these is loaded
+        return pulled + self._filled(buffers[turn:] + buffers[:turn], addresses[turn:] + addresses[:turn])
+
+    def _pulled(self, buffers: list[torch.Tensor], addresses: list[int]) -> list[Job]:
+        """Read from the trainer's own parameters what its agent reaches."""
+        indices = [index for index in sorted(self.left) if self._remote[index] >= 0 or not self._sizes[index]]
+        plan = plan_buckets([self._params[index] for index in indices], self._table.bucket_bytes)
+        unpacker = Unpacker(plan, buffers)
+        jobs = []
+        for number, slots in enumerate(plan.buckets):
+            used = [slot for slot in slots if slot.nbytes]
+            handle = None
+            if used:
+                params = np.array([indices[slot.param] for slot in used], dtype=np.int64)
+                rows = merge(
+                    addresses[number % len(buffers)] + np.array([slot.offset for slot in used], dtype=np.int64),
+                    self._remote[params] + np.array([slot.start for slot in used], dtype=np.int64),
+                    np.array([slot.nbytes for slot in used], dtype=np.int64),
+                    np.zeros(len(used), dtype=np.int64),
+                    self._regions[params],
+                    np.ones(len(used), dtype=bool),
+                )
+                handle = self._prepare(rows)
+            jobs.append(Job(handle, 0, sum(slot.nbytes for slot in used), _unpacking(unpacker, number)))
+        self.left -= set(indices)
+        return jobs
+
+    def _filled(self, buffers: list[torch.Tensor], addresses: list[int]) -> list[Job]:
+        """Read the buckets that the trainer fills, one after another."""
+        plan = plan_buckets([self._params[index] for index in sorted(self.left)], self._table.bucket_bytes)
+        if plan.params and not self._table.buckets:
+            raise ManifestMismatchError("The trainer's table has weights without an address.", backend="rdma")
+        unpacker = Unpacker(plan, buffers)
+        jobs = []
+        for number, slots in enumerate(plan.buckets):
+            theirs = self._table.buckets[number % len(self._table.buckets)]
+            row = np.array([[addresses[number % len(buffers)], theirs, slots[-1].offset + slots[-1].nbytes]], np.uint64)
+            jobs.append(Job(self._prepare(row), number + 1, 0, _unpacking(unpacker, number)))
+        self.left.clear()
+        return jobs
+
+    def _prepare(self, rows: np.ndarray[tuple[int, ...], np.dtype[np.uint64]]) -> int:
+        endpoint = self._endpoint
+        return self._agent.prepare("READ", endpoint.agent, rows, self._place, endpoint.place, self._deadline)
+
+
+def _cuts(
+    sizes: np.ndarray[tuple[int, ...], np.dtype[np.int64]], limit: int
+) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    """Return where to cut a list so that no part is much larger than ``limit``."""
+    return np.flatnonzero(np.diff(np.cumsum(sizes) // limit)) + 1
+
+
+def _loading(weights: list[tuple[str, torch.Tensor]]) -> Callable[[LoadWeights], None]:
+    return lambda load_weights: load_weights(weights)
+
+
+def _unpacking(unpacker: Unpacker, number: int) -> Callable[[LoadWeights], None]:
+    return lambda load_weights: unpacker.load(number, load_weights)
