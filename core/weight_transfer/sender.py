@@ -218,7 +218,7 @@ class WeightSender:
     def _update(
         self, source: LockstepSource, manifest: Manifest, version: Version, deadline: Deadline
     ) -> tuple[Lost, dict[Peer, WorkerReport]]:
-        """Move the bytes; return the workers that were lost, and what the others noticed."""
+        """Move the bytes; return the workers that were lost, and what each has noticed."""
         assert self._fleet.engine is not None
         engine = self._fleet.engine
         info: WeightTransferUpdateInfo = engine.update_info_cls(
@@ -250,7 +250,7 @@ class WeightSender:
         lost = self._fleet.settle(failures)
         progress(progress.left)
         engine.release_source()
-        return lost, {peer: WorkerReport.of(calls.results[peer]) for peer in wires if peer not in failures}
+        return lost, {peer: WorkerReport.of(calls.results.get(peer)) for peer in wires}
 
     def _named(self, error: BaseException, version: Version) -> BaseException:
         """Give an error its context, and a foreign exception its place in the tree; the trainer's one such boundary."""
