@@ -4,8 +4,8 @@ For 64-bit words x[i] of one block, with constants c[i] that differ by position,
 
     digest = digest * p + sum(mix(x[i] ^ c[i]))
 
-``mix`` is a bijection, so a change of any single word changes the digest for sure. It is the finaliser of splitmix64 and
-not a mere product: a product leaves low bits as they are, and words that differ in their signs alone could be swapped
+``mix`` is a bijection, so a change of any single word changes the digest for sure. It is the finaliser of splitmix64,
+not a mere product: that leaves low bits as they are, and words that differ in their signs alone could be swapped
 unnoticed. Swapped, shifted or torn words change the digest all but certainly. It finds faults, not forgeries: it is no
 cryptographic hash.
 """

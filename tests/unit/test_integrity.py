@@ -61,7 +61,7 @@ def test_blocks_of_equal_bytes_in_another_order_change_the_digest() -> None:
 
 @pytest.mark.parametrize("bit", range(64))
 def test_swapped_words_that_differ_in_one_bit_change_the_digest(bit: int) -> None:
-    """Two weights whose signs alone differ, say: a product with a constant of the position would not tell them apart."""
+    """Two weights whose signs alone differ, say: a product with a constant of the place does not tell them apart."""
     flip = 1 << bit if bit < 63 else -(1 << 63)
     whole = torch.zeros(256, dtype=torch.int64)
     digests = set()
