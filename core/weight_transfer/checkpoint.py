@@ -13,7 +13,7 @@ from weight_transfer.safetensors_file import SafetensorsFile, Stamp, stamp_of
 from weight_transfer.source import WeightSource
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     import torch
 
@@ -58,10 +58,19 @@ class CheckpointSource(WeightSource):
         return self._manifest
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self._tensors(self._manifest.by_name)
+
+    def stream(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        if type(self) is not CheckpointSource:  # a subclass may yield something else
+            return super().stream(names)
+        return self._tensors(names)
+
+    def _tensors(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
         for file in self._files:
             with file.opened() as reader:
                 for entry in file.entries:
-                    yield entry.meta.name, reader.read(entry).to(self._device)
+                    if entry.meta.name in names:
+                        yield entry.meta.name, reader.read(entry).to(self._device)
 
     @property
     def device(self) -> str:

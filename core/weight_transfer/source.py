@@ -13,7 +13,7 @@ from weight_transfer.manifest import Manifest, ParamMeta, dtype_name
 from weight_transfer.weights import ModuleWeights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 
 class WeightSource(ABC):
@@ -36,6 +36,10 @@ class WeightSource(ABC):
         A tensor needs to be valid only until the next one is asked for; see `reuses_memory`. With sharded parameters
         this runs collectives, so all trainer ranks must iterate in lockstep.
         """
+
+    def stream(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield those called ``names`` alone, in order, without gathering or reading the others where possible."""
+        return ((name, tensor) for name, tensor in self if name in names)
 
     def resident(self) -> Mapping[str, torch.Tensor]:
         """Return the tensors that need no materialising and keep their storage between updates, by name.
@@ -133,8 +137,12 @@ class ModuleSource(WeightSource):
         return self._manifest
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in self._weights.items():
-            yield name, _full(tensor)
+        return ((name, _full(tensor)) for name, tensor in self._weights.items())
+
+    def stream(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        if type(self) is not ModuleSource:  # a subclass may yield something else
+            return super().stream(names)
+        return ((name, _full(tensor)) for name, tensor in self._weights.items() if name in names)
 
     def resident(self) -> Mapping[str, torch.Tensor]:
         return self._resident
