@@ -30,6 +30,7 @@ _MODULES = {
         "ManifestMismatchError",
         "PeerLostError",
         "PluginError",
+        "SessionError",
         "TransferError",
         "TransferTimeoutError",
         "WeightTransferError",
