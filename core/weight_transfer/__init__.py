@@ -31,6 +31,7 @@ _MODULES = {
         "ManifestMismatchError",
         "PeerLostError",
         "PluginError",
+        "SessionError",
         "TransferError",
         "TransferTimeoutError",
         "WeightTransferError",

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import itertools
 import logging
+import secrets
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from weight_transfer.backend import Capability
 from weight_transfer.deadline import Deadline
-from weight_transfer.errors import ConfigError, HandshakeError, LifecycleError, PeerLostError, WeightTransferError
-from weight_transfer.peers import Calls, Peer, make_peer, make_slots
+from weight_transfer.errors import (
+    ConfigError,
+    HandshakeError,
+    LifecycleError,
+    PeerLostError,
+    SessionError,
+    TransferError,
+    TransferTimeoutError,
+    WeightTransferError,
+)
+from weight_transfer.peers import Calls, Peer, logged_wait, make_peer, make_slots
 from weight_transfer.structuring import structure, unstructure
 
 if TYPE_CHECKING:
@@ -37,7 +48,7 @@ class Fleet:
     Each phase returns the workers that it lost, or raises the first failure: ``on_worker_failure`` decides.
 
     Attributes:
-        peers: all workers, lost ones included: they may come back.
+        peers: all workers, lost ones included: they may come back; none after `close`.
         engine: the trainer's engine; None before the first join, and after a failure of a backend without ``REJOIN``.
     """
 
@@ -55,6 +66,11 @@ class Fleet:
         self._parallel_config = parallel_config
         self._device: str | None = None
         self._rejoins = Capability.REJOIN in backend.backend.capabilities
+        self._session = secrets.token_hex(8)
+        self._joins = itertools.count(1)
+        self._unreachable: dict[Peer, PeerLostError] = {}
+        self._cancelled: TransferError | None = None
+        self._calls: Calls | None = None
 
     @property
     def goes_on(self) -> bool:
@@ -99,8 +115,7 @@ class Fleet:
         if all(peer.joined for peer in self.peers):
             return {}
         deadline = Deadline(self._config.init_timeout)
-        absent = [peer for peer in self.peers if not peer.joined]
-        lost = self.settle(Calls(absent, lambda peer: self._greet(peer, deadline), "init").wait(deadline))
+        lost = self.greet(deadline)
         present = [peer for peer in self.peers if peer not in lost]
         if not self._rejoins:
             self.drop_engine()
@@ -110,18 +125,18 @@ class Fleet:
         engine = self.engine = self.engine or self._create_engine()
         slots = make_slots(self.peers if self._rejoins else present)
         fields = engine.open_endpoint([slots[peer] for peer in joining], deadline)
+        infos: dict[Peer, dict[str, Any]] = {}
         for peer, own in zip(joining, fields, strict=True):
             slot = slots[peer]
             common = {"rank_offset": slot.rank_offset, "world_size": slot.world_size, "timeout": deadline.remaining()}
-            peer.init_info = unstructure(structure({**own, **common}, engine.init_info_cls, "init_info"))
-        calls = Calls(
-            joining,
-            lambda peer: peer.channel.init_weight_transfer_engine(peer.init_info),
-            "init",
-            on_failure=self.react,
-        )
+            infos[peer] = unstructure(structure({**own, **common}, engine.init_info_cls, "init_info"))
+            infos[peer].pop("session", None)  # the peer adds it, if its channel carries sessions
+        session = f"{self._session}.{next(self._joins)}"
+        calls = self.call(joining, lambda peer: peer.join(infos[peer], session), "init", on_failure=self.react)
+        self.require_going_on()
         try:
-            engine.join_workers(deadline)
+            with logged_wait(lambda: f"waiting for {calls.silent or 'the engine'} in phase init"):
+                engine.join_workers(deadline)
         except WeightTransferError as error:
             cause = calls.explain(error)
             if not (calls.failures and self.goes_on):
@@ -133,26 +148,51 @@ class Fleet:
             peer.joined = peer not in lost
         return lost
 
+    def greet(self, deadline: Deadline) -> Lost:
+        """Wait until the workers answer that have not, and learn from their status what they are."""
+        strangers = [peer for peer in self.peers if not (peer.joined or peer.greeted)]
+        self._unreachable = {}
+        failures = self.call(strangers, lambda peer: self._greet(peer, deadline), "init").wait(deadline)
+        late = {peer for peer, error in failures.items() if isinstance(error, TransferTimeoutError)}
+        failures = {
+            peer: self._unreachable.get(peer, error) if peer in late else error for peer, error in failures.items()
+        }
+        lost = self.settle(failures)
+        for one, other in itertools.combinations(self.peers, 2):
+            if one.ids & other.ids:
+                raise ConfigError(f"{one.address} and {other.address} are the same worker; name each worker once.")
+        return lost
+
+    def versions(self) -> list[Version]:
+        """Return the versions that the workers serve; waits until they answer."""
+        self.greet(Deadline(self._config.init_timeout))
+        served = [peer.status.get("version") for peer in self.peers if peer.greeted]
+        return [version for version in served if isinstance(version, (int, str))]
+
     def _greet(self, peer: Peer, deadline: Deadline) -> None:
-        """Wait until a worker answers, and learn from its status what it is."""
         status_of = getattr(peer.channel, "status", None)
-        if status_of is None:
-            return
-        while True:
-            try:
-                status = status_of()
-                break
-            except PeerLostError:
-                if self._config.on_worker_failure == "continue" or deadline.remaining() < _RETRY_INTERVAL:
-                    raise
-                time.sleep(_RETRY_INTERVAL)
-        if status.get("backend", self._config.backend) != self._config.backend:
+        peer.status = self._first_status(peer, status_of, deadline) if status_of is not None else {}
+        backend = peer.status.get("backend", self._config.backend)
+        if backend != self._config.backend:
             raise HandshakeError(
-                f"The worker uses backend {status['backend']!r}, the trainer {self._config.backend!r}; use one.",
+                f"The worker uses backend {backend!r}, the trainer {self._config.backend!r}; use one.",
                 peer=peer.address,
                 phase="init",
             )
-        peer.count = int(status.get("workers", peer.count))
+        peer.count = int(peer.status.get("workers", peer.count))
+        peer.greeted = True
+
+    def _first_status(self, peer: Peer, status_of: Callable[[], dict[str, Any]], deadline: Deadline) -> dict[str, Any]:
+        """Ask until the worker answers; with ``"continue"``, only as long as no other one has."""
+        while True:
+            try:
+                return status_of()
+            except PeerLostError as error:
+                self._unreachable[peer] = error
+                others = self._config.on_worker_failure == "continue" and any(p.joined or p.greeted for p in self.peers)
+                if error.permanent or others or self._cancelled or deadline.remaining() < _RETRY_INTERVAL:
+                    raise
+                time.sleep(_RETRY_INTERVAL)
 
     def start(self, deadline: Deadline) -> Lost:
         """Open the update; a worker that was restarted since the last one joins again first."""
@@ -169,7 +209,7 @@ class Fleet:
 
     def _start_joined(self, deadline: Deadline) -> Lost:
         peers = [peer for peer in self.peers if peer.joined and not peer.started]
-        failures = Calls(peers, lambda peer: peer.channel.start_weight_update(), "start").wait(deadline)
+        failures = self.call(peers, lambda peer: peer.start(), "start").wait(deadline)
         for peer in peers:
             peer.started = peer not in failures
         return failures
@@ -177,7 +217,7 @@ class Fleet:
     def finish(self, version: Version, deadline: Deadline) -> Lost:
         """Have the version published."""
         peers = self.started
-        failures = Calls(peers, lambda peer: peer.channel.finish_weight_update(version), "finish").wait(deadline)
+        failures = self.call(peers, lambda peer: peer.finish(version), "finish").wait(deadline)
         for peer in peers:
             peer.started = False
         return self.settle(failures)
@@ -209,13 +249,14 @@ class Fleet:
             raise next(reversed(lost.values()))
 
     def abort(self, reason: str) -> None:
-        """After a failure: no worker keeps the update open, and all of them join again next time."""
+        """After a failure: all workers that were called, answered or not, leave this trainer, and join it next time."""
         if self.engine is not None:
             self.engine.abort_update()
-        open_ = [peer for peer in self.started if hasattr(peer.channel, "abort_weight_update")]
-        calls = Calls(open_, lambda peer: peer.channel.abort_weight_update(reason), "abort")
+        called = [peer for peer in self.peers if peer.called and hasattr(peer.channel, "abort_weight_update")]
+        calls = Calls(called, lambda peer: peer.abort(reason), "abort")
         for peer, error in calls.wait(Deadline(min(_ABORT_TIMEOUT, self._config.timeout))).items():
-            logger.warning("worker %s did not confirm the abort: %s", peer.address, error)
+            if not isinstance(error, SessionError):  # then it is another trainer's by now
+                logger.warning("worker %s did not confirm the abort: %s", peer.address, error)
         if self.engine is not None:
             self.engine.release_source()
         if not self._rejoins:
@@ -242,3 +283,34 @@ class Fleet:
         self.drop_engine()
         for peer in self.peers:
             peer.close()
+        self.peers = []
+
+    def call(
+        self,
+        peers: list[Peer],
+        call: Callable[[Peer], object],
+        phase: str,
+        on_failure: Callable[[Peer], None] | None = None,
+    ) -> Calls:
+        """Call workers of an update that may be cancelled."""
+        calls = self._calls = Calls(peers, call, phase, on_failure)
+        if self._cancelled is not None:
+            calls.cancel(self._cancelled)
+        return calls
+
+    def cancel(self, reason: str) -> None:
+        """Make what is under way raise soon; callable from any thread."""
+        self._cancelled = TransferError(f"The update was aborted: {reason}.")
+        if self._calls is not None:
+            self._calls.cancel(self._cancelled)
+        if self.engine is not None:
+            self.engine.abort_update()
+
+    def go_on(self) -> None:
+        """Forget that something was cancelled."""
+        self._cancelled = None
+
+    def require_going_on(self) -> None:
+        """Raise if what is under way was cancelled."""
+        if self._cancelled is not None:
+            raise self._cancelled

@@ -38,11 +38,13 @@ class WeightTransferInitInfo:
             a worker's rank is ``rank_offset + parallel_config.rank``.
         world_size: members of the transfer group: the trainer and all workers.
         timeout: seconds that joining may take.
+        session: the trainer's name for this join; the worker then refuses calls that do not carry it.
     """
 
     rank_offset: int
     world_size: int
     timeout: float = seconds_field()
+    session: str | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -55,6 +57,7 @@ class WeightTransferUpdateInfo:
         version: the version that will be published if all goes well.
         is_checkpoint_format: see `WeightTransferConfig`.
         digests: digest of each parameter in the manifest's order, if the config says ``verify``.
+        session: that of the init info.
     """
 
     manifest: Manifest = sent_once()
@@ -62,6 +65,7 @@ class WeightTransferUpdateInfo:
     version: int | str | None = None
     is_checkpoint_format: bool = True
     digests: tuple[str, ...] | None = None
+    session: str | None = None
 
 
 @attrs.frozen
@@ -69,6 +73,13 @@ class WeightTransferInitRequest:
     """Body of ``/init_weight_transfer_engine``."""
 
     init_info: dict[str, Any] = attrs.field(factory=dict)
+
+
+@attrs.frozen
+class WeightTransferStartRequest:
+    """Body of ``/start_weight_update``."""
+
+    session: str | None = None
 
 
 @attrs.frozen
@@ -83,6 +94,7 @@ class WeightTransferFinishRequest:
     """Body of ``/finish_weight_update``."""
 
     weight_version: int | str | None = None
+    session: str | None = None
 
 
 @attrs.frozen
@@ -90,6 +102,7 @@ class WeightTransferAbortRequest:
     """Body of ``/abort_weight_update``."""
 
     reason: str = "the trainer aborted the update"
+    session: str | None = None
 
 
 @attrs.define

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from weight_transfer import background
 from weight_transfer.config import ParallelConfig, WeightTransferConfig
 from weight_transfer.deadline import Deadline
 from weight_transfer.errors import (
@@ -23,10 +25,10 @@ from weight_transfer.guarded import GuardedSource
 from weight_transfer.info import WeightTransferUpdateInfo, WireEncoder
 from weight_transfer.integrity import tensor_digest
 from weight_transfer.manager import add_observers, load_backend
-from weight_transfer.peers import Calls, Peer
 from weight_transfer.read_config import load_config
 from weight_transfer.report import TransferReport, WorkerReport
 from weight_transfer.source import ModuleSource, WeightSource, as_source
+from weight_transfer.versions import as_version, following
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from weight_transfer.control import ControlChannel
     from weight_transfer.events import Version
     from weight_transfer.manifest import Manifest
+    from weight_transfer.peers import Peer
 
 _PROGRESS_INTERVAL = 0.1  # seconds
 
@@ -105,7 +108,8 @@ class WeightSender:
 
         Args:
             weights: the model, or a source. Every trainer rank passes its own shards of the same model.
-            version: the new version's name; default is the last one plus 1.
+            version: the new version: a whole number or a name; default is the last one plus 1, at first the highest
+                that the workers serve plus 1. With several trainer ranks the first one must be given.
 
         Returns:
             What was sent, to whom and how fast.
@@ -128,6 +132,21 @@ class WeightSender:
             self._version = version
             return report
 
+    async def asend(self, weights: nn.Module | WeightSource, version: Version | None = None) -> TransferReport:
+        """`send` for asyncio: the event loop goes on meanwhile.
+
+        A task that is cancelled in it aborts the update on all workers, and ends once nothing reads the weights any
+        more.
+        """
+        sending = background.start(lambda: self.send(weights, version), "weight-transfer send")
+        try:
+            return await asyncio.shield(sending)
+        except asyncio.CancelledError:
+            background.start(lambda: self._fleet.cancel("the task that sends was cancelled"), "weight-transfer cancel")
+            with suppress(Exception):  # the failure of an update that nobody wants any more
+                await asyncio.shield(sending)
+            raise
+
     def add_worker(self, worker: str | ControlChannel) -> None:
         """Send to one more worker or replica, from the next `send` on.
 
@@ -149,15 +168,27 @@ class WeightSender:
                 self._fleet.remove(worker)
 
     def close(self) -> None:
-        """Shut the engine and the channels down. The workers keep serving their version."""
+        """Shut the engine and the channels down, and let go of the weights. The workers keep serving their version."""
         self._closed = True
         self._fleet.close()
+        self._source = None
+        self._encoder = WireEncoder()
 
     def __enter__(self) -> WeightSender:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    async def __aenter__(self) -> WeightSender:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await background.start(self.close, "weight-transfer close")
+
+    def __repr__(self) -> str:
+        to = "closed" if self._closed else f"to {', '.join(peer.address for peer in self._fleet.peers) or 'no worker'}"
+        return f"<WeightSender {self.config.backend} {to}, version {self._version!r}>"
 
     # One update, in the order in which it happens.
 
@@ -230,12 +261,8 @@ class WeightSender:
             **engine.describe_update(source, manifest, deadline),
         )
         wires = {peer: self._encoder.encode(info, peer.known) for peer in self._fleet.started}
-        calls = Calls(
-            list(wires),
-            lambda peer: peer.channel.update_weights(wires[peer]),
-            "update",
-            on_failure=self._fleet.react,
-        )
+        calls = self._fleet.call(list(wires), lambda peer: peer.update(wires[peer]), "update", self._fleet.react)
+        self._fleet.require_going_on()
         progress = _Progress(self._backend.notify, info, self.config.backend)
         try:
             engine.send_weights(source, manifest, deadline, progress)
@@ -270,12 +297,15 @@ class WeightSender:
 
     def _next(self, version: Version | None) -> Version:
         if version is not None:
-            return version
-        if isinstance(self._version, str):
+            return as_version(version)
+        if self._version is not None:
+            return following([self._version])
+        if self.parallel_config.world_size > 1:
             raise ConfigError(
-                f"The last version is called {self._version!r}; name the new one: send(model, version=...)."
+                "The first version of a trainer of several ranks needs a name, the same on each: only rank 0 could ask "
+                "the workers what they serve. Give it: send(model, version=...)."
             )
-        return 0 if self._version is None else self._version + 1
+        return following(self._fleet.versions())
 
     def _as_source(self, weights: nn.Module | WeightSource) -> WeightSource:
         """Keep the source that is made of a module from update to update: it remembers its manifest."""
@@ -294,6 +324,7 @@ class WeightSender:
             raise LifecycleError(
                 f"{method}: another thread is sending; one update at a time.", method=method, state="sending"
             )
+        self._fleet.go_on()
         try:
             yield
         finally:

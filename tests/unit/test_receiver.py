@@ -188,12 +188,16 @@ def test_versions_go_from_a_to_b_and_back_to_a(worker: Worker) -> None:
         assert worker.model.values == [value] * 3
 
 
-def test_the_version_that_finish_names_wins(worker: Worker) -> None:
+@pytest.mark.parametrize("other", ["one", 2, "1"])
+def test_finish_may_not_rename_the_version_that_was_announced(worker: Worker, other: int | str) -> None:
     worker.init()
     worker.start()
     worker.update(1.0, 1)
-    worker.finish("one")
-    assert worker.receiver.version == "one"
+    with pytest.raises(LifecycleError, match=f"announced as version 1, not {other!r}"):
+        worker.finish(other)
+    assert (worker.receiver.state, worker.receiver.version) == (ReceiverState.UPDATING, None)
+    worker.finish(1)
+    assert worker.receiver.version == 1
 
 
 def test_a_version_of_0_is_a_version(worker: Worker) -> None:
@@ -337,8 +341,8 @@ def test_a_second_call_while_one_is_under_way_is_refused(worker: Worker) -> None
     ("state", "after", "version"),
     [
         ("created", "created", None),
-        ("ready", "ready", "old"),
-        ("updating", "ready", "old"),
+        ("ready", "created", "old"),
+        ("updating", "created", "old"),
         ("received", "failed", None),
         ("failed", "failed", None),
         ("closed", "closed", "old"),
@@ -902,7 +906,7 @@ def test_a_receiver_closes_itself_at_the_end_of_a_with_block(worker: Worker) -> 
 def test_the_status_is_json_in_every_state(worker: Worker, state: str) -> None:
     STATES[state](worker)
     status = json.loads(json.dumps(worker.receiver.status()))
-    assert set(status) == {"state", "version", "backend", "workers", "error"}
+    assert set(status) == {"state", "version", "backend", "workers", "error", "id"}
     assert (status["state"], status["backend"], status["workers"]) == (STATE_OF.get(state, state), "scripted", 1)
     assert (status["error"] is not None) is (state == "failed")
 

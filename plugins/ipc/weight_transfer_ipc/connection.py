@@ -236,6 +236,11 @@ class Listener:
         """End a running `accept`, and all later ones."""
         self._interrupted.set()
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether it is of no more use."""
+        return self._interrupted.is_set()
+
     def _next(self, deadline: Deadline, wanted: Callable[[], bool]) -> socket.socket | None:
         self._socket.settimeout(_ACCEPT_INTERVAL)
         while not self._interrupted.is_set():

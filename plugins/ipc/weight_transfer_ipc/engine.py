@@ -52,6 +52,9 @@ class IpcTrainerEngine(TrainerWeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
         self._workers: dict[int, Connection] = {}
 
     def open_endpoint(self, slots: Sequence[WorkerSlot], deadline: Deadline) -> list[dict[str, Any]]:
+        if self._listener is not None and self._listener.interrupted:  # an earlier join was given up
+            self._listener.close()
+            self._listener = None
         self._listener = self._listener or Listener()
         self._joining = {slot.rank_offset + i: slot.peer for slot in slots for i in range(slot.count)}
         info = {"address": self._listener.address, "token": self._listener.token, "gpu": self._gpu}
@@ -135,6 +138,7 @@ class IpcWorkerEngine(WeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
         self._reading = threading.Lock()
         self._trainer: Connection | None = None
         self._watch: threading.Thread | None = None
+        self._ended = threading.Event()
 
     def init_transfer_engine(self, init_info: IpcInitInfo) -> None:
         deadline = Deadline(init_info.timeout)
@@ -173,12 +177,17 @@ class IpcWorkerEngine(WeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
         self._reader.close()
 
     @property
+    def lost(self) -> bool:
+        return self._ended.is_set()
+
+    @property
     def extra_memory(self) -> int:
         return self._reader.extra_memory
 
     def _let_go_in_the_end(self, trainer: Connection) -> None:
         """Unmap the trainer's memory as soon as it shuts down or dies: mapped memory stays taken."""
         trainer.await_end()
+        self._ended.set()
         with self._reading:
             self._reader.close()
         trainer.interrupt()
