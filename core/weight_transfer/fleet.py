@@ -163,10 +163,11 @@ class Fleet:
                 raise ConfigError(f"{one.address} and {other.address} are the same worker; name each worker once.")
         return lost
 
-    def versions(self) -> list[Version]:
-        """Return the versions that the workers serve; waits until they answer."""
+    def versions(self, target: str) -> list[Version]:
+        """Return the versions of ``target`` that the workers have; waits until they answer."""
         self.greet(Deadline(self._config.init_timeout))
-        served = [peer.status.get("version") for peer in self.peers if peer.greeted]
+        statuses = [peer.status for peer in self.peers if peer.greeted or peer.joined]
+        served = [(status.get("versions") or {}).get(target, status.get("version")) for status in statuses]
         return [version for version in served if isinstance(version, (int, str))]
 
     def _greet(self, peer: Peer, deadline: Deadline) -> None:

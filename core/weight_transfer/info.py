@@ -18,6 +18,9 @@ from weight_transfer.structuring import register, unstructure
 
 _ONCE = "weight_transfer_sent_once"
 
+MODEL = "model"
+"""The target that every receiver has: its model."""
+
 register(Manifest, Manifest.from_wire, Manifest.to_wire)
 
 
@@ -56,6 +59,8 @@ class WeightTransferUpdateInfo:
         timeout: seconds that the update may take from now.
         version: the version that will be published if all goes well.
         is_checkpoint_format: see `WeightTransferConfig`.
+        target: which of the receiver's models they are for.
+        base: if they are some of the weights (``manifest.partial``): the version whose others are kept.
         digests: digest of each parameter in the manifest's order, if the config says ``verify``.
         session: that of the init info.
     """
@@ -64,6 +69,8 @@ class WeightTransferUpdateInfo:
     timeout: float = seconds_field()
     version: int | str | None = None
     is_checkpoint_format: bool = True
+    target: str = MODEL
+    base: int | str | None = None
     digests: tuple[str, ...] | None = None
     session: str | None = None
 

@@ -42,7 +42,7 @@ class Peer:
         status: what they answered; empty for a channel without ``status``.
         session: by what they know this trainer, if the channel carries sessions.
         init_info: what they were sent to join.
-        known: digest by field name of what they have been sent once.
+        known: digest by field name of what they have been sent once, by target.
     """
 
     address: str
@@ -56,7 +56,7 @@ class Peer:
     status: dict[str, Any] = attrs.field(factory=dict)
     session: str | None = None
     init_info: dict[str, Any] = attrs.field(factory=dict)
-    known: dict[str, str] = attrs.field(factory=dict)
+    known: dict[str, dict[str, str]] = attrs.field(factory=dict)
 
     @property
     def ids(self) -> set[str]:

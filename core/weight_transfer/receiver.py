@@ -9,7 +9,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ import torch
 from weight_transfer.config import ParallelConfig, WeightTransferConfig
 from weight_transfer.deadline import LONG, Deadline
 from weight_transfer.errors import ConfigError
+from weight_transfer.info import MODEL
 from weight_transfer.lifecycle import ANYONE, Anyone, Lifecycle, ReceiverState
 from weight_transfer.loading import Weights, loader_for
 from weight_transfer.manager import add_observers, load_backend
@@ -53,6 +54,9 @@ class WeightReceiver:
             copy by name.
         process_weights_after_loading: called with each layer's module once its last parameter has arrived.
         observers: objects with hook implementations, beside the ones that the config names.
+        targets: further models of this worker, such as ``{"draft": draft_model}``: ``send(..., target="draft")`` brings
+            weights to one, which has a version of its own. They load by their own ``load_weights``, or by name.
+        ignore: glob patterns of names that the models have and the trainer does not send, such as ``"*._extra_state"``.
 
     Raises:
         ConfigError: a config key is wrong, or ``model`` is no module.
@@ -67,16 +71,19 @@ class WeightReceiver:
         load_weights: Callable[[Weights], object] | None = None,
         process_weights_after_loading: Callable[[nn.Module], object] | None = None,
         observers: tuple[object, ...] = (),
+        targets: Mapping[str, nn.Module] | None = None,
+        ignore: Sequence[str] = (),
     ) -> None:
         self.config: WeightTransferConfig = load_config(config)
-        if not isinstance(model, torch.nn.Module):
-            raise ConfigError(f"model: expected the nn.Module that serves, got {type(model).__name__}.")
+        _module("model", model)
         parallel = parallel_config or ParallelConfig()
         self.parallel_config = attrs.evolve(parallel, device=parallel.device or _device_of(model))
         self._id = secrets.token_hex(8)
         self._backend = load_backend(self.config.backend)
         add_observers(self._backend, self.config.observers, observers)
-        self._loaders = loader_for(model, load_weights, process_weights_after_loading)
+        self._loaders = {MODEL: loader_for(model, load_weights, process_weights_after_loading, ignore)}
+        for name, other in (targets or {}).items():
+            self._loaders[name] = loader_for(_target(name, other), None, None, ignore)
         self._changed = Signal()
         self._served = Served(self._changed)
         self._lifecycle = Lifecycle(self._changed, self.config.timeout, self.config.backend)
@@ -92,9 +99,15 @@ class WeightReceiver:
 
     @property
     def version(self) -> Version | None:
-        """The version that is served; None before the first, during an update and after a failure."""
+        """The model's version that is served; None before the first, during an update and after a failure."""
         self._give_up_if_abandoned()
         return self._served.current
+
+    @property
+    def versions(self) -> dict[str, Version | None]:
+        """The version of each target, by its name; None as long as its weights are no whole version."""
+        with self._changed:
+            return {target: self._served.versions.get(target) for target in self._loaders}
 
     def serving(self, timeout: float | None = None) -> AbstractContextManager[Version]:
         """Hold one version still while sampling from it: ``with receiver.serving() as version: ...``.
@@ -196,7 +209,7 @@ class WeightReceiver:
             if self._update.complete:
                 raise self._lifecycle.refusal("update_weights", "this update has its weights already; finish it")
             try:
-                return self._joined.receive(self._update, update_info, self._loaders)
+                return self._joined.receive(self._update, update_info, self._loaders, self._served.versions)
             except BaseException as error:
                 self._end_update(str(error))
                 raise
@@ -227,7 +240,7 @@ class WeightReceiver:
             self._joined.tell_end(update, version, None)
             with self._changed:
                 self._update, self._last_error = None, None
-                self._served.publish(version)
+                self._served.publish(update.target, version)
                 self._lifecycle.set(ReceiverState.READY)
 
     def abort_weight_update(self, reason: str = "the trainer aborted the update", session: str | None = None) -> None:
@@ -247,7 +260,7 @@ class WeightReceiver:
             self._abort("abort_weight_update", reason, session)
 
     def status(self) -> dict[str, Any]:
-        """Return ``state``, ``version``, ``backend``, ``workers`` (1), ``error`` and ``id``.
+        """Return ``state``, ``version``, ``versions`` by target, ``backend``, ``workers`` (1), ``error`` and ``id``.
 
         The error is of the time since the last good update. The id is this receiver's own, by which a trainer knows a
         worker that it was given under two addresses.
@@ -255,6 +268,7 @@ class WeightReceiver:
         return {
             "state": str(self.state),
             "version": self.version,
+            "versions": self.versions,
             "backend": self.config.backend,
             "workers": 1,
             "error": self._last_error,
@@ -325,10 +339,11 @@ class WeightReceiver:
             self._drop_engine()
         with self._changed:  # an abort that still sees the update waits for this
             self._update = None
-            self._served.publish(None if update.touched else self._served.version)
             if update.touched:
+                self._served.tear(update.target)
                 self._lifecycle.set(ReceiverState.FAILED)
             else:
+                self._served.resume()
                 self._lifecycle.set(ReceiverState.CREATED if self._joined is None else ReceiverState.READY)
 
     def _drop_engine(self) -> None:
@@ -367,6 +382,18 @@ class WeightReceiver:
             self._end_update(reason)
             if lost:
                 self._leave(reason)
+
+
+def _module(what: str, value: object) -> nn.Module:
+    if not isinstance(value, torch.nn.Module):
+        raise ConfigError(f"{what}: expected the nn.Module that serves, got {type(value).__name__}.")
+    return value
+
+
+def _target(name: object, value: object) -> nn.Module:
+    if not isinstance(name, str) or not name or name == MODEL:
+        raise ConfigError(f"targets: {name!r} is no name for a further model; {MODEL!r} is the first one's.")
+    return _module(f"targets: {name}", value)
 
 
 def _device_of(model: nn.Module) -> str:

@@ -22,12 +22,12 @@ from weight_transfer.errors import (
 from weight_transfer.events import TransferFinished, TransferProgress, TransferStarted
 from weight_transfer.fleet import Fleet, Lost
 from weight_transfer.guarded import GuardedSource
-from weight_transfer.info import WeightTransferUpdateInfo, WireEncoder
+from weight_transfer.info import MODEL, WeightTransferUpdateInfo
 from weight_transfer.integrity import tensor_digest
 from weight_transfer.manager import add_observers, load_backend
+from weight_transfer.outgoing import Outgoing
 from weight_transfer.read_config import load_config
 from weight_transfer.report import TransferReport, WorkerReport
-from weight_transfer.source import ModuleSource, WeightSource, as_source
 from weight_transfer.versions import as_version, following
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from weight_transfer.events import Version
     from weight_transfer.manifest import Manifest
     from weight_transfer.peers import Peer
+    from weight_transfer.source import WeightSource
 
 _PROGRESS_INTERVAL = 0.1  # seconds
 
@@ -77,16 +78,14 @@ class WeightSender:
         self._fleet = Fleet(self._backend, self.config, self.parallel_config)
         for worker in workers if self._sends else ():
             self._fleet.add(worker, workers_per_channel)
-        self._encoder = WireEncoder()
-        self._source: ModuleSource | None = None
-        self._version: Version | None = None
+        self._targets: dict[str, Outgoing] = {}
         self._exclusive = threading.Lock()
         self._closed = False
 
     @property
     def version(self) -> Version | None:
-        """The last version that `send` brought to the workers."""
-        return self._version
+        """The last version of the model that `send` brought to the workers."""
+        return self._targets[MODEL].version if MODEL in self._targets else None
 
     def connect(self) -> None:
         """Join all workers now; `send` does it by itself. Waits for workers that are not up yet.
@@ -103,13 +102,23 @@ class WeightSender:
                     self._fleet.abort(str(error))
                     raise
 
-    def send(self, weights: nn.Module | WeightSource, version: Version | None = None) -> TransferReport:
+    def send(
+        self,
+        weights: nn.Module | WeightSource,
+        version: Version | None = None,
+        *,
+        target: str = MODEL,
+        only: Sequence[str] | None = None,
+    ) -> TransferReport:
         """Bring all workers to these weights. The weights may change as soon as this returns.
 
         Args:
             weights: the model, or a source. Every trainer rank passes its own shards of the same model.
             version: the new version: a whole number or a name; default is the last one plus 1, at first the highest
                 that the workers serve plus 1. With several trainer ranks the first one must be given.
+            target: which of the receivers' models these weights are for; see ``targets`` of `WeightReceiver`.
+            only: names or glob patterns of the weights to send; the workers keep the others, of the version that this
+                sender has sent before, and the new version covers all of them.
 
         Returns:
             What was sent, to whom and how fast.
@@ -119,26 +128,37 @@ class WeightSender:
                 ``send`` joins all of them again. With ``on_worker_failure = "continue"`` only if it failed on all.
         """
         with self._operation("send"):
-            version = self._next(version)
-            source = self._as_source(weights)
+            outgoing = self._targets.get(target) or Outgoing(target)
+            version = self._next(version, outgoing)
+            source = outgoing.source(weights, only)
             manifest = source.manifest()
             if not manifest.params:
                 raise ConfigError("The weights to send have no parameters.")
             guarded = GuardedSource(source, manifest, passes=2 if self.config.verify else 1)
             try:
-                report = self._observed_send(guarded, manifest, version)
+                report = self._observed_send(guarded, manifest, version, outgoing)
             finally:
                 guarded.drain()
-            self._version = version
+            outgoing.version = version
+            self._targets[target] = outgoing
             return report
 
-    async def asend(self, weights: nn.Module | WeightSource, version: Version | None = None) -> TransferReport:
+    async def asend(
+        self,
+        weights: nn.Module | WeightSource,
+        version: Version | None = None,
+        *,
+        target: str = MODEL,
+        only: Sequence[str] | None = None,
+    ) -> TransferReport:
         """`send` for asyncio: the event loop goes on meanwhile.
 
         A task that is cancelled in it aborts the update on all workers, and ends once nothing reads the weights any
         more.
         """
-        sending = background.start(lambda: self.send(weights, version), "weight-transfer send")
+        sending = background.start(
+            lambda: self.send(weights, version, target=target, only=only), "weight-transfer send"
+        )
         try:
             return await asyncio.shield(sending)
         except asyncio.CancelledError:
@@ -171,8 +191,7 @@ class WeightSender:
         """Shut the engine and the channels down, and let go of the weights. The workers keep serving their version."""
         self._closed = True
         self._fleet.close()
-        self._source = None
-        self._encoder = WireEncoder()
+        self._targets = {}
 
     def __enter__(self) -> WeightSender:
         return self
@@ -188,19 +207,21 @@ class WeightSender:
 
     def __repr__(self) -> str:
         to = "closed" if self._closed else f"to {', '.join(peer.address for peer in self._fleet.peers) or 'no worker'}"
-        return f"<WeightSender {self.config.backend} {to}, version {self._version!r}>"
+        return f"<WeightSender {self.config.backend} {to}, version {self.version!r}>"
 
     # One update, in the order in which it happens.
 
-    def _observed_send(self, source: GuardedSource, manifest: Manifest, version: Version) -> TransferReport:
+    def _observed_send(
+        self, source: GuardedSource, manifest: Manifest, version: Version, outgoing: Outgoing
+    ) -> TransferReport:
         common: dict[str, Any] = {"role": "trainer", "backend": self.config.backend, "version": version}
-        common["nbytes"] = manifest.nbytes
+        common |= {"nbytes": manifest.nbytes, "target": outgoing.target}
         started = TransferStarted(**common, params=len(manifest.params), workers=len(self._fleet.peers))
         self._backend.notify("weight_transfer_started", started)
         since = time.monotonic()
         message = None
         try:
-            return self._send(source, manifest, version)
+            return self._send(source, manifest, version, outgoing)
         except BaseException as error:
             message = str(error)
             self._fleet.abort(message)
@@ -212,7 +233,7 @@ class WeightSender:
             event = TransferFinished(**common, seconds=time.monotonic() - since, error=message)
             self._backend.notify("weight_transfer_finished", event)
 
-    def _send(self, source: GuardedSource, manifest: Manifest, version: Version) -> TransferReport:
+    def _send(self, source: GuardedSource, manifest: Manifest, version: Version, outgoing: Outgoing) -> TransferReport:
         seconds: dict[str, float] = {}
         lost: Lost = {}
         noticed: dict[Peer, WorkerReport] = {}
@@ -226,7 +247,7 @@ class WeightSender:
                 lost |= self._fleet.start(deadline)
                 self._fleet.require_one(lost)
             with _timed(seconds, "update"):
-                failures, noticed = self._update(source, manifest, version, deadline)
+                failures, noticed = self._update(source, manifest, version, outgoing, deadline)
                 lost |= failures
                 self._fleet.require_one(lost)
             with _timed(seconds, "finish"):
@@ -236,6 +257,7 @@ class WeightSender:
         return TransferReport(
             backend=self.config.backend,
             version=version,
+            target=outgoing.target,
             nbytes=manifest.nbytes,
             params=len(manifest.params),
             workers=tuple(peer.address for peer in self._fleet.peers if peer not in lost),
@@ -247,7 +269,7 @@ class WeightSender:
         )
 
     def _update(
-        self, source: GuardedSource, manifest: Manifest, version: Version, deadline: Deadline
+        self, source: GuardedSource, manifest: Manifest, version: Version, outgoing: Outgoing, deadline: Deadline
     ) -> tuple[Lost, dict[Peer, WorkerReport]]:
         """Move the bytes; return the workers that were lost, and what each has noticed."""
         assert self._fleet.engine is not None
@@ -257,10 +279,13 @@ class WeightSender:
             timeout=max(deadline.remaining(), 1e-3),
             version=version,
             is_checkpoint_format=self.config.is_checkpoint_format,
+            target=outgoing.target,
+            base=outgoing.version if manifest.partial else None,
             digests=tuple(tensor_digest(tensor) for _, tensor in source) if self.config.verify else None,
             **engine.describe_update(source, manifest, deadline),
         )
-        wires = {peer: self._encoder.encode(info, peer.known) for peer in self._fleet.started}
+        encoder, target = outgoing.encoder, outgoing.target
+        wires = {peer: encoder.encode(info, peer.known.get(target, {})) for peer in self._fleet.started}
         calls = self._fleet.call(list(wires), lambda peer: peer.update(wires[peer]), "update", self._fleet.react)
         self._fleet.require_going_on()
         progress = _Progress(self._backend.notify, info, self.config.backend)
@@ -274,7 +299,7 @@ class WeightSender:
             raise cause from error
         failures = calls.wait(deadline)
         for peer in wires:
-            peer.known = self._encoder.digests(info) if peer not in failures else {}
+            peer.known[target] = encoder.digests(info) if peer not in failures else {}
         lost = self._fleet.settle(failures)
         progress(progress.left)
         engine.release_source()
@@ -295,26 +320,17 @@ class WeightSender:
         named.__cause__ = error
         return named
 
-    def _next(self, version: Version | None) -> Version:
+    def _next(self, version: Version | None, outgoing: Outgoing) -> Version:
         if version is not None:
             return as_version(version)
-        if self._version is not None:
-            return following([self._version])
+        if outgoing.version is not None:
+            return following([outgoing.version])
         if self.parallel_config.world_size > 1:
             raise ConfigError(
                 "The first version of a trainer of several ranks needs a name, the same on each: only rank 0 could ask "
                 "the workers what they serve. Give it: send(model, version=...)."
             )
-        return following(self._fleet.versions())
-
-    def _as_source(self, weights: nn.Module | WeightSource) -> WeightSource:
-        """Keep the source that is made of a module from update to update: it remembers its manifest."""
-        if self._source is None or self._source.module is not weights:
-            source = as_source(weights)
-            if source is weights or not isinstance(source, ModuleSource):
-                return source
-            self._source = source
-        return self._source
+        return following(self._fleet.versions(outgoing.target))
 
     @contextmanager
     def _operation(self, method: str) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""What a worker serves: one version of a model, and who samples from it."""
+"""What a worker serves: one version of each of its models, and who samples from them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import attrs
 
 from weight_transfer.deadline import LONG, Deadline
 from weight_transfer.errors import LifecycleError
+from weight_transfer.info import MODEL
 
 if TYPE_CHECKING:
     from weight_transfer.events import Version
@@ -93,33 +94,49 @@ class Watch:
 
 
 class Served:
-    """The version that is served, the blocks that hold it still, and those that wait for one.
+    """The versions that are served, the blocks that hold them still, and those that wait for one.
 
     Attributes:
-        version: of the weights, if they are whole.
+        versions: by target, of those whose weights are whole.
+        torn: targets that an update has spoiled; while there is one, nothing is served.
         held_back: whether an update is open, so that nobody may begin to sample.
     """
 
     def __init__(self, changed: Signal) -> None:
-        self.version: Version | None = None
+        self.versions: dict[str, Version] = {}
+        self.torn: set[str] = set()
         self.held_back = False
         self._changed = changed
         self._holds: set[_Hold] = set()
 
     @property
     def current(self) -> Version | None:
-        """The version that one may begin to sample from."""
-        return None if self.held_back else self.version
+        """The model's version, if one may begin to sample."""
+        return None if self.held_back or self.torn else self.versions.get(MODEL)
 
     @property
     def samplers(self) -> list[str]:
         """The threads and tasks that hold the version still."""
         return sorted({hold.who for hold in self._holds})
 
-    def publish(self, version: Version | None) -> None:
-        """Let samplers in; with None there is nothing to sample from."""
+    def publish(self, target: str, version: Version) -> None:
+        """Let samplers in, to new weights."""
         with self._changed:
-            self.version, self.held_back = version, False
+            self.versions[target] = version
+            self.torn.discard(target)
+            self.resume()
+
+    def tear(self, target: str) -> None:
+        """The weights of ``target`` are no version any more."""
+        with self._changed:
+            self.versions.pop(target, None)
+            self.torn.add(target)
+            self.resume()
+
+    def resume(self) -> None:
+        """Let samplers in again."""
+        with self._changed:
+            self.held_back = False
             self._changed.notify_all()
 
     @contextmanager
@@ -159,7 +176,7 @@ class Served:
     def _take(self) -> tuple[_Hold, Version] | None:
         """Begin a block if there is a version, or if this one lies inside another: then the version cannot change."""
         nested = any(hold in self._holds for hold in _mine.get())
-        version = self.version if nested else self.current
+        version = self.versions.get(MODEL) if nested else self.current
         if version is None:
             return None
         hold = _Hold(_who())

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from weight_transfer.errors import TransferError, TransferTimeoutError, WeightTransferError
+from weight_transfer.errors import ManifestMismatchError, TransferError, TransferTimeoutError, WeightTransferError
 from weight_transfer.events import TransferFinished, TransferStarted
-from weight_transfer.info import WireDecoder
+from weight_transfer.info import MODEL, WireDecoder
 from weight_transfer.report import WorkerReport
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Joined:
         self.engine = engine
         self._backend = backend
         self._name = backend.backend.name
-        self._decoder = WireDecoder()
+        self._decoders: dict[str, WireDecoder] = {}
 
     def join(self, init_info: dict[str, Any]) -> None:
         """Let the engine join the trainer."""
@@ -40,24 +40,56 @@ class Joined:
             self.engine.init_transfer_engine(self.engine.parse_init_info(init_info))
 
     def receive(
-        self, update: Update, update_info: dict[str, Any], loaders: Mapping[bool, WeightLoader]
+        self,
+        update: Update,
+        update_info: dict[str, Any],
+        loaders: Mapping[str, Mapping[bool, WeightLoader]],
+        versions: Mapping[str, Version],
     ) -> dict[str, Any]:
-        """Receive all weights and return the report; ``loaders`` by whether they take checkpoint format."""
+        """Receive all weights and return the report.
+
+        Args:
+            update: the guard in front of the loader.
+            update_info: what the trainer says.
+            loaders: by target, and by whether they take checkpoint format.
+            versions: that the targets have, as far as their weights are whole.
+        """
         with _naming(self._name, "update", update):
-            self._receive(update, update_info, loaders)
+            self._receive(update, update_info, loaders, versions)
         return WorkerReport(self.engine.transport, self.engine.warnings).to_dict()
 
-    def _receive(self, update: Update, update_info: dict[str, Any], loaders: Mapping[bool, WeightLoader]) -> None:
+    def _receive(
+        self,
+        update: Update,
+        update_info: dict[str, Any],
+        loaders: Mapping[str, Mapping[bool, WeightLoader]],
+        versions: Mapping[str, Version],
+    ) -> None:
         engine = self.engine
-        info = engine.parse_update_info(self._decoder.decode(update_info, engine.update_info_cls))
-        loader = loaders[info.is_checkpoint_format]
+        target = update_info.get("target", MODEL)
+        if not isinstance(target, str) or target not in loaders:
+            raise ManifestMismatchError(
+                f"These weights are for target {target!r}, but this worker has {', '.join(map(repr, loaders))}; give "
+                "the receiver that model, too: WeightReceiver(..., targets={...}).",
+                phase="update",
+            )
+        update.target = target
+        decoder = self._decoders.setdefault(target, WireDecoder())
+        info = engine.parse_update_info(decoder.decode(update_info, engine.update_info_cls))
+        if info.manifest.partial and (info.base is None or versions.get(target) != info.base):
+            raise ManifestMismatchError(
+                f"Some weights came, to be put to the others of version {info.base!r}, but this worker has "
+                f"{versions.get(target, 'none that are whole')!r}; send all of them first.",
+                phase="update",
+            )
+        loader = loaders[target][info.is_checkpoint_format]
         loader.begin(info.manifest)
         update.begin(info, loader, lambda event: self._backend.notify("weight_transfer_progress", event), self._name)
         self._backend.notify("weight_transfer_started", self._started(update))
         engine.receive_weights(info, update)
         update.finish()
         _synchronize(engine.parallel_config.device)
-        self._decoder.remember(update_info, info)
+        decoder.remember(update_info, info)
 
     def _started(self, update: Update) -> TransferStarted:
         return TransferStarted(
@@ -67,6 +99,7 @@ class Joined:
             nbytes=update.nbytes,
             params=update.params,
             workers=1,
+            target=update.target,
         )
 
     def tell_end(self, update: Update, version: Version | None, error: str | None) -> None:
@@ -78,6 +111,7 @@ class Joined:
             nbytes=update.nbytes,
             seconds=time.monotonic() - update.since,
             error=error,
+            target=update.target,
         )
         self._backend.notify("weight_transfer_finished", event)
 

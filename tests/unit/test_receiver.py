@@ -906,7 +906,7 @@ def test_a_receiver_closes_itself_at_the_end_of_a_with_block(worker: Worker) -> 
 def test_the_status_is_json_in_every_state(worker: Worker, state: str) -> None:
     STATES[state](worker)
     status = json.loads(json.dumps(worker.receiver.status()))
-    assert set(status) == {"state", "version", "backend", "workers", "error", "id"}
+    assert set(status) == {"state", "version", "versions", "backend", "workers", "error", "id"}
     assert (status["state"], status["backend"], status["workers"]) == (STATE_OF.get(state, state), "scripted", 1)
     assert (status["error"] is not None) is (state == "failed")
 

@@ -788,6 +788,7 @@ def test_a_replica_tells_its_status_as_one(new_worker: Make, new_sender: Make) -
     assert channel.status() == {
         "state": "created",
         "version": None,
+        "versions": {"model": None},
         "backend": "loopback",
         "workers": 2,
         "error": None,

@@ -63,6 +63,10 @@ def _takes_session(method: Callable[..., object]) -> bool:
         return False
 
 
+def _common(versions: list[Version | None]) -> Version | None:
+    return versions[0] if len(set(versions)) == 1 else None
+
+
 class LocalChannel:
     """The channel to one or more receivers of this process, such as the ranks of a tensor-parallel replica.
 
@@ -107,13 +111,15 @@ class LocalChannel:
         self._each(lambda receiver: receiver.abort_weight_update(reason, session))
 
     def status(self) -> dict[str, Any]:
-        """Return the first receiver's status; ``version`` is None unless all serve the same one."""
+        """Return the first receiver's status; a version is None unless all have the same one."""
         members = [receiver.status() for receiver in self._receivers]
         versions = {member["version"] for member in members}
         states = {member["state"] for member in members}
+        targets = dict.fromkeys(target for member in members for target in member["versions"])
         return {
             "state": states.pop() if len(states) == 1 else "mixed",
             "version": versions.pop() if len(versions) == 1 else None,
+            "versions": {target: _common([member["versions"].get(target) for member in members]) for target in targets},
             "backend": members[0]["backend"],
             "workers": len(members),
             "error": next((member["error"] for member in members if member["error"]), None),
