@@ -49,6 +49,10 @@ class LockstepSource(WeightSource):
     def collective(self) -> bool:
         return self._source.collective
 
+    @property
+    def reuses_memory(self) -> bool:
+        return self._source.reuses_memory
+
     def _watched(self) -> Iterator[tuple[str, torch.Tensor]]:
         try:
             yield from self._source

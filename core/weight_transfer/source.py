@@ -55,6 +55,14 @@ class WeightSource(ABC):
         """Whether iteration runs collectives, and so must be finished on every rank even when an update fails."""
         return False
 
+    @property
+    def reuses_memory(self) -> bool:
+        """Whether a tensor that iteration yielded may change, or be freed, once the next one is asked for.
+
+        Say False only if each stays as it is for as long as somebody refers to it: that saves some engines a copy.
+        """
+        return True
+
 
 def as_source(weights: nn.Module | WeightSource) -> WeightSource:
     """Return ``weights`` as a source; a module becomes a `ModuleSource`.
@@ -130,6 +138,10 @@ class ModuleSource(WeightSource):
     def collective(self) -> bool:
         return len(self._resident) < len(self._weights)
 
+    @property
+    def reuses_memory(self) -> bool:
+        return False
+
 
 def _is_sharded(tensor: torch.Tensor) -> bool:
     return hasattr(type(tensor), "full_tensor")
@@ -188,6 +200,10 @@ class CheckpointSource(WeightSource):
     @property
     def device(self) -> str:
         return self._device
+
+    @property
+    def reuses_memory(self) -> bool:
+        return False
 
     def _open(self) -> dict[Path, Any]:
         handles = {}
