@@ -12,7 +12,7 @@ import attrs
 from weight_transfer.backend import Capability
 from weight_transfer.deadline import Deadline
 from weight_transfer.errors import ConfigError, HandshakeError, LifecycleError, PeerLostError, WeightTransferError
-from weight_transfer.peers import Calls, Peer, make_peer, make_slots
+from weight_transfer.peers import Calls, Peer, cause_of, make_peer, make_slots
 from weight_transfer.structuring import structure, unstructure
 
 if TYPE_CHECKING:
@@ -185,8 +185,9 @@ class Fleet:
     def settle(self, failures: Lost) -> Lost:
         """Decide about workers that failed: raise the first error, or go on without them, as the config says."""
         others = any(peer.joined for peer in self.peers) or len(failures) < len(self.peers)
-        if failures and (self._config.on_worker_failure == "abort" or not others):
-            raise next(iter(failures.values()))
+        cause = cause_of(failures)
+        if cause is not None and (self._config.on_worker_failure == "abort" or not others):
+            raise cause
         for peer, error in failures.items():
             peer.forget()
             if self.engine is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -12,7 +12,7 @@ import attrs
 from weight_transfer.control.channel import ControlChannel
 from weight_transfer.deadline import Deadline
 from weight_transfer.engine import WorkerSlot
-from weight_transfer.errors import TransferError, TransferTimeoutError, WeightTransferError
+from weight_transfer.errors import PeerLostError, TransferError, TransferTimeoutError, WeightTransferError
 
 if TYPE_CHECKING:
     from weight_transfer.config import WeightTransferConfig
@@ -90,6 +90,15 @@ def make_slots(peers: Sequence[Peer]) -> dict[Peer, WorkerSlot]:
     return slots
 
 
+_ECHOES = (PeerLostError, TransferTimeoutError)
+
+
+def cause_of(failures: Mapping[Peer, WeightTransferError]) -> WeightTransferError | None:
+    """Return the failure that the others follow from: when one member fails, others lose it, or wait in vain."""
+    own = (error for error in failures.values() if not isinstance(error, _ECHOES))
+    return next(own, next(iter(failures.values()), None))
+
+
 class Calls:
     """The same call to several peers at once, each on a thread of its own.
 
@@ -141,11 +150,10 @@ class Calls:
     def explain(self, error: WeightTransferError) -> WeightTransferError:
         """Return what is behind an engine's ``error``: the first worker's failure; after a timeout, who is silent.
 
-        Workers get a moment to answer. Those that waited for a silent one give up too, so their timeouts are echoes.
+        Workers get a moment to answer; see `cause_of`.
         """
         until = Deadline(_GRACE)
-        first: WeightTransferError | None = next(iter(self.failures.values()), None)
-        while self._pending and (first is None or isinstance(first, TransferTimeoutError)):
+        while self._pending and isinstance(cause_of(self.failures), (*_ECHOES, type(None))):
             try:
                 peer, failure = self._answers.get(timeout=until.remaining())
             except queue.Empty:
@@ -153,7 +161,7 @@ class Calls:
             self._pending.remove(peer)
             if failure is not None:
                 self.failures[peer] = failure
-                first = first or failure
+        first = cause_of(self.failures)
         if self._pending and isinstance(first or error, TransferTimeoutError):
             silent = ", ".join(peer.address for peer in self._pending)
             message = f"{silent} did not answer in phase {self._phase} before the deadline."
