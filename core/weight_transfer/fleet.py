@@ -23,7 +23,7 @@ from weight_transfer.errors import (
     TransferTimeoutError,
     WeightTransferError,
 )
-from weight_transfer.peers import Calls, Peer, logged_wait, make_peer, make_slots
+from weight_transfer.peers import Calls, Peer, cause_of, logged_wait, make_peer, make_slots
 from weight_transfer.structuring import structure, unstructure
 
 if TYPE_CHECKING:
@@ -226,8 +226,9 @@ class Fleet:
     def settle(self, failures: Lost) -> Lost:
         """Decide about workers that failed: raise the first error, or go on without them, as the config says."""
         others = any(peer.joined for peer in self.peers) or len(failures) < len(self.peers)
-        if failures and (self._config.on_worker_failure == "abort" or not others):
-            raise next(iter(failures.values()))
+        cause = cause_of(failures)
+        if cause is not None and (self._config.on_worker_failure == "abort" or not others):
+            raise cause
         for peer, error in failures.items():
             peer.forget()
             if self.engine is not None:

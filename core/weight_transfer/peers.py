@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,13 @@ import attrs
 from weight_transfer.control.channel import ControlChannel, takes_session
 from weight_transfer.deadline import LONG, Deadline
 from weight_transfer.engine import WorkerSlot
-from weight_transfer.errors import ConfigError, TransferError, TransferTimeoutError, WeightTransferError
+from weight_transfer.errors import (
+    ConfigError,
+    PeerLostError,
+    TransferError,
+    TransferTimeoutError,
+    WeightTransferError,
+)
 
 if TYPE_CHECKING:
     from weight_transfer.config import WeightTransferConfig
@@ -150,6 +156,15 @@ def make_slots(peers: Sequence[Peer]) -> dict[Peer, WorkerSlot]:
     return slots
 
 
+_ECHOES = (PeerLostError, TransferTimeoutError)
+
+
+def cause_of(failures: Mapping[Peer, WeightTransferError]) -> WeightTransferError | None:
+    """Return the failure that the others follow from: when one member fails, others lose it, or wait in vain."""
+    own = (error for error in failures.values() if not isinstance(error, _ECHOES))
+    return next(own, next(iter(failures.values()), None))
+
+
 class Calls:
     """The same call to several peers at once, each on a thread of its own.
 
@@ -205,16 +220,15 @@ class Calls:
     def explain(self, error: WeightTransferError) -> WeightTransferError:
         """Return what is behind an engine's ``error``: the first worker's failure; after a timeout, who is silent.
 
-        Workers get a moment to answer. Those that waited for a silent one give up too, so their timeouts are echoes.
+        Workers get a moment to answer; see `cause_of`.
         """
         until = Deadline(_GRACE)
-        first = self._first
-        while self._pending and (first is None or isinstance(first, TransferTimeoutError)):
+        while self._pending and isinstance(cause_of(self.failures), (*_ECHOES, type(None))):
             try:
                 self._take(until.remaining())
             except queue.Empty:
                 break
-            first = first or self._first
+        first = cause_of(self.failures)
         if self._pending and isinstance(first or error, TransferTimeoutError):
             message = f"{self.silent} did not answer in phase {self._phase} before the deadline."
             return TransferTimeoutError(message, phase=self._phase, peer=self.silent, cause=str(first or error))
@@ -223,10 +237,6 @@ class Calls:
     def cancel(self, error: WeightTransferError) -> None:
         """Make whoever waits raise ``error``; callable from any thread."""
         self._answers.put((None, error))
-
-    @property
-    def _first(self) -> WeightTransferError | None:
-        return next(iter(self.failures.values()), None)
 
     @property
     def silent(self) -> str:

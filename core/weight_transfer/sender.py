@@ -223,9 +223,9 @@ class WeightSender:
         try:
             return self._send(source, manifest, version, outgoing)
         except BaseException as error:
-            message = str(error)
+            named = self._named(error, version, source)
+            message = str(named)
             self._fleet.abort(message)
-            named = self._named(error, version)
             if named is error:
                 raise
             raise named from error
@@ -292,8 +292,8 @@ class WeightSender:
         try:
             engine.send_weights(source, manifest, deadline, progress)
             source.finish()
-        except WeightTransferError as error:
-            cause = source.error or calls.explain(error)
+        except Exception as error:
+            cause = source.error or (calls.explain(error) if isinstance(error, WeightTransferError) else error)
             if cause is error:
                 raise
             raise cause from error
@@ -305,18 +305,21 @@ class WeightSender:
         engine.release_source()
         return lost, {peer: WorkerReport.of(calls.results.get(peer)) for peer in wires}
 
-    def _named(self, error: BaseException, version: Version) -> BaseException:
+    def _named(self, error: BaseException, version: Version, source: GuardedSource) -> BaseException:
         """Give an error its context, and a foreign exception its place in the tree; the trainer's one such boundary."""
+        own = error is source.error  # no worker's fault
         if isinstance(error, TransferError):
+            if own:
+                error.peer, error.phase = error.peer or "trainer", error.phase or "update"
             error.backend = error.backend or self.config.backend
             error.version = version if error.version is None else error.version
         if isinstance(error, WeightTransferError) or not isinstance(error, Exception):
             return error
         kind = TransferTimeoutError if isinstance(error, TimeoutError) else TransferError
         cause = f"{type(error).__name__}: {error}"
-        named = kind(
-            "The trainer failed to send its weights.", backend=self.config.backend, version=version, cause=cause
-        )
+        message = "The source of the weights failed." if own else "The trainer failed to send its weights."
+        side = {"peer": "trainer", "phase": "update"} if own else {}
+        named = kind(message, backend=self.config.backend, version=version, cause=cause, **side)
         named.__cause__ = error
         return named
 

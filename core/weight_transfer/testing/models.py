@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Literal
 
 import torch
 from torch import nn
@@ -112,11 +114,19 @@ class PassingSource(WeightSource):
     Args:
         module: whose weights.
         before_each: called with the index of a weight before it is yielded.
+        memory: what becomes of a copy once the next one is asked for: it is ``"kept"`` while somebody refers to it, its
+            memory is ``"reused"`` for the next one, or ``"freed"``.
     """
 
-    def __init__(self, module: nn.Module, before_each: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        before_each: Callable[[int], None],
+        memory: Literal["kept", "reused", "freed"] = "kept",
+    ) -> None:
         self._module = module
         self._before_each = before_each
+        self._memory = memory
         self._manifest: Manifest | None = None
 
     def manifest(self) -> Manifest:
@@ -130,7 +140,29 @@ class PassingSource(WeightSource):
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for index, (name, tensor) in enumerate(self._weights().items()):
             self._before_each(index)
-            yield name, tensor.detach().clone()
+            yield from self._passing(name, tensor.detach())
+
+    def _passing(self, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        if self._memory == "reused":
+            nbytes = tensor.numel() * tensor.element_size()
+            copy = self._buffer[:nbytes].view(tensor.dtype).view(tensor.shape)
+            copy.copy_(tensor)
+            yield name, copy
+            self._buffer.fill_(0xA5)
+        else:
+            copy = tensor.clone()
+            yield name, copy
+            if self._memory == "freed":
+                copy.untyped_storage().resize_(0)
+
+    @functools.cached_property
+    def _buffer(self) -> torch.Tensor:
+        largest = max(tensor.numel() * tensor.element_size() for tensor in self._weights().values())
+        return torch.empty(largest, dtype=torch.uint8, device=self.device)
+
+    @property
+    def reuses_memory(self) -> bool:
+        return self._memory != "kept"
 
     @property
     def device(self) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -47,6 +48,7 @@ class Trainer:
         weights: the model's.
         device: the model's.
         passing: send copies that nobody keeps instead of the model's own tensors; only these can be armed.
+        memory: what becomes of such a copy; see `PassingSource`.
     """
 
     def __init__(
@@ -58,13 +60,15 @@ class Trainer:
         *,
         device: str = "cpu",
         passing: bool = False,
+        memory: Literal["kept", "reused", "freed"] = "kept",
     ) -> None:
         self.model = Model(weights, 0, device)
         self._stage = stage
         self._block_at: int | None = None
         self._fail_at: int | None = None
+        self._error = "RuntimeError"
         self._source: WeightSource = (
-            PassingSource(self.model, self._before_each) if passing else ModuleSource(self.model)
+            PassingSource(self.model, self._before_each, memory) if passing else ModuleSource(self.model)
         )
         self.channels = [RecordingChannel(url, float(config.get("timeout", 300))) for url in workers]
         self.sender = WeightSender(config, self.channels)
@@ -84,17 +88,23 @@ class Trainer:
             "extra_memory": report.extra_memory,
         }
 
-    def arm(self, block_at: int | None = None, fail_at: int | None = None) -> None:
-        """Choose the weight at which the source says so and waits for ``release``, or fails; None for none."""
+    def arm(self, block_at: int | None = None, fail_at: int | None = None, error: str = "RuntimeError") -> None:
+        """Choose the weight at which the source says so and waits for ``release``, or fails; None for none.
+
+        Args:
+            block_at: index of the weight.
+            fail_at: index of the weight.
+            error: name of the built-in exception.
+        """
         assert isinstance(self._source, PassingSource)
-        self._block_at, self._fail_at = block_at, fail_at
+        self._block_at, self._fail_at, self._error = block_at, fail_at, error
 
     def _before_each(self, index: int) -> None:
         if index == self._block_at:
             self._stage.say("blocked")
             self._stage.await_command("release")
         if index == self._fail_at:
-            raise RuntimeError("the source was told to fail")
+            raise vars(builtins)[self._error]("the source was told to fail")
 
     def infos(self) -> list[dict[str, Any]]:
         """Return, for each worker, all init and update infos that it was sent, and the size of the latter in bytes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from weight_transfer.control.http_server import serve
-from weight_transfer.errors import TransferTimeoutError, WeightTransferError
+from weight_transfer.errors import TransferTimeoutError, WeightTransferError, error_to_dict
 from weight_transfer.receiver import WeightReceiver
 from weight_transfer.testing.actors import PATIENCE
 from weight_transfer.testing.models import Model, Weight, digest, hashes, raw_bytes
@@ -29,6 +30,7 @@ class Loader:
         self._stage = stage
         self._block_at: int | None = None
         self._fail_at: int | None = None
+        self._error = "RuntimeError"
         self._released = threading.Event()
         self.calls = 0
 
@@ -41,16 +43,29 @@ class Loader:
                 self._stage.say("blocked")
                 self._released.wait()
             if self.calls == self._fail_at and index == 0:
-                raise RuntimeError("the loader was told to fail")
+                raise vars(builtins)[self._error]("the loader was told to fail")
 
-    def arm(self, block_at: int | None = None, fail_at: int | None = None) -> None:
-        """Choose the call that goes wrong; None for no call."""
-        self._block_at, self._fail_at, self.calls = block_at, fail_at, 0
+    def arm(self, block_at: int | None = None, fail_at: int | None = None, error: str = "RuntimeError") -> None:
+        """Choose the call that goes wrong; None for no call. ``error`` is the name of a built-in exception."""
+        self._block_at, self._fail_at, self._error, self.calls = block_at, fail_at, error, 0
         self._released.clear()
 
     def release(self) -> None:
         """Let a blocked call go on."""
         self._released.set()
+
+
+class Receiver(WeightReceiver):
+    """Keeps the error of the last update that failed, for a trainer that is not there any more to be told."""
+
+    failure: WeightTransferError | None = None
+
+    def update_weights(self, update_info: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return super().update_weights(update_info)
+        except WeightTransferError as error:
+            self.failure = error
+            raise
 
 
 class Worker:
@@ -70,9 +85,8 @@ class Worker:
         self.model = Model(weights, seed, device)
         self.loader = Loader(self.model, stage)
         self._open = ExitStack()
-        self.receiver = self._open.enter_context(
-            WeightReceiver(config, self.model, load_weights=None if in_place else self.loader)
-        )
+        self.receiver = Receiver(config, self.model, load_weights=None if in_place else self.loader)
+        self._open.callback(self.receiver.close)
         self.url = self._open.enter_context(serve(self.receiver, port=port)).url
         self._left: list[tuple[str, torch.Tensor, bytes]] = []
         self._reading = threading.Event()
@@ -136,6 +150,10 @@ def main(stage: Stage, threads: int | None = None) -> None:
         workers[name] = Worker(stage, **spec)
         return workers[name].url
 
+    def failure(name: str) -> dict[str, Any] | None:
+        error = workers[name].receiver.failure
+        return None if error is None else error_to_dict(error)
+
     with watched_unpickling() as unpickled:
         stage.say("ready")
         stage.serve(
@@ -145,6 +163,7 @@ def main(stage: Stage, threads: int | None = None) -> None:
                 "hashes": lambda name: hashes(workers[name].model),
                 "strays": lambda name: workers[name].model.strays(),
                 "status": lambda name: workers[name].receiver.status(),
+                "failure": failure,
                 "init": lambda name, info: workers[name].receiver.init_weight_transfer_engine(info),
                 "arm": lambda name, **at: workers[name].loader.arm(**at),
                 "release": lambda name: workers[name].loader.release(),

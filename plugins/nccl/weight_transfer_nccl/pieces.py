@@ -43,11 +43,15 @@ def piece_of(tensor: torch.Tensor, slot: Slot) -> torch.Tensor:
 
 
 class StreamedBytes:
-    """The bytes of a source that is iterated: a tensor is kept until its last byte was asked for."""
+    """The bytes of a source that is iterated: a tensor is kept until its last byte was asked for.
+
+    What the source may change or free once the next tensor is asked for is copied before.
+    """
 
     def __init__(self, source: WeightSource, device: torch.device) -> None:
         self._tensors: Iterator[tuple[str, torch.Tensor]] = iter(source)
         self._device = device
+        self._copies = source.reuses_memory
         self._held: dict[int, torch.Tensor] = {}
         self._read = 0
 
@@ -57,7 +61,8 @@ class StreamedBytes:
         for slot in slots:
             while self._read <= slot.param:
                 _, tensor = next(self._tensors)
-                self._held[self._read] = tensor.to(self._device).contiguous()
+                kept = tensor.to(self._device).contiguous()
+                self._held[self._read] = kept.clone() if self._copies and kept is tensor else kept
                 self._read += 1
             pieces.append(piece_of(self._held[slot.param], slot))
             if slot.last:

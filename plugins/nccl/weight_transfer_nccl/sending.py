@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from weight_transfer_nccl.group import Group
     from weight_transfer_nccl.plan import Batch, Layout, Plan
 
-_WHAT = "broadcasting the weights"
-
 
 @attrs.frozen
 class _Packing:
@@ -114,7 +112,7 @@ class Sending:
         if self._plan is not plan:
             self._prepare(plan)
         running: deque[_Running] = deque()
-        with group.guard(deadline, _WHAT):
+        with group.guard(deadline):
             self._lane.after_caller()
             with self._lane:
                 streamed = self._look_up(plan, source)
@@ -127,11 +125,13 @@ class Sending:
                     if packing is not None:
                         torch._foreach_copy_(packing.views, cut.packed)
                         data = [packing.data, *data]
+                    if not index:  # a source that fails at its first tensors costs the workers nothing
+                        group.begin(deadline).wait()
                     running.append(_Running(group.broadcast(data, deadline), cut, bucket))
                     progress(batch.nbytes)
                 while running:
                     running.popleft().work.wait()
-            self._lane.finish(deadline, _WHAT)
+            self._lane.finish(deadline, "broadcasting the weights")
 
     def _is_full(self, running: deque[_Running], bucket: int | None) -> bool:
         """Whether the oldest batch has to leave before the next one: its bucket or its copies' memory is needed."""
