@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
+from weight_transfer.autograd_modes import Writing
 from weight_transfer.config import ParallelConfig, WeightTransferConfig
 from weight_transfer.deadline import Deadline
 from weight_transfer.errors import LifecycleError, TransferError, TransferTimeoutError, WeightTransferError
@@ -83,6 +84,7 @@ class WeightReceiver:
         self._backend = load_backend(self.config.backend)
         add_observers(self._backend, self.config.observers, observers)
         self._loaders = loader_for(model, load_weights, process_weights_after_loading)
+        self._writing = Writing(model)
         self._engine: WeightTransferEngine[Any, Any] | None = None
         self._decoder = WireDecoder()
         self._changed = threading.Condition()
@@ -277,8 +279,9 @@ class WeightReceiver:
             info, loader, lambda event: self._backend.notify("weight_transfer_progress", event), self.config.backend
         )
         self._backend.notify("weight_transfer_started", self._started(update))
-        engine.receive_weights(info, update)
-        update.finish()
+        with self._writing(loader):
+            engine.receive_weights(info, update)
+            update.finish()
         _synchronize(self.parallel_config.device)
         self._decoder.remember(update_info, info)
 

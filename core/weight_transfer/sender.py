@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from weight_transfer.autograd_modes import reading
 from weight_transfer.config import ParallelConfig, WeightTransferConfig
 from weight_transfer.deadline import Deadline
 from weight_transfer.errors import (
@@ -114,7 +115,7 @@ class WeightSender:
             TransferError: the update failed; ``peer`` names the worker. No worker publishes the version, and the next
                 ``send`` joins all of them again. With ``on_worker_failure = "continue"`` only if it failed on all.
         """
-        with self._operation("send"):
+        with self._operation("send"), reading():
             version = self._next(version)
             source = self._as_source(weights)
             manifest = source.manifest()

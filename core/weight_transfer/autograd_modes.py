@@ -1,0 +1,47 @@
+"""In which of torch's modes weights are read and written, whatever mode the caller is in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from weight_transfer.loading import InPlaceLoader
+from weight_transfer.weights import ModuleWeights
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from weight_transfer.loading import WeightLoader
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """The mode for a trainer: what is made here outlives the update, and must not become inference tensors."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+class Writing:
+    """The mode for a worker: tensors that were made in inference mode can be written inside it only.
+
+    Args:
+        model: whose tensors are written.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._weights = ModuleWeights(model)
+        self._seen: Mapping[str, torch.Tensor] | None = None
+        self._inference = False
+
+    @contextmanager
+    def __call__(self, loader: WeightLoader) -> Iterator[None]:
+        """Be in that mode; ``loader`` has begun the update."""
+        weights = loader.destinations() if isinstance(loader, InPlaceLoader) else self._weights.read()
+        if weights is not self._seen:
+            self._seen = weights
+            self._inference = any(map(torch.Tensor.is_inference, weights.values()))
+        with torch.inference_mode(self._inference), torch.no_grad():
+            yield
