@@ -14,6 +14,7 @@ from weight_transfer.testing.conformance.bits import BitsTests
 from weight_transfer.testing.conformance.contract import ContractTests
 from weight_transfer.testing.conformance.faults import FaultsTests
 from weight_transfer.testing.conformance.lifecycle import LifecycleTests
+from weight_transfer.testing.conformance.memory import MemoryTests
 from weight_transfer.testing.conformance.resources import ResourcesTests
 from weight_transfer.testing.conformance.scale import ScaleTests
 from weight_transfer.testing.conformance.versions import VersionsTests
@@ -21,7 +22,7 @@ from weight_transfer.testing.conformance.versions import VersionsTests
 
 # pytest runs the tests of the last base first
 class BackendConformance(
-    ScaleTests, ResourcesTests, FaultsTests, VersionsTests, BitsTests, LifecycleTests, ContractTests
+    ScaleTests, ResourcesTests, MemoryTests, FaultsTests, VersionsTests, BitsTests, LifecycleTests, ContractTests
 ):
     """Derive a class whose name begins with ``Test``, name the backend, and run pytest.
 
