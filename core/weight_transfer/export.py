@@ -4,7 +4,8 @@
 updating the same Parameter object, and other processes see every step without another copy. That is only done where it
 is safe: the parameter's storage must belong to the module's own tensors alone. A storage that something else refers to
 (a flat buffer, a view that somebody keeps, a process that shares it) would be left behind silently, so its tensors are
-*staged*: copied at each update. So are pinned tensors, which would lose that, and those whose values are not their bytes.
+*staged*: copied at each update. So are pinned tensors, which would lose that, and those whose values are not their
+bytes.
 
 Adopted storages can be resized like any other: their tensors then leave the segment, and are adopted anew at the next
 update. So they are after a fork, which parts the segment (`shared_memory`).
@@ -182,8 +183,8 @@ def _require_memory(tensors: Mapping[str, torch.Tensor]) -> None:
         needed = (tensor.storage_offset() + reach + 1) * tensor.element_size()
         if (has := tensor.untyped_storage().nbytes()) < needed:
             raise ManifestMismatchError(
-                f"Weight {name!r} has {has} bytes of memory and needs {needed}: its storage was resized; resize it back, "
-                "and fill it, before the next update.",
+                f"Weight {name!r} has {has} bytes of memory and needs {needed}: its storage was resized; resize it "
+                "back, and fill it, before the next update.",
                 phase="update",
             )
 
@@ -202,9 +203,7 @@ def _is_adoptable(group: Sequence[torch.Tensor]) -> bool:
     storage = group[0].untyped_storage()
     if _is_adopted(storage):
         return _is_held_by(group, storage)
-    return (
-        storage.resizable() and not storage.is_shared() and not group[0].is_pinned() and _is_held_by(group, storage)
-    )
+    return storage.resizable() and not storage.is_shared() and not group[0].is_pinned() and _is_held_by(group, storage)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -260,7 +259,8 @@ class _Resizing:
     def __call__(self, nbytes: int) -> torch.UntypedStorage:
         if self._storage is None:
             self._storage = self._leave()
-        return self._storage.resize_(nbytes)
+        resized: torch.UntypedStorage = self._storage.resize_(nbytes)
+        return resized
 
     def _leave(self) -> torch.UntypedStorage:
         alive = [tensor for tensor in (reference() for reference in self._tensors) if tensor is not None]
@@ -271,7 +271,8 @@ class _Resizing:
         if not _is_held_by(group, old):
             raise RuntimeError(
                 "A storage that weight-transfer has moved into shared memory cannot be resized while anything beside "
-                'the model\'s own tensors refers to it; let go of it, or set export = "stage" (ipc), adopt = false (rdma).'
+                "the model's own tensors refers to it; let go of that, or set "
+                'export = "stage" (ipc) or adopt = false (rdma).'
             )
         new = torch.UntypedStorage(old.nbytes())
         new.copy_(old)

@@ -34,7 +34,7 @@ def require_eager(call: Callable[..., Any], role: str) -> None:
     Raises:
         ConfigError: it is a generator function or a coroutine function.
     """
-    for function in (call, getattr(type(call), "__call__", None)):
+    for function in (call, vars(type(call)).get("__call__")):  # of an object that is callable
         for kind, test in (
             ("a generator function", inspect.isgeneratorfunction),
             ("a coroutine function", inspect.iscoroutinefunction),
@@ -99,9 +99,7 @@ def _references(weights: Weights) -> list[tuple[int, int]]:
 def _kept(weights: Weights, before: list[tuple[int, int]]) -> list[str]:
     now = _references(weights)
     return [
-        name
-        for (name, _), was, is_ in zip(weights, before, now, strict=True)
-        if is_[0] > was[0] or is_[1] > was[1]
+        name for (name, _), was, is_ in zip(weights, before, now, strict=True) if is_[0] > was[0] or is_[1] > was[1]
     ]
 
 

@@ -25,9 +25,7 @@ class ForkedChild(Actor):
         if not self._id:
             try:
                 self._pipe.close()
-                Stage(theirs).serve(
-                    {"hashes": lambda: hashes(model), "randomise": lambda seed: randomise(model, seed)}
-                )
+                Stage(theirs).serve({"hashes": lambda: hashes(model), "randomise": lambda seed: randomise(model, seed)})
             finally:
                 os._exit(0)
         theirs.close()

@@ -72,7 +72,9 @@ class Watch:
     def remaining(self, *_: object) -> list[str]:
         """Return the names of the weights that live, as tensors or as memory, while the arguments do."""
         gc.collect()
-        return [name for name, (tensor, storage) in self._tensors.items() if tensor() is not None or not storage.expired()]
+        return [
+            name for name, (tensor, storage) in self._tensors.items() if tensor() is not None or not storage.expired()
+        ]
 
 
 def _in_use(process: Path) -> set[str]:

@@ -118,6 +118,10 @@ class Trainer:
             for channel in self.channels
         ]
 
+    def share(self) -> None:
+        """Move the weights into memory that children share, as Hogwild does."""
+        self.model.share_memory()
+
     def resize(self, away: bool) -> None:
         """Give the memory of all weights away, as trainers do that offload them, or take it back, empty."""
         for name, tensor in self.model.named_parameters():
@@ -160,7 +164,7 @@ def main(stage: Stage, threads: int | None = None) -> None:
                 "close_sender": lambda name: trainers[name].sender.close(),
                 "send": lambda name, **what: trainers[name].send(**what),
                 "replace": lambda name, weight: trainers[name].model.replace(weight),
-                "share": lambda name: trainers[name].model.share_memory() and None,
+                "share": lambda name: trainers[name].share(),
                 "hashes": lambda name: hashes(trainers[name].model),
                 "inference_tensors": lambda name: inference_tensors(trainers[name].model),
                 "resize": lambda name, away: trainers[name].resize(away),

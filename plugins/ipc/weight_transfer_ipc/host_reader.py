@@ -44,7 +44,9 @@ class HostReader:
             deadline.check("copying from shared memory", backend="ipc", phase="update")
             trainer.check_alive()
             load_weights(chunk)
-        if destinations_of(load_weights) is None:  # the loader is the user's, and may have written into what it was given
+        if (
+            destinations_of(load_weights) is None
+        ):  # the loader is the user's, and may have written into what it was given
             for memory in self._memory.values():
                 memory.renew()
         if self._ring is not None:

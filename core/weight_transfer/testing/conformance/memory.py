@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from weight_transfer.backend import Capability
@@ -169,6 +171,6 @@ class MemoryTests(Kit):
         assert worker.ask("remains") == [], "weights that the worker's engine still holds"
 
 
-def _order(member: Member, child: str, order: str, **arguments: object) -> object:
+def _order(member: Member, child: str, order: str, **arguments: Any) -> Any:
     """Have a forked child of a member do something."""
     return member.ask("child", child=child, order=order, **arguments)
