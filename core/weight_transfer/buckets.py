@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import attrs
 import torch
 
+from weight_transfer.lending import private_copies
 from weight_transfer.loading import destinations_of
 from weight_transfer.manifest import ParamMeta, torch_dtype
 
@@ -143,10 +144,12 @@ class Unpacker:
     Args:
         plan: the plan of both sides.
         buffers: the uint8 buffers that buckets arrive in; bucket ``i`` lies in ``buffers[i % len(buffers)]``.
+        shared: whether others read the same memory, so that a loader which may write into its tensors gets copies.
     """
 
-    def __init__(self, plan: BucketPlan, buffers: Sequence[torch.Tensor]) -> None:
+    def __init__(self, plan: BucketPlan, buffers: Sequence[torch.Tensor], shared: bool = False) -> None:
         self._plan = plan
+        self._shared = shared
         self._device = buffers[0].device
         self._partial: torch.Tensor | None = None
         self._whole: list[list[tuple[str, torch.Tensor]]] = []
@@ -168,6 +171,8 @@ class Unpacker:
         When it returns, the bucket may be filled again.
         """
         complete = list(self._whole[index])
+        if self._shared and destinations_of(load_weights) is None:
+            complete = private_copies(complete)
         for slot, view in self._pieces[index]:
             if not slot.start:
                 self._partial = self._target(slot.param, load_weights)

@@ -22,18 +22,18 @@ from weight_transfer.deadline import LONG, Deadline
 from weight_transfer.errors import ConfigError
 from weight_transfer.info import MODEL
 from weight_transfer.lifecycle import ANYONE, Anyone, Lifecycle, ReceiverState
-from weight_transfer.loading import Weights, loader_for
 from weight_transfer.manager import add_observers, load_backend
 from weight_transfer.read_config import load_config
 from weight_transfer.serving import Served, Signal, Watch
 from weight_transfer.update import Update
-from weight_transfer.updating import Joined
+from weight_transfer.updating import Joined, Target
 from weight_transfer.versions import as_version
 
 if TYPE_CHECKING:
     from torch import nn
 
     from weight_transfer.events import Version
+    from weight_transfer.loading import Weights
 
 __all__ = ["ReceiverState", "WeightReceiver"]
 
@@ -81,9 +81,9 @@ class WeightReceiver:
         self._id = secrets.token_hex(8)
         self._backend = load_backend(self.config.backend)
         add_observers(self._backend, self.config.observers, observers)
-        self._loaders = {MODEL: loader_for(model, load_weights, process_weights_after_loading, ignore)}
+        self._targets = {MODEL: Target(model, load_weights, process_weights_after_loading, ignore)}
         for name, other in (targets or {}).items():
-            self._loaders[name] = loader_for(_target(name, other), None, None, ignore)
+            self._targets[name] = Target(_target(name, other), None, None, ignore)
         self._changed = Signal()
         self._served = Served(self._changed)
         self._lifecycle = Lifecycle(self._changed, self.config.timeout, self.config.backend)
@@ -107,7 +107,7 @@ class WeightReceiver:
     def versions(self) -> dict[str, Version | None]:
         """The version of each target, by its name; None as long as its weights are no whole version."""
         with self._changed:
-            return {target: self._served.versions.get(target) for target in self._loaders}
+            return {target: self._served.versions.get(target) for target in self._targets}
 
     def serving(self, timeout: float | None = None) -> AbstractContextManager[Version]:
         """Hold one version still while sampling from it: ``with receiver.serving() as version: ...``.
@@ -209,7 +209,7 @@ class WeightReceiver:
             if self._update.complete:
                 raise self._lifecycle.refusal("update_weights", "this update has its weights already; finish it")
             try:
-                return self._joined.receive(self._update, update_info, self._loaders, self._served.versions)
+                return self._joined.receive(self._update, update_info, self._targets, self._served.versions)
             except BaseException as error:
                 self._end_update(str(error))
                 raise
@@ -279,7 +279,7 @@ class WeightReceiver:
         """Abort a running update and shut the engine down. The model keeps its weights, and nothing here keeps it."""
         self._abort("close", "the worker is closing", ANYONE)
         with self._operation("close", ANYONE):
-            self._loaders = {}
+            self._targets = {}
             self._lifecycle.set(ReceiverState.CLOSED)
 
     def __enter__(self) -> WeightReceiver:

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from weight_transfer import background
+from weight_transfer.autograd_modes import reading
 from weight_transfer.config import ParallelConfig, WeightTransferConfig
 from weight_transfer.deadline import Deadline
 from weight_transfer.errors import (
@@ -127,7 +128,7 @@ class WeightSender:
             TransferError: the update failed; ``peer`` names the worker. No worker publishes the version, and the next
                 ``send`` joins all of them again. With ``on_worker_failure = "continue"`` only if it failed on all.
         """
-        with self._operation("send"):
+        with self._operation("send"), reading():
             outgoing = self._targets.get(target) or Outgoing(target)
             version = self._next(version, outgoing)
             source = outgoing.source(weights, only)

@@ -4,21 +4,50 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from weight_transfer.autograd_modes import Writing
 from weight_transfer.errors import ManifestMismatchError, TransferError, TransferTimeoutError, WeightTransferError
 from weight_transfer.events import TransferFinished, TransferStarted
 from weight_transfer.info import MODEL, WireDecoder
+from weight_transfer.loading import loader_for
 from weight_transfer.report import WorkerReport
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from weight_transfer.engine import WeightTransferEngine
     from weight_transfer.events import Version
-    from weight_transfer.loading import WeightLoader
+    from weight_transfer.loading import Weights
     from weight_transfer.manager import LoadedBackend
     from weight_transfer.update import Update
+
+
+class Target:
+    """A model that weights are for.
+
+    Args:
+        model: the module.
+        load_weights: see `WeightReceiver`, as for the others.
+        process_weights_after_loading: see there.
+        ignore: see there.
+
+    Attributes:
+        loaders: by whether they take checkpoint format.
+        writing: the mode in which its weights are written.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        load_weights: Callable[[Weights], object] | None,
+        process_weights_after_loading: Callable[[nn.Module], object] | None,
+        ignore: Sequence[str],
+    ) -> None:
+        self.loaders = loader_for(model, load_weights, process_weights_after_loading, ignore)
+        self.writing = Writing(model)
 
 
 class Joined:
@@ -43,7 +72,7 @@ class Joined:
         self,
         update: Update,
         update_info: dict[str, Any],
-        loaders: Mapping[str, Mapping[bool, WeightLoader]],
+        targets: Mapping[str, Target],
         versions: Mapping[str, Version],
     ) -> dict[str, Any]:
         """Receive all weights and return the report.
@@ -51,43 +80,44 @@ class Joined:
         Args:
             update: the guard in front of the loader.
             update_info: what the trainer says.
-            loaders: by target, and by whether they take checkpoint format.
+            targets: by name.
             versions: that the targets have, as far as their weights are whole.
         """
         with _naming(self._name, "update", update):
-            self._receive(update, update_info, loaders, versions)
+            self._receive(update, update_info, targets, versions)
         return WorkerReport(self.engine.transport, self.engine.warnings).to_dict()
 
     def _receive(
         self,
         update: Update,
         update_info: dict[str, Any],
-        loaders: Mapping[str, Mapping[bool, WeightLoader]],
+        targets: Mapping[str, Target],
         versions: Mapping[str, Version],
     ) -> None:
         engine = self.engine
-        target = update_info.get("target", MODEL)
-        if not isinstance(target, str) or target not in loaders:
+        name = update_info.get("target", MODEL)
+        if not isinstance(name, str) or name not in targets:
             raise ManifestMismatchError(
-                f"These weights are for target {target!r}, but this worker has {', '.join(map(repr, loaders))}; give "
+                f"These weights are for target {name!r}, but this worker has {', '.join(map(repr, targets))}; give "
                 "the receiver that model, too: WeightReceiver(..., targets={...}).",
                 phase="update",
             )
-        update.target = target
-        decoder = self._decoders.setdefault(target, WireDecoder())
+        update.target, target = name, targets[name]
+        decoder = self._decoders.setdefault(name, WireDecoder())
         info = engine.parse_update_info(decoder.decode(update_info, engine.update_info_cls))
-        if info.manifest.partial and (info.base is None or versions.get(target) != info.base):
+        if info.manifest.partial and (info.base is None or versions.get(name) != info.base):
             raise ManifestMismatchError(
                 f"Some weights came, to be put to the others of version {info.base!r}, but this worker has "
-                f"{versions.get(target, 'none that are whole')!r}; send all of them first.",
+                f"{versions.get(name, 'none that are whole')!r}; send all of them first.",
                 phase="update",
             )
-        loader = loaders[target][info.is_checkpoint_format]
+        loader = target.loaders[info.is_checkpoint_format]
         loader.begin(info.manifest)
         update.begin(info, loader, lambda event: self._backend.notify("weight_transfer_progress", event), self._name)
         self._backend.notify("weight_transfer_started", self._started(update))
-        engine.receive_weights(info, update)
-        update.finish()
+        with target.writing(loader):
+            engine.receive_weights(info, update)
+            update.finish()
         _synchronize(engine.parallel_config.device)
         decoder.remember(update_info, info)
 

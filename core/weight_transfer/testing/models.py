@@ -84,6 +84,11 @@ def randomise(module: nn.Module, seed: int) -> None:
             tensor.copy_(noise.view(tensor.dtype).view(tensor.shape))
 
 
+def inference_tensors(module: nn.Module) -> list[str]:
+    """Return the names of the weights that are inference tensors, which can be changed in inference mode only."""
+    return [name for name, tensor in module.state_dict(keep_vars=True).items() if tensor.is_inference()]
+
+
 def raw_bytes(tensor: torch.Tensor) -> bytes:
     """Return the bytes of a tensor's elements in logical order, read from memory."""
     flat = tensor.detach().cpu().contiguous()

@@ -12,8 +12,9 @@ import torch
 from weight_transfer.control.http_client import HttpChannel
 from weight_transfer.sender import WeightSender
 from weight_transfer.source import ModuleSource, WeightSource
-from weight_transfer.testing.models import Model, PassingSource, Weight, hashes, randomise
-from weight_transfer.testing.resources import MemoryMark, held
+from weight_transfer.testing.forked import Family
+from weight_transfer.testing.models import Model, PassingSource, Weight, hashes, inference_tensors, randomise
+from weight_transfer.testing.resources import MemoryMark, Watch, held
 from weight_transfer.testing.unpickling import watched_unpickling
 
 if TYPE_CHECKING:
@@ -63,21 +64,31 @@ class Trainer:
         memory: Literal["kept", "reused", "freed"] = "kept",
     ) -> None:
         self.model = Model(weights, 0, device)
+        self.family = Family(self.model)
         self._stage = stage
         self._block_at: int | None = None
         self._fail_at: int | None = None
         self._error = "RuntimeError"
+        self._sizes: dict[str, int] = {}
         self._source: WeightSource = (
             PassingSource(self.model, self._before_each, memory) if passing else ModuleSource(self.model)
         )
         self.channels = [RecordingChannel(url, float(config.get("timeout", 300))) for url in workers]
         self.sender = WeightSender(config, self.channels)
 
-    def send(self, seed: int, version: int) -> dict[str, Any]:
-        """Randomise, send, and randomise again at once: the source may change as soon as ``send`` returns."""
-        randomise(self.model, seed)
+    def send(self, seed: int | None, version: int, inference: bool = False) -> dict[str, Any]:
+        """Randomise, send, and randomise again at once: the source may change as soon as ``send`` returns.
+
+        Args:
+            seed: of the bits; None to send the weights as they are.
+            version: of the weights.
+            inference: call ``send`` in torch's inference mode.
+        """
+        if seed is not None:
+            randomise(self.model, seed)
         meant = hashes(self.model)
-        report = self.sender.send(self._source, version=version)
+        with torch.inference_mode(inference):
+            report = self.sender.send(self._source, version=version)
         left = hashes(self.model)
         randomise(self.model, _AFTERWARDS)
         return {
@@ -117,8 +128,28 @@ class Trainer:
             for channel in self.channels
         ]
 
+    def share(self) -> None:
+        """Move the weights into memory that children share, as Hogwild does."""
+        self.model.share_memory()
+
+    def resize(self, away: bool) -> None:
+        """Give the memory of all weights away, as trainers do that offload them, or take it back, empty."""
+        for name, tensor in self.model.named_parameters():
+            self._sizes.setdefault(name, tensor.untyped_storage().nbytes())
+            tensor.untyped_storage().resize_(0 if away else self._sizes[name])
+            if tensor.untyped_storage().nbytes() != (0 if away else self._sizes[name]):
+                raise RuntimeError(f"the storage of {name} was not resized")
+
+    def remains(self) -> list[str]:
+        """Close, let go of everything but the engine, and return the weights that are still held."""
+        engine, watch = self.sender._fleet.engine, Watch(self.model)  # noqa: SLF001  (what it holds is the question)
+        self.close()
+        vars(self).clear()
+        return watch.remaining(engine)
+
     def close(self) -> None:
-        """Close the sender and its channels."""
+        """Close the sender and its channels, and end the children."""
+        self.family.end()
         self.sender.close()
         for channel in self.channels:
             channel.close()
@@ -143,6 +174,13 @@ def main(stage: Stage, threads: int | None = None) -> None:
                 "close_sender": lambda name: trainers[name].sender.close(),
                 "send": lambda name, **what: trainers[name].send(**what),
                 "replace": lambda name, weight: trainers[name].model.replace(weight),
+                "share": lambda name: trainers[name].share(),
+                "hashes": lambda name: hashes(trainers[name].model),
+                "inference_tensors": lambda name: inference_tensors(trainers[name].model),
+                "resize": lambda name, away: trainers[name].resize(away),
+                "fork": lambda name, child: trainers[name].family.fork(child),
+                "child": lambda name, **order: trainers[name].family.ask(**order),
+                "remains": lambda name: trainers.pop(name).remains(),
                 "arm": lambda name, **at: trainers[name].arm(**at),
                 "infos": lambda name: trainers[name].infos(),
                 "held": lambda name: held(),

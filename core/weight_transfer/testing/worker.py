@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import ctypes
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -14,8 +15,9 @@ from weight_transfer.control.http_server import serve
 from weight_transfer.errors import TransferTimeoutError, WeightTransferError, error_to_dict
 from weight_transfer.receiver import WeightReceiver
 from weight_transfer.testing.actors import PATIENCE
+from weight_transfer.testing.forked import Family
 from weight_transfer.testing.models import Model, Weight, digest, hashes, raw_bytes
-from weight_transfer.testing.resources import MemoryMark, held
+from weight_transfer.testing.resources import MemoryMark, Watch, held
 from weight_transfer.testing.unpickling import watched_unpickling
 
 if TYPE_CHECKING:
@@ -23,9 +25,15 @@ if TYPE_CHECKING:
 
 
 class Loader:
-    """Copies by name; at call ``block_at`` it says so and waits until it is released, at call ``fail_at`` it fails."""
+    """Copies by name; at call ``block_at`` it says so and waits until it is released, at call ``fail_at`` it fails.
 
-    def __init__(self, model: torch.nn.Module, stage: Stage) -> None:
+    Args:
+        habit: ``"scribble"`` over what it is given once it has copied it, or ``"keep"`` it; None for neither.
+    """
+
+    def __init__(self, model: torch.nn.Module, stage: Stage, habit: str | None = None) -> None:
+        self._habit = habit
+        self._kept: list[torch.Tensor] = []
         self._targets = dict(model.state_dict(keep_vars=True))
         self._stage = stage
         self._block_at: int | None = None
@@ -39,6 +47,10 @@ class Loader:
         for index, (name, tensor) in enumerate(weights):
             with torch.no_grad():
                 self._targets[name].copy_(tensor)
+                if self._habit == "scribble":
+                    _scribble(tensor)
+            if self._habit == "keep":
+                self._kept.append(tensor)
             if self.calls == self._block_at and index == 0:
                 self._stage.say("blocked")
                 self._released.wait()
@@ -53,6 +65,14 @@ class Loader:
     def release(self) -> None:
         """Let a blocked call go on."""
         self._released.set()
+
+
+def _scribble(tensor: torch.Tensor) -> None:
+    """Write into a tensor; in host memory behind torch's back, as a foreign kernel does."""
+    if tensor.device.type == "cpu" and tensor.is_contiguous():
+        ctypes.memset(tensor.data_ptr(), 0x55, tensor.nbytes)
+    else:
+        tensor.zero_()
 
 
 class Receiver(WeightReceiver):
@@ -81,9 +101,13 @@ class Worker:
         device: str = "cpu",
         in_place: bool = False,
         port: int = 0,
+        inference: bool = False,
+        habit: str | None = None,
     ) -> None:
-        self.model = Model(weights, seed, device)
-        self.loader = Loader(self.model, stage)
+        with torch.inference_mode(inference):
+            self.model = Model(weights, seed, device)
+        self.family = Family(self.model)
+        self.loader = Loader(self.model, stage, habit)
         self._open = ExitStack()
         self.receiver = Receiver(config, self.model, load_weights=None if in_place else self.loader)
         self._open.callback(self.receiver.close)
@@ -132,8 +156,18 @@ class Worker:
                     self._read.setdefault(version, set()).add(seen)
                     self._has_read.notify_all()
 
+    def remains(self) -> list[str]:
+        """Close, let go of everything but the engine, and return the weights that are still held."""
+        joined, watch = self.receiver._joined, Watch(self.model)  # noqa: SLF001  (what it holds is the question)
+        assert joined is not None
+        engine = joined.engine
+        self.close()
+        vars(self).clear()
+        return watch.remaining(engine)
+
     def close(self) -> None:
-        """End the reader, the server and the receiver."""
+        """End the children, the reader, the server and the receiver."""
+        self.family.end()
         self.loader.release()
         self._reading.clear()
         self._open.close()
@@ -161,6 +195,9 @@ def main(stage: Stage, threads: int | None = None) -> None:
                 "open": open_,
                 "close": lambda name: workers.pop(name).close(),
                 "hashes": lambda name: hashes(workers[name].model),
+                "fork": lambda name, child: workers[name].family.fork(child),
+                "child": lambda name, **order: workers[name].family.ask(**order),
+                "remains": lambda name: workers.pop(name).remains(),
                 "strays": lambda name: workers[name].model.strays(),
                 "status": lambda name: workers[name].receiver.status(),
                 "failure": failure,

@@ -11,6 +11,7 @@ import attrs
 import torch
 
 from weight_transfer.errors import HandshakeError, ManifestMismatchError, TransferError
+from weight_transfer.lending import private_copies
 from weight_transfer.loading import destinations_of
 from weight_transfer_ipc import cuda
 from weight_transfer_ipc.copies import Copies, Spans, has_kernel
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from weight_transfer_ipc.infos import DeviceMemory, IpcUpdateInfo
 
 _CHUNK = 512 * 2**20  # bytes that a loader is given at a time
+_COPIED = 128 * 2**20  # the same for a loader that may write into what it is given, and so is given copies
 _PART = 1024  # tensors whose places are compared before their copies are queued
 
 
@@ -173,11 +175,12 @@ class CudaReader:
                 load_weights(work.written)  # checks and counts them, while the GPU copies
             parts = work.rest
         else:
-            parts = self._chunks = self._chunks or chunks(self._all_views(), _CHUNK)
+            nbytes = _CHUNK if destinations is not None else _COPIED
+            parts = self._chunks = self._chunks or chunks(self._all_views(), nbytes)
         for part in parts:
             deadline.check("copying from the trainer's memory", backend="ipc", phase="update")
             trainer.check_alive()
-            load_weights(part)
+            load_weights(part if destinations is not None else private_copies(part))
 
     def _await_weights(self, trainer: Connection, deadline: Deadline) -> None:
         """Wait, on the host, until the trainer's streams have come to where `send` was called.

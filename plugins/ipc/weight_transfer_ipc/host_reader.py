@@ -6,7 +6,8 @@ import os
 from typing import TYPE_CHECKING
 
 from weight_transfer.errors import HandshakeError, ManifestMismatchError
-from weight_transfer.shared_memory import map_read_only
+from weight_transfer.loading import destinations_of
+from weight_transfer.shared_memory import PrivateView
 from weight_transfer_ipc.ring import RING, RingReader
 from weight_transfer_ipc.views import chunks, views_of
 
@@ -29,7 +30,7 @@ class HostReader:
     extra_memory = 0
 
     def __init__(self) -> None:
-        self._memory: dict[int, torch.Tensor] = {}
+        self._memory: dict[int, PrivateView] = {}
         self._export: Export | None = None
         self._manifest: Manifest | None = None
         self._chunks: list[list[tuple[str, torch.Tensor]]] = []
@@ -43,6 +44,11 @@ class HostReader:
             deadline.check("copying from shared memory", backend="ipc", phase="update")
             trainer.check_alive()
             load_weights(chunk)
+        if (
+            destinations_of(load_weights) is None
+        ):  # the loader is the user's, and may have written into what it was given
+            for memory in self._memory.values():
+                memory.renew()
         if self._ring is not None:
             self._ring.read(load_weights, trainer, deadline)
 
@@ -62,7 +68,8 @@ class HostReader:
         self._memory = {segment: memory for segment, memory in self._memory.items() if segment in sizes}
         while self._memory.keys() != sizes.keys():
             self._receive_segment(sizes, trainer, deadline)
-        self._chunks = chunks(views_of(info.export, info.manifest, self._memory), _CHUNK)
+        memory = {segment: view.data for segment, view in self._memory.items()}
+        self._chunks = chunks(views_of(info.export, info.manifest, memory), _CHUNK)
         if info.ring is not None:
             self._ring = RingReader(info.ring, self._memory[RING], info.export.staged(info.manifest))
         self._export, self._manifest = info.export, info.manifest
@@ -76,4 +83,4 @@ class HostReader:
             raise HandshakeError(
                 f"The trainer sent segment {segment!r}, which was not announced.", backend="ipc", peer="trainer"
             )
-        self._memory[segment] = map_read_only(fds[0], sizes[segment])
+        self._memory[segment] = PrivateView(fds[0], sizes[segment])

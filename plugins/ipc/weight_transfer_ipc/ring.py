@@ -13,7 +13,8 @@ import attrs
 
 from weight_transfer.buckets import ALIGNMENT, Packer, Unpacker, plan_buckets
 from weight_transfer.errors import PeerLostError
-from weight_transfer.shared_memory import SharedMemory
+from weight_transfer.loading import destinations_of
+from weight_transfer.shared_memory import PrivateView, SharedMemory
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +49,10 @@ class RingLayout:
     def buffers(self, memory: torch.Tensor) -> list[torch.Tensor]:
         """Return the buckets of a segment (uint8 ``[nbytes]``); each begins at a multiple of the alignment."""
         return list(memory[: self.nbytes].split(self._stride))
+
+    def span(self, index: int) -> tuple[int, int]:
+        """Return where bucket ``index`` of an update begins in the segment, and its size, in bytes."""
+        return index % self.buckets * self._stride, self._stride
 
     @property
     def _stride(self) -> int:
@@ -112,17 +117,21 @@ class RingReader:
 
     Args:
         layout: of the trainer's ring.
-        memory: its bytes, uint8, mapped read-only.
+        memory: the ring.
         staged: what goes through it.
     """
 
-    def __init__(self, layout: RingLayout, memory: torch.Tensor, staged: Manifest) -> None:
+    def __init__(self, layout: RingLayout, memory: PrivateView, staged: Manifest) -> None:
         self._plan = plan_buckets(staged.params, layout.bucket_bytes)
-        self._unpacker = Unpacker(self._plan, layout.buffers(memory))
+        self._unpacker = Unpacker(self._plan, layout.buffers(memory.data))
+        self._layout, self._memory = layout, memory
 
     def read(self, load_weights: LoadWeights, trainer: Connection, deadline: Deadline) -> None:
         """Load every bucket."""
+        foreign = destinations_of(load_weights) is None
         for index in range(len(self._plan.buckets)):
             trainer.await_signal(deadline)
             self._unpacker.load(index, load_weights)
+            if foreign:  # the loader is the user's, and may have written into what it was given
+                self._memory.renew(*self._layout.span(index))
             trainer.signal(deadline)

@@ -15,6 +15,7 @@ from weight_transfer.testing.conformance.blame import BlameTests
 from weight_transfer.testing.conformance.contract import ContractTests
 from weight_transfer.testing.conformance.faults import FaultsTests
 from weight_transfer.testing.conformance.lifecycle import LifecycleTests
+from weight_transfer.testing.conformance.memory import MemoryTests
 from weight_transfer.testing.conformance.resources import ResourcesTests
 from weight_transfer.testing.conformance.scale import ScaleTests
 from weight_transfer.testing.conformance.sources import SourcesTests
@@ -26,6 +27,7 @@ from weight_transfer.testing.conformance.versions import VersionsTests
 class BackendConformance(
     ScaleTests,
     ResourcesTests,
+    MemoryTests,
     BlameTests,
     FaultsTests,
     VersionsTests,

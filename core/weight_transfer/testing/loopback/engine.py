@@ -187,7 +187,7 @@ class LoopbackWorkerEngine(WeightTransferEngine[LoopbackInitInfo, LoopbackUpdate
         deadline = Deadline(update_info.timeout)
         if self._plan is None or self._plan.params is not update_info.manifest.params:
             self._plan = plan_buckets(update_info.manifest.params, self._ring.buffers[0].numel())
-            self._unpacker = Unpacker(self._plan, self._ring.buffers)
+            self._unpacker = Unpacker(self._plan, self._ring.buffers, shared=True)
         assert self._unpacker is not None
         for index in range(len(self._plan.buckets)):
             self._ring.wait_filled(update_info.serial, index, deadline)
