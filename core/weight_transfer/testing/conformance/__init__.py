@@ -16,12 +16,13 @@ from weight_transfer.testing.conformance.faults import FaultsTests
 from weight_transfer.testing.conformance.lifecycle import LifecycleTests
 from weight_transfer.testing.conformance.resources import ResourcesTests
 from weight_transfer.testing.conformance.scale import ScaleTests
+from weight_transfer.testing.conformance.sessions import SessionsTests
 from weight_transfer.testing.conformance.versions import VersionsTests
 
 
 # pytest runs the tests of the last base first
 class BackendConformance(
-    ScaleTests, ResourcesTests, FaultsTests, VersionsTests, BitsTests, LifecycleTests, ContractTests
+    ScaleTests, ResourcesTests, FaultsTests, SessionsTests, VersionsTests, BitsTests, LifecycleTests, ContractTests
 ):
     """Derive a class whose name begins with ``Test``, name the backend, and run pytest.
 
