@@ -11,7 +11,7 @@ from weight_transfer.testing.conformance.kit import Cast, Kit, Member, assert_sa
 
 
 class SessionsTests(Kit):
-    """Two trainers with one worker: the core refuses the calls of one that was replaced; its bytes are the backend's."""
+    """Two trainers with one worker: of one that was replaced the core refuses the calls, the backend the bytes."""
 
     def test_two_trainers_send_by_turns(self, cast: Cast) -> None:
         """Each version has the bits of the trainer that published it; who comes back after the other joins again.
