@@ -31,6 +31,7 @@ from weight_transfer.errors import LifecycleError as LifecycleError
 from weight_transfer.errors import ManifestMismatchError as ManifestMismatchError
 from weight_transfer.errors import PeerLostError as PeerLostError
 from weight_transfer.errors import PluginError as PluginError
+from weight_transfer.errors import SessionError as SessionError
 from weight_transfer.errors import TransferError as TransferError
 from weight_transfer.errors import TransferTimeoutError as TransferTimeoutError
 from weight_transfer.errors import WeightTransferError as WeightTransferError

@@ -71,6 +71,7 @@ class Fleet:
         self._unreachable: dict[Peer, PeerLostError] = {}
         self._cancelled: TransferError | None = None
         self._calls: Calls | None = None
+        self._latest: object = None
 
     @property
     def goes_on(self) -> bool:
@@ -252,6 +253,7 @@ class Fleet:
 
     def abort(self, reason: str) -> None:
         """After a failure: all workers that were called, answered or not, leave this trainer, and join it next time."""
+        self._latest = self._calls = None
         if self.engine is not None:
             self.engine.abort_update()
         called = [peer for peer in self.peers if peer.called and hasattr(peer.channel, "abort_weight_update")]
@@ -285,7 +287,7 @@ class Fleet:
         self.drop_engine()
         for peer in self.peers:
             peer.close()
-        self.peers = []
+        self.peers, self._calls = [], None
 
     def call(
         self,
@@ -294,8 +296,14 @@ class Fleet:
         phase: str,
         on_failure: Callable[[Peer], None] | None = None,
     ) -> Calls:
-        """Call workers of an update that may be cancelled."""
-        calls = self._calls = Calls(peers, call, phase, on_failure)
+        """Call workers of an update that may be cancelled; ``on_failure`` hears of no call but the latest."""
+        this = self._latest = object()
+
+        def failed(peer: Peer) -> None:
+            if on_failure is not None and self._latest is this:  # else an echo of what was given up already
+                on_failure(peer)
+
+        calls = self._calls = Calls(peers, call, phase, failed)
         if self._cancelled is not None:
             calls.cancel(self._cancelled)
         return calls

@@ -39,6 +39,8 @@ __all__ = ["ReceiverState", "WeightReceiver"]
 
 logger = logging.getLogger(__name__)
 
+_ABORT_INTERVAL = 0.2  # seconds
+
 
 class WeightReceiver:
     """Receives weight versions into a model of this process. Its methods may be called from any thread.
@@ -315,8 +317,12 @@ class WeightReceiver:
             if update is not None:
                 update.abort(reason)
             self._changed.notify_all()
-        if joined is not None and busy in ("init_weight_transfer_engine", "update_weights"):
-            joined.engine.abort_update()
+        deadline = Deadline(self.config.timeout)
+        while joined is not None and busy in ("init_weight_transfer_engine", "update_weights"):
+            joined.engine.abort_update()  # again and again: the engine may not have come to what is to be aborted
+            with self._changed:
+                if self._changed.wait_for(lambda: self._lifecycle.busy != busy, _ABORT_INTERVAL) or deadline.expired:
+                    break
         with self._operation(method, session, waits=True):
             if self._joined is joined:  # else the operation that was under way has let go of it
                 self._leave(reason)

@@ -116,7 +116,7 @@ class HttpChannel:
 def _require_url(address: str) -> None:
     try:
         url = httpx.URL(address)
-        if url.scheme in ("http", "https") and url.host:
+        if url.scheme in ("http", "https") and url.host and (url.port or 0) < 2**16:
             return
         cause = None
     except httpx.InvalidURL as error:

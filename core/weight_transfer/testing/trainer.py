@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -18,16 +18,18 @@ from weight_transfer.testing.resources import MemoryMark, Watch, held
 from weight_transfer.testing.unpickling import watched_unpickling
 
 if TYPE_CHECKING:
+    from weight_transfer.events import Version
     from weight_transfer.testing.actors import Stage
 
 _AFTERWARDS = 999  # the seed of the bits that the model gets when it was sent
 
 
 class RecordingChannel(HttpChannel):
-    """Keeps what was sent to the worker."""
+    """Keeps what was sent to the worker, and calls ``before`` with the name of each call of an update."""
 
-    def __init__(self, address: str, timeout: float) -> None:
+    def __init__(self, address: str, timeout: float, before: Callable[[str], None]) -> None:
         super().__init__(address, timeout=timeout)
+        self._before = before
         self.init_infos: list[dict[str, Any]] = []
         self.update_infos: list[dict[str, Any]] = []
 
@@ -35,7 +37,16 @@ class RecordingChannel(HttpChannel):
         self.init_infos.append(init_info)
         super().init_weight_transfer_engine(init_info)
 
+    def start_weight_update(self, session: str | None = None) -> None:
+        self._before("start")
+        super().start_weight_update(session)
+
+    def finish_weight_update(self, weight_version: Version | None = None, session: str | None = None) -> None:
+        self._before("finish")
+        super().finish_weight_update(weight_version, session)
+
     def update_weights(self, update_info: dict[str, Any]) -> dict[str, Any] | None:
+        self._before("update")
         self.update_infos.append(update_info)
         return super().update_weights(update_info)
 
@@ -73,7 +84,9 @@ class Trainer:
         self._source: WeightSource = (
             PassingSource(self.model, self._before_each, memory) if passing else ModuleSource(self.model)
         )
-        self.channels = [RecordingChannel(url, float(config.get("timeout", 300))) for url in workers]
+        self._hold_at: str | None = None
+        timeout = float(config.get("timeout", 300))
+        self.channels = [RecordingChannel(url, timeout, self._before_call) for url in workers]
         self.sender = WeightSender(config, self.channels)
 
     def send(self, seed: int | None, version: int, inference: bool = False) -> dict[str, Any]:
@@ -109,6 +122,16 @@ class Trainer:
         """
         assert isinstance(self._source, PassingSource)
         self._block_at, self._fail_at, self._error = block_at, fail_at, error
+
+    def hold(self, at: str | None = None) -> None:
+        """Choose the call (``start``, ``update`` or ``finish``) before which it says so and waits for ``release``."""
+        self._hold_at = at
+
+    def _before_call(self, call: str) -> None:
+        if call == self._hold_at:
+            self._hold_at = None
+            self._stage.say("held")
+            self._stage.await_command("release")
 
     def _before_each(self, index: int) -> None:
         if index == self._block_at:
@@ -182,6 +205,7 @@ def main(stage: Stage, threads: int | None = None) -> None:
                 "child": lambda name, **order: trainers[name].family.ask(**order),
                 "remains": lambda name: trainers.pop(name).remains(),
                 "arm": lambda name, **at: trainers[name].arm(**at),
+                "hold": lambda name, at: trainers[name].hold(at),
                 "infos": lambda name: trainers[name].infos(),
                 "held": lambda name: held(),
                 "mark": lambda name: marks.append(MemoryMark()),

@@ -139,6 +139,17 @@ class KeepsItsPortTrainer(AcmeTrainerEngine):
         super().shutdown()
 
 
+class StaysWithItsFirstWorker(AcmeWorkerEngine):
+    """Reads from the trainer that it joined first, whoever it joins later."""
+
+    _first: Any = None
+
+    def receive_weights(self, update_info, load_weights):
+        type(self)._first = self._first or self._trainer
+        self._trainer = self._first
+        super().receive_weights(update_info, load_weights)
+
+
 class SharesStateTrainer(AcmeTrainerEngine):
     """All trainers of a process know the same workers."""
 

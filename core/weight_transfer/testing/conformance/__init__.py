@@ -18,6 +18,7 @@ from weight_transfer.testing.conformance.lifecycle import LifecycleTests
 from weight_transfer.testing.conformance.memory import MemoryTests
 from weight_transfer.testing.conformance.resources import ResourcesTests
 from weight_transfer.testing.conformance.scale import ScaleTests
+from weight_transfer.testing.conformance.sessions import SessionsTests
 from weight_transfer.testing.conformance.sources import SourcesTests
 from weight_transfer.testing.conformance.strangers import StrangersTests
 from weight_transfer.testing.conformance.versions import VersionsTests
@@ -30,6 +31,7 @@ class BackendConformance(
     MemoryTests,
     BlameTests,
     FaultsTests,
+    SessionsTests,
     VersionsTests,
     SourcesTests,
     BitsTests,
