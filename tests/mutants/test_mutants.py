@@ -122,6 +122,54 @@ MUTANTS = [
         "test_looking_the_backend_up_imports_neither_torch_nor_its_engines",
         top="import torch",
     ),
+    Mutant(
+        "BlamesThePeer",
+        "takes its loader's errors for a lost peer",
+        "test_whatever_a_loader_raises_is_the_workers_own_error",
+        passes="test_a_loader_that_raises_is_told_to_the_trainer",
+    ),
+    Mutant(
+        "TouchesEarly",
+        "says that it writes before bytes are coming",
+        "test_whatever_a_source_raises_is_the_trainers_own_error[first-in place]",
+        passes="test_a_source_that_raises_ends_the_update_on_both_sides",
+    ),
+    Mutant(
+        "SendsOn",
+        "goes on sending to a worker that has refused",
+        "test_a_refusal_before_the_first_byte_is_told_at_once[module]",
+        passes="test_a_manifest_that_differs_changes_nothing",
+    ),
+    Mutant(
+        "WaitsForAStoppedTrainer",
+        "waits for a trainer that stands still",
+        "test_a_trainer_that_is_stopped_is_a_timeout[between two]",
+        passes="test_a_trainer_killed_in_an_update_leaves_no_version_and_another_takes_over",
+    ),
+    Mutant(
+        "JoinsForEver",
+        "joins a trainer that stands still",
+        "test_a_trainer_that_is_stopped_is_not_joined_for_ever",
+        passes="test_a_stale_invitation_is_an_error_in_time",
+    ),
+    Mutant("CannotBeInterrupted", "goes on joining", "test_a_worker_that_joins_can_be_interrupted"),
+    Mutant(
+        "ReceivesOn",
+        "goes on receiving when it is told to give up",
+        "test_a_worker_that_aborts_does_not_wait_for_the_trainer[between two]",
+    ),
+    Mutant("ChecksNoToken", "lets everybody in", "test_a_stranger_without_the_secret_is_not_let_in"),
+    Mutant(
+        "RaisesAtTheEnd",
+        "raises RuntimeError at the end of the stream",
+        "test_a_trainer_killed_in_an_update_leaves_no_version_and_another_takes_over",
+    ),
+    Mutant(
+        "KeepsTensors",
+        "keeps tensors beyond the next one",
+        "test_a_tensor_need_not_outlive_the_next_one[reused-loader]",
+        passes=ZOO.replace("module", "passing tensors"),
+    ),
 ]
 
 

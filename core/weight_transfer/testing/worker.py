@@ -202,6 +202,7 @@ def main(stage: Stage, threads: int | None = None) -> None:
                 "status": lambda name: workers[name].receiver.status(),
                 "failure": failure,
                 "init": lambda name, info: workers[name].receiver.init_weight_transfer_engine(info),
+                "abort": lambda name: workers[name].receiver.abort_weight_update(),
                 "arm": lambda name, **at: workers[name].loader.arm(**at),
                 "release": lambda name: workers[name].loader.release(),
                 "move": lambda name, weight: workers[name].move(weight),

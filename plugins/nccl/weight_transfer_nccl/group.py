@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -19,17 +19,18 @@ import torch
 
 from weight_transfer.errors import PeerLostError, TransferError, WeightTransferError
 from weight_transfer_nccl.rendezvous import Rendezvous, dist, first_line, reach_store
+from weight_transfer_nccl.sockets import End, break_connections, published_end
 
 if TYPE_CHECKING:
     from weight_transfer.deadline import Deadline
 
 _POLL = 0.02  # seconds between two looks at the store
-_SHORT_POLL = 1e-4  # and between the first ones when an update begins
 _GRACE = 0.5  # seconds in which a thread may say why it failed at its deadline
 _MARGIN = 0.01  # seconds by which gloo's timeout, in whole milliseconds, comes after the deadline
 _ABORT_WAIT = 3.0  # seconds
 _STORE_TIMEOUT = timedelta(seconds=2)
 _LAST_WORKS = 64  # more than are under way: those before have been waited for
+_FIRST_CONTEXT = 0  # the number under which gloo publishes the addresses of a group's first connections
 _NEVER = timedelta(days=365)  # NCCL's own watchdog would end the process: deadlines are ours
 
 
@@ -101,7 +102,7 @@ class Group:
         self._options.rootTensor = 0
         self._aborted = threading.Event()
         self._building = threading.Lock()
-        self._updates = 0
+        self._ends: Set[End] = frozenset()
         self._works: deque[Work] = deque(maxlen=_LAST_WORKS)
 
     def join(self, deadline: Deadline, name_of: Callable[[int], str]) -> None:
@@ -143,17 +144,7 @@ class Group:
             raise PeerLostError(message, backend="nccl", phase="init", cause=cause) from outcome[0]
 
     def begin(self, deadline: Deadline) -> Work:
-        """Begin an update: the trainer waits until every worker receives, and then says so to all of them.
-
-        Gloo's operations cannot be aborted, so none begins before all members are there: until then a worker may
-        refuse the update, and the trainer is free to hear of it. A worker whose work has ended knows that bytes follow.
-        """
-        self._updates += 1
-        with _errors_of_torch(deadline, self._doing):
-            if self._rank:
-                self._store.set(self._ready(self._rank), "")  # sends, and waits for nothing
-            else:
-                self._await_ready(deadline)
+        """Begin an update: the trainer says so to all workers. One whose work has ended knows that bytes follow."""
         return self.broadcast([self._token], deadline)
 
     def broadcast(self, data: Sequence[torch.Tensor], deadline: Deadline) -> Work:
@@ -231,8 +222,9 @@ class Group:
         if backend is None:
             return
         # NCCL's abort ends the running kernels and then waits for its peers, for ever if one of them is stopped.
-        # gloo has no abort: its connections close with the last reference, after the running operations, which end by
-        # their own timeouts. A group that is being torn down when the interpreter ends would abort the process.
+        # gloo has none: its operations end with their connections, or else by their own timeouts. A group that is being
+        # torn down when the interpreter ends would abort the process.
+        break_connections(self._ends)
         closing = threading.Thread(target=_close, args=([backend], self._meeting.transport), daemon=True)
         del backend
         closing.start()
@@ -244,9 +236,10 @@ class Group:
         store.set(f"here/{self._rank}", "")
         self._await_members(store, deadline, name_of)
         built = [self._build(store, deadline)]
+        ends = self._published(store)
         with self._building:
             if not self._aborted.is_set():
-                self._store, self._backend = store, built.pop()
+                self._store, self._backend, self._ends = store, built.pop(), ends
         if built:  # nobody waits for it any more
             _close(built, self._meeting.transport)
             return
@@ -266,25 +259,15 @@ class Group:
                 raise deadline.timeout(f"waiting for {names} to join", backend="nccl", phase="init", peer=names)
             time.sleep(_POLL)
 
+    def _published(self, store: Any) -> Set[End]:
+        """Return where the members of a gloo group listen; those that cannot be found out are left out."""
+        keys = [f"{_FIRST_CONTEXT}/{rank}" for rank in range(self._world_size)]
+        found = {published_end(store.get(key)) for key in keys if store.check([key])}
+        return {end for end in found if end is not None}
+
     def _require_joining(self) -> None:
         if self._aborted.is_set():
             raise TransferError("Joining was aborted.", backend="nccl", phase="init")
-
-    def _await_ready(self, deadline: Deadline) -> None:
-        """Wait until every worker receives. The store is this process's own, so it answers at once."""
-        keys = [self._ready(rank) for rank in range(1, self._world_size)]
-        pause = _SHORT_POLL
-        while keys and not self._store.check(keys):
-            if self.aborted:
-                raise _aborted(deadline, self._doing)
-            deadline.check("waiting for the workers to begin", backend="nccl", phase="update")
-            time.sleep(pause)
-            pause = min(2 * pause, _POLL)
-        for key in keys:
-            self._store.delete_key(key)
-
-    def _ready(self, rank: int) -> str:
-        return f"ready/{self._updates}/{rank}"
 
     def _build(self, store: Any, deadline: Deadline) -> Any:
         if self._meeting.transport == "nccl":

@@ -28,7 +28,7 @@ class BlameTests(Kit):
         errors where the transport's own operations are called, and let everything else through.
         """
         worker = cast.worker()
-        trainer = cast.trainer([worker])
+        trainer = cast.trainer([worker], passing=True)
         for version, kind in enumerate(_KINDS):
             trainer.ask("send", seed=version, version=version)
             worker.ask("arm", fail_at=1 + version % 2, error=kind)
@@ -107,7 +107,7 @@ class BlameTests(Kit):
         If this fails: as above.
         """
         workers = cast.workers(2, [*PLAIN, _LARGE])
-        trainer = cast.trainer(workers, [*PLAIN, _LARGE], config=self._patient())
+        trainer = cast.trainer(workers, [*PLAIN, _LARGE], passing=True, config=self._patient())
         for version, worker in enumerate(workers):
             worker.ask("arm", fail_at=2)
             trainer.tell("send", seed=version, version=version)

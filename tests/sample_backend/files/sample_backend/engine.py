@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 class FilesInitInfo(WeightTransferInitInfo):
     """``session``: name of the trainer's directory; ``bucket_bytes``: size of its buckets, both sides cut alike."""
 
-    session: str
+    session: str = attrs.field(repr=False)  # a secret: who knows it finds the weights
     bucket_bytes: int
 
 
