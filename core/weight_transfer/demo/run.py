@@ -39,12 +39,12 @@ def run_demo(config: WeightTransferConfig, *, workers: int, steps: int, every: i
     Raises:
         WeightTransferError: the backend does not work here, an update failed, or a worker died.
     """
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: threads that spin longer crawl on a busy machine
     loaded = load_backend(config.backend)
     crosses = Capability.CROSS_PROCESS in loaded.backend.capabilities
     _require(loaded, crosses)
     view.phase(f"importing torch and transformers, and starting {counted(workers)}")
     with start_workers(config, workers, crosses) as team, _blaming_the_dead(team):
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that spin longer crawl on a busy machine
         import torch
 
         from weight_transfer.demo.trainer import THREADS, Trainer
