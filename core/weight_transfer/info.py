@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 
-from weight_transfer.config import seconds_field
+from weight_transfer.config import to_seconds
 from weight_transfer.errors import ManifestMismatchError
 from weight_transfer.manifest import Manifest, digest_json
 from weight_transfer.structuring import register, unstructure
@@ -42,7 +42,7 @@ class WeightTransferInitInfo:
 
     rank_offset: int
     world_size: int
-    timeout: float = seconds_field()
+    timeout: float = attrs.field(converter=to_seconds)
 
 
 @attrs.frozen(kw_only=True)
@@ -58,7 +58,7 @@ class WeightTransferUpdateInfo:
     """
 
     manifest: Manifest = sent_once()
-    timeout: float = seconds_field()
+    timeout: float = attrs.field(converter=to_seconds)
     version: int | str | None = None
     is_checkpoint_format: bool = True
     digests: tuple[str, ...] | None = None

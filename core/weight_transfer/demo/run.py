@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 from weight_transfer.backend import Capability
 from weight_transfer.demo.proof import prove
-from weight_transfer.demo.view import Facts, Sample, View, counted
+from weight_transfer.demo.view import Facts, Sample, View
 from weight_transfer.demo.workers import Worker, check_workers, start_workers
 from weight_transfer.errors import ConfigError, WeightTransferError
 from weight_transfer.manager import LoadedBackend, load_backend
+from weight_transfer.report import counted
 
 if TYPE_CHECKING:
     from weight_transfer.config import WeightTransferConfig

@@ -79,8 +79,9 @@ def let_progress_threads_rest(module: str) -> None:
     lives. Events of the transport wake a thread at once, however long it may sleep.
     """
     bindings = load(module).nixlBind
+    original: Any = bindings.nixlAgentConfig
 
-    class Resting(bindings.nixlAgentConfig):  # type: ignore[misc]
+    class Resting(original):  # type: ignore[misc]
         def __setattr__(self, name: str, value: object) -> None:
             super().__setattr__(name, _LONGEST_REST if name == "pthrDelay" else value)
 
