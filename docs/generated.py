@@ -19,11 +19,13 @@ import click
 import griffe
 
 from weight_transfer.cli import main
-from weight_transfer.config import WeightTransferConfig
+from weight_transfer.config import WeightTransferConfig, to_bytes, to_seconds
 from weight_transfer.read_config import ENVIRONMENT
 
 _REQUEST = re.compile(r"^<!-- (keys|command): (.+) -->$", re.MULTILINE)
 _TYPES: dict[Any, str] = {int: "whole number", float: "number", bool: "`true` or `false`", str: "text", Any: "table"}
+
+_UNITS: dict[Any, str] = {to_bytes: 'bytes, or text such as `"256MiB"`', to_seconds: "seconds"}
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
@@ -76,11 +78,8 @@ def _meanings(cls: type[Any]) -> dict[str, str]:
 
 
 def _type(field: attrs.Attribute[Any]) -> str:
-    unit = field.metadata.get("unit")
-    if unit == "bytes":
-        return 'bytes, or text such as `"256MiB"`'
-    if unit:
-        return str(unit)
+    if field.converter in _UNITS:
+        return _UNITS[field.converter]
     kinds = [kind for kind in get_args(field.type) if kind is not type(None)]
     if get_origin(field.type) is Literal:
         return ", ".join(f"`{json.dumps(kind)}`" for kind in kinds)
@@ -98,7 +97,7 @@ def _default(field: attrs.Attribute[Any]) -> str:
         return "none"
     if isinstance(field.default, attrs.Factory):  # type: ignore[arg-type]  # attrs types it as a function
         return "empty"
-    if field.metadata.get("unit") == "bytes":
+    if _UNITS.get(field.converter, "").startswith("bytes"):
         return f'`"{field.default // 2**20}MiB"`'
     value = int(field.default) if isinstance(field.default, float) and field.default.is_integer() else field.default
     return f"`{json.dumps(value)}`"

@@ -14,12 +14,13 @@ A TOML file:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
 from weight_transfer.errors import ConfigError
+from weight_transfer.structuring import check_types
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
@@ -52,41 +53,27 @@ def parse_seconds(value: object, field: attrs.Attribute[float]) -> float:
     raise ConfigError(f"{field.name}: expected a positive number of seconds, got {value!r}.")
 
 
-def size_field(**arguments: Any) -> Any:
-    """Declare an attrs field that holds a number of bytes and takes ``"256MiB"``; for options classes, too."""
-    return _converted("bytes", parse_size, **arguments)
+if TYPE_CHECKING:  # mypy and attrs agree on functions of one argument only
 
+    def to_bytes(value: int | str, /) -> int:
+        """Convert as `parse_size` does, in any options class: ``attrs.field(converter=to_bytes)``."""
 
-def seconds_field(**arguments: Any) -> Any:
-    """Declare an attrs field that holds a positive duration in seconds."""
-    return _converted("seconds", parse_seconds, **arguments)
+    def to_seconds(value: float, /) -> float:
+        """Convert as `parse_seconds` does, in any options class: ``attrs.field(converter=to_seconds)``."""
 
+    def _to_tuple(value: Iterable[str], /) -> tuple[str, ...]: ...
+else:
+    to_bytes = attrs.Converter(parse_size, takes_field=True)
+    to_seconds = attrs.Converter(parse_seconds, takes_field=True)
 
-def _converted(unit: str, parse: Any, metadata: Mapping[str, object] | None = None, **arguments: Any) -> Any:
-    """Declare a field with a unit, which stands in the field's metadata for whoever documents it."""
-    converter = attrs.Converter(parse, takes_field=True)
-    return attrs.field(converter=converter, metadata={"unit": unit, **(metadata or {})}, **arguments)
+    def _to_tuple(value):
+        return tuple(value) if isinstance(value, list) else value
 
 
 def _positive(_instance: object, attribute: attrs.Attribute[int], value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < attribute.metadata.get("minimum", 1):
         minimum = attribute.metadata.get("minimum", 1)
         raise ConfigError(f"{attribute.name} must be a whole number of at least {minimum}, got {value!r}.")
-
-
-def _expects(what: str, holds: Callable[[Any], bool]) -> Callable[[object, attrs.Attribute[Any], Any], None]:
-    """Return a validator whose sentence says what was expected."""
-
-    def check(_instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
-        if not holds(value):
-            raise ConfigError(f"{attribute.name}: expected {what}, got {value!r}.")
-
-    return check
-
-
-_text = _expects("text", lambda value: isinstance(value, str))
-_flag = _expects("true or false", lambda value: isinstance(value, bool))
-_reaction = _expects('"abort" or "continue"', lambda value: value in ("abort", "continue"))
 
 
 def _visible(_instance: object, _attribute: object, token: str | None) -> None:
@@ -114,17 +101,22 @@ class WeightTransferConfig:
         options: the backend's own table: a dict, or an instance of its options class.
     """
 
-    backend: str = attrs.field(validator=_text)
-    timeout: float = seconds_field(default=300.0)
-    init_timeout: float = seconds_field(default=60.0)
-    bucket_bytes: int = size_field(default=256 * 2**20, validator=_positive, metadata={"minimum": 256})
+    backend: str
+    timeout: float = attrs.field(default=300.0, converter=to_seconds)
+    init_timeout: float = attrs.field(default=60.0, converter=to_seconds)
+    bucket_bytes: int = attrs.field(
+        default=256 * 2**20, converter=to_bytes, validator=_positive, metadata={"minimum": 256}
+    )
     buckets: int = attrs.field(default=2, validator=_positive, metadata={"minimum": 2})
-    is_checkpoint_format: bool = attrs.field(default=True, validator=_flag)
-    verify: bool = attrs.field(default=False, validator=_flag)
-    on_worker_failure: Literal["abort", "continue"] = attrs.field(default="abort", validator=_reaction)
-    observers: tuple[str, ...] = ()
+    is_checkpoint_format: bool = True
+    verify: bool = False
+    on_worker_failure: Literal["abort", "continue"] = "abort"
+    observers: tuple[str, ...] = attrs.field(default=(), converter=_to_tuple)
     token: str | None = attrs.field(default=None, repr=False, validator=_visible)
     options: Any = attrs.field(factory=dict)
+
+    def __attrs_post_init__(self) -> None:
+        check_types(self)
 
 
 @attrs.frozen(kw_only=True)
@@ -150,5 +142,6 @@ class ParallelConfig:
     expert_parallel_size: int = attrs.field(default=1, validator=_positive)
 
     def __attrs_post_init__(self) -> None:
+        check_types(self)
         if self.rank >= self.world_size:
             raise ConfigError(f"rank must be below world_size, got rank {self.rank} of {self.world_size}.")

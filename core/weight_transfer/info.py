@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 
-from weight_transfer.config import seconds_field
+from weight_transfer.config import to_seconds
 from weight_transfer.errors import ManifestMismatchError
 from weight_transfer.manifest import Manifest, digest_json
 from weight_transfer.structuring import register, unstructure
@@ -46,7 +46,7 @@ class WeightTransferInitInfo:
 
     rank_offset: int
     world_size: int
-    timeout: float = seconds_field()
+    timeout: float = attrs.field(converter=to_seconds)
     session: str | None = None
 
 
@@ -66,7 +66,7 @@ class WeightTransferUpdateInfo:
     """
 
     manifest: Manifest = sent_once()
-    timeout: float = seconds_field()
+    timeout: float = attrs.field(converter=to_seconds)
     version: int | str | None = None
     is_checkpoint_format: bool = True
     target: str = MODEL

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +17,9 @@ from weight_transfer.discovery import backends
 from weight_transfer.errors import ConfigError
 from weight_transfer.manager import PUBLISHED, load_backend
 from weight_transfer.structuring import nearest, structure
+from weight_transfer.switches import STRICT, TRACE, truth
+
+logger = logging.getLogger(__name__)
 
 TABLE = "weight_transfer"
 ENV_PREFIX = "WEIGHT_TRANSFER_"
@@ -24,6 +29,9 @@ ENVIRONMENT = {
     if field.name != "options"
 }
 """The environment variable of each key that has one."""
+_FILE = ENV_PREFIX + "CONFIG"
+_FROM_KUBERNETES = re.compile(r"\w+_SERVICE_(HOST|PORT(_\w+)?)|\w+_PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?")
+"""What Kubernetes sets in each container for a service such as ``weight-transfer-trainer``."""
 
 
 def load_config(
@@ -71,7 +79,7 @@ def _replace(config: WeightTransferConfig, arguments: dict[str, Any]) -> WeightT
 
 def _read(source: Mapping[str, Any] | str | Path | None) -> tuple[str, dict[str, Any]]:
     if source is None:
-        source = os.environ.get(ENV_PREFIX + "CONFIG")
+        source = os.environ.get(_FILE)
         if source is None:
             return "configuration", {}
     if isinstance(source, Mapping):
@@ -97,6 +105,7 @@ def _read(source: Mapping[str, Any] | str | Path | None) -> tuple[str, dict[str,
 
 def _environment() -> dict[str, Any]:
     found: dict[str, Any] = {}
+    _check_names()
     for name, variable in ENVIRONMENT.items():
         text = os.environ.get(variable)
         if text is None:
@@ -108,15 +117,26 @@ def _environment() -> dict[str, Any]:
     return found
 
 
+def _check_names() -> None:
+    """Refuse variables that look like a misspelt one; warn of others, which may be meant for another program."""
+    known = (*ENVIRONMENT.values(), _FILE, STRICT, TRACE)
+    for variable in sorted(os.environ):
+        if variable.startswith(ENV_PREFIX) and variable not in known and not _FROM_KUBERNETES.fullmatch(variable):
+            words = [name.removeprefix(ENV_PREFIX) for name in known]
+            hint = nearest(variable.removeprefix(ENV_PREFIX), words)
+            if hint:
+                meant = hint.replace("'", f"'{ENV_PREFIX}", 1)
+                raise ConfigError(f"unknown environment variable {variable!r}{meant}")
+            logger.warning("environment variable %s means nothing here; known are %s", variable, ", ".join(known))
+
+
 def _from_text(name: str, text: str) -> Any:
     if name in ("timeout", "init_timeout"):
         return float(text)
     if name == "buckets":
         return int(text)
     if name in ("is_checkpoint_format", "verify"):
-        if text.lower() not in ("0", "1", "false", "true"):
-            raise ValueError(f"expected true or false, got {text!r}")
-        return text.lower() in ("1", "true")
+        return truth(text)
     if name == "observers":
         return [part.strip() for part in text.split(",") if part.strip()]
     return text

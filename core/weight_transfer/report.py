@@ -90,6 +90,20 @@ class TransferReport:
         over = ", ".join(dict.fromkeys(self.transports.values()))
         warnings = "".join(f"; warning: {warning}" for warning in self.warnings)
         return (
-            f"version {self.version}: {self.nbytes / 1e9:.3f} GB to {len(self.workers)} workers over {self.backend}"
-            f"{f', {over},' if over else ''} at {self.gbps:.2f} GB/s ({phases}){lost}{warnings}"
+            f"version {self.version}: {sized(self.nbytes)} to {counted(len(self.workers))} over {self.backend}"
+            f"{f', {over},' if over else ''} at {sized(self.gbps * 1e9)}/s ({phases}){lost}{warnings}"
         )
+
+
+def sized(nbytes: float) -> str:
+    """Return bytes in the unit that suits them, with three digits: ``56 B``, ``8.66 MB``, ``16.1 GB``."""
+    for power, unit in ((9, "GB"), (6, "MB"), (3, "KB")):
+        if nbytes >= 0.9995 * 10**power:
+            value = nbytes / 10**power
+            return f"{value:.{max(0, 2 - (value >= 9.995) - (value >= 99.95))}f} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+def counted(workers: int) -> str:
+    """Return ``1 worker`` or ``2 workers``."""
+    return "1 worker" if workers == 1 else f"{workers} workers"

@@ -44,6 +44,19 @@ def structure(data: Mapping[str, Any], cls: type[T], where: str) -> T:
         raise ConfigError(" ".join(_sentences(error, cls, where, ""))) from error
 
 
+def check_types(instance: Any) -> None:
+    """Check an attrs object that was made by hand as `structure` checks a table, and in the same words.
+
+    Raises:
+        ConfigError: a field's value is not of the field's type.
+    """
+    for field in attrs.fields(attrs.resolve_types(type(instance))):
+        try:
+            _CONVERTER.structure(getattr(instance, field.name), field.type)
+        except (TypeError, ValueError, IterableValidationError) as error:
+            raise ConfigError(" ".join(_sentences(error, type(instance), "", field.name))) from error
+
+
 def unstructure(instance: Any) -> dict[str, Any]:
     """Return an attrs instance as JSON-safe data."""
     result: dict[str, Any] = _CONVERTER.unstructure(instance)
@@ -57,7 +70,7 @@ def nearest(word: str, valid: list[str] | tuple[str, ...]) -> str:
 
 
 def _sentences(error: BaseException, cls: Any, where: str, path: str) -> list[str]:
-    name = f"{where}: {path.lstrip('.')}" if path else where
+    name = ": ".join(part for part in (where, path.lstrip(".")) if part)
     if isinstance(error, ForbiddenExtraKeysError):
         valid = [field.name for field in attrs.fields(error.cl)]
         return [

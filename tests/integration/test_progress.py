@@ -71,7 +71,7 @@ def test_a_slow_update_gets_a_bar_and_then_a_line() -> None:
     reporter.finished(finished())
     text = screen.text.getvalue()
     assert "1.0/2.0 GB" in text
-    assert text.endswith("trainer: version 7 over ipc: 2.00 GB in 4.0 s, 0.50 GB/s\n")
+    assert text.endswith("trainer: version 7 over ipc: 2.00 GB in 4.0 s, 500 MB/s\n")
 
 
 def test_without_a_terminal_there_is_the_line_alone() -> None:
@@ -100,4 +100,4 @@ def test_a_config_enables_it() -> None:
     done = subprocess.run([sys.executable, "-c", SEND], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == ""
     lines = [line.partition(" in ")[0] for line in done.stderr.splitlines()]
-    assert sorted(lines) == [f"{role}: version 7 over loopback: 0.01 GB" for role in ("trainer", "worker")]
+    assert sorted(lines) == [f"{role}: version 7 over loopback: 10.0 MB" for role in ("trainer", "worker")]

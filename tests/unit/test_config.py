@@ -17,6 +17,7 @@ from weight_transfer import (
     WeightTransferConfig,
     load_config,
 )
+from weight_transfer.switches import strict, tracing
 from weight_transfer_ipc.config import IpcOptions
 
 Write = Callable[[str], Path]
@@ -238,14 +239,28 @@ def test_wrong_types_and_values_name_the_key(table: dict[str, Any], words: list[
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"backend": 5}, "backend: expected text, got 5."),
-        ({"verify": 1}, "verify: expected true or false, got 1."),
-        ({"is_checkpoint_format": "yes"}, "is_checkpoint_format: expected true or false, got 'yes'."),
-        ({"on_worker_failure": "contine"}, 'on_worker_failure: expected "abort" or "continue", got \'contine\'.'),
+        ({"backend": 5}, "backend: expected text, got 5 (int)."),
+        ({"verify": 1}, "verify: expected true or false, got 1 (int)."),
+        ({"is_checkpoint_format": "yes"}, "is_checkpoint_format: expected true or false, got 'yes' (str)."),
+        (
+            {"on_worker_failure": "contine"},
+            "on_worker_failure: expected one of 'abort', 'continue', got 'contine' (str).",
+        ),
+        ({"observers": "progress"}, "observers: expected a list, got 'progress' (str)."),
+        ({"observers": ["progress", 1]}, "observers[1]: expected text, got 1 (int)."),
     ],
 )
 def test_an_object_made_by_hand_is_checked_like_a_table(wrong: dict[str, Any], words: str) -> None:
-    assert words in message_of(lambda: WeightTransferConfig(**{"backend": "loopback", **wrong}))
+    assert words == message_of(lambda: WeightTransferConfig(**{"backend": "loopback", **wrong}))
+    assert words in message_of(lambda: load_config({"backend": "loopback", **wrong}))
+
+
+def test_a_list_of_observers_becomes_a_tuple_in_an_object_made_by_hand() -> None:
+    assert WeightTransferConfig(backend="loopback", observers=["progress"]).observers == ("progress",)
+
+
+def test_where_a_process_stands_is_checked_in_the_same_words() -> None:
+    assert message_of(lambda: ParallelConfig(device=5)) == "device: expected text, got 5 (int)."
 
 
 @pytest.mark.parametrize(
@@ -435,3 +450,48 @@ def test_a_parallel_config_is_one_process_by_default() -> None:
 )
 def test_impossible_places_are_refused(fields: dict[str, Any], words: str) -> None:
     assert words in message_of(lambda: ParallelConfig(**fields))
+
+
+# Environment variables that are not ours.
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("TIMEUOT", "TIMEOUT"), ("VERFIY", "VERIFY"), ("STRCT", "STRICT"), ("TRACING", "TRACE"), ("CONFG", "CONFIG")],
+)
+def test_a_misspelt_environment_variable_is_refused(monkeypatch: pytest.MonkeyPatch, wrong: str, right: str) -> None:
+    monkeypatch.setenv(f"WEIGHT_TRANSFER_{wrong}", "1")
+    text = message_of(lambda: load_config(backend="loopback"))
+    assert text == (f"unknown environment variable 'WEIGHT_TRANSFER_{wrong}'; did you mean 'WEIGHT_TRANSFER_{right}'?")
+
+
+def test_a_foreign_environment_variable_is_told_and_ignored(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WEIGHT_TRANSFER_COLOUR", "red")
+    assert load_config(backend="loopback").backend == "loopback"
+    (record,) = caplog.records
+    assert record.getMessage().startswith("environment variable WEIGHT_TRANSFER_COLOUR means nothing here; known are ")
+    assert "WEIGHT_TRANSFER_TIMEOUT" in record.getMessage()
+
+
+def test_what_kubernetes_sets_for_a_service_of_that_name_is_no_mistake(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT", "PORT_8001_TCP", "PORT_8001_TCP_ADDR"):
+        monkeypatch.setenv(f"WEIGHT_TRANSFER_{name}", "tcp://10.0.0.1:8001")
+        monkeypatch.setenv(f"WEIGHT_TRANSFER_TRAINER_{name}", "tcp://10.0.0.1:8001")
+    load_config(backend="loopback")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("text", "on"), [("1", True), ("true", True), ("0", False), ("False", False), ("", False)])
+def test_switches_are_written_like_other_truth_values(monkeypatch: pytest.MonkeyPatch, text: str, on: bool) -> None:
+    for variable, switch in (("STRICT", strict), ("TRACE", tracing)):
+        monkeypatch.setenv(f"WEIGHT_TRANSFER_{variable}", text)
+        assert switch() is on
+
+
+def test_a_switch_that_is_neither_on_nor_off_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEIGHT_TRANSFER_TRACE", "off")
+    assert message_of(tracing) == "environment variable WEIGHT_TRANSFER_TRACE: expected true or false, got 'off'."

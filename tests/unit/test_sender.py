@@ -215,7 +215,7 @@ def test_the_report_says_what_went_where_and_at_what_cost(pair: tuple[WeightSend
     assert list(report.seconds) == ["init", "start", "update", "finish"]
     assert report.total_seconds == pytest.approx(sum(report.seconds.values()))
     assert report.gbps == pytest.approx(manifest.nbytes / report.seconds["update"] / 1e9)
-    assert str(report).startswith("version step-5: 0.000 GB to 2 workers over loopback at ")
+    assert str(report).startswith("version step-5: 10.3 KB to 2 workers over loopback at ")
 
 
 def test_the_report_says_how_the_bytes_travelled_and_what_each_worker_warns_of(

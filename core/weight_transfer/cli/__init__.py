@@ -22,6 +22,17 @@ class _LazyGroup(click.Group):
         command: click.Command = getattr(import_module(f"weight_transfer.cli.{cmd_name}"), cmd_name)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            from weight_transfer.structuring import nearest
+
+            hint = nearest(args[0], _COMMANDS) or f"; there are {', '.join(_COMMANDS)}."
+            raise click.UsageError(error.message.rstrip(".") + hint, ctx) from error
+
     def invoke(self, ctx: click.Context) -> Any:
         from weight_transfer.errors import WeightTransferError
 

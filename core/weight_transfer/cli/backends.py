@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,6 +13,7 @@ if TYPE_CHECKING:
     from weight_transfer.discovery import BackendRef
 
 Row = dict[str, Any]
+_INDENTED: dict[str, Any] = {"initial_indent": "  ", "subsequent_indent": "    ", "break_on_hyphens": False}
 
 
 @click.command(short_help="List the installed backends.")
@@ -73,16 +76,29 @@ def _checked(name: str) -> Row:
 
 
 def _lines(rows: list[Row], check: bool) -> list[str]:
-    """Return a table; with ``check`` each backend is followed by its reasons and diagnostics, indented."""
+    """Return a table; with ``check`` each backend is followed by its reasons and diagnostics, indented.
+
+    On a terminal that is too narrow for the table each backend is a paragraph instead.
+    """
     header = ("NAME", "PROVIDED BY", "STATUS", "SUMMARY")
     cells = [(row["name"], _provenance(row), _status(row), row.get("summary") or "") for row in rows]
     shown = len(header) if check else 2
+    columns = shutil.get_terminal_size((0, 0)).columns  # 0: no terminal, no limit
     widths = [max(len(line[column]) for line in (header, *cells)) for column in range(shown)]
+    if columns and sum(widths) + 2 * (shown - 1) > columns:
+        return [text for line, row in zip(cells, rows, strict=True) for text in _paragraph(line[:shown], row, columns)]
     lines = []
     for line, row in zip((header, *cells), ({}, *rows), strict=True):
         lines.append("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=False)).rstrip())
         lines += [f"{'':{widths[0]}}  {note}" for note in _notes(row)]
     return lines
+
+
+def _paragraph(cells: tuple[str, ...], row: Row, columns: int) -> list[str]:
+    name, provenance, *checked = cells
+    title = "  ".join([name, *checked[:1]])
+    notes = [text for text in (provenance, *checked[1:], *_notes(row)) if text]
+    return [title, *(part for note in notes for part in textwrap.wrap(note, columns, **_INDENTED))]
 
 
 def _provenance(row: Row) -> str:

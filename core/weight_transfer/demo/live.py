@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _PHASES = ("init", "start", "update", "finish")
 _PANEL_HEIGHT = 5  # lines, of which three are text
 _OTHER_LINES = 9  # of the screen: everything but panels and rows of the table
+_OTHER_COLUMNS = 55  # of the line of the training: everything but its bar
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARKS = 16  # bars in the picture of the loss
 
@@ -94,7 +95,7 @@ class LiveView:
         facts = self._facts
         if facts is not None:
             size = f"{facts.parameters / 1e6:.1f} M parameters"
-            yield Text.assemble(("weight-transfer demo", "bold"), (f"  Llama architecture, {size}, float32", "dim"))
+            yield Text.assemble(("weight-transfer demo", "bold"), (f"  Llama, {size}, float32", "dim"))
             yield Text.assemble(("backend ", "dim"), (facts.backend, "bold cyan"), (f"  {facts.provider}", "dim"))
             yield Text()
             yield self._training(facts)
@@ -108,7 +109,8 @@ class LiveView:
     def _training(self, facts: Facts) -> RenderableType:
         done = len(self._losses)
         line = Table.grid(padding=(0, 1))
-        bar = ProgressBar(total=facts.steps, completed=done, width=20, complete_style="cyan", finished_style="cyan")
+        width = max(4, min(20, self._console.width - _OTHER_COLUMNS))
+        bar = ProgressBar(total=facts.steps, completed=done, width=width, complete_style="cyan", finished_style="cyan")
         cells: list[RenderableType] = [Text("step", "dim"), bar, f"{done}/{facts.steps}"]
         if self._losses:
             cells += [Text("loss", "dim"), f"{self._losses[-1]:.3f}", Text(_sparks(self._losses), "cyan")]
@@ -117,7 +119,7 @@ class LiveView:
         return line
 
     def _table(self, facts: Facts) -> RenderableType:
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        table = Table(box=None, padding=(0, 1 if self._console.width < 70 else 2, 0, 0), header_style="dim")
         for name in ("version", "loss", "GB/s", "ms", "=", *_PHASES):
             table.add_column("" if name == "=" else name, justify="right", style="dim" if name in _PHASES else "")
         room = self._console.height - _OTHER_LINES - _PANEL_HEIGHT * len(facts.workers)

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 from weight_transfer.backend import Capability
 from weight_transfer.demo.proof import prove
-from weight_transfer.demo.view import Facts, Sample, View, counted
+from weight_transfer.demo.view import Facts, Sample, View
 from weight_transfer.demo.workers import Worker, check_workers, start_workers
 from weight_transfer.errors import ConfigError, WeightTransferError
 from weight_transfer.manager import LoadedBackend, load_backend
+from weight_transfer.report import counted
 
 if TYPE_CHECKING:
     from weight_transfer.config import WeightTransferConfig
@@ -39,12 +40,12 @@ def run_demo(config: WeightTransferConfig, *, workers: int, steps: int, every: i
     Raises:
         WeightTransferError: the backend does not work here, an update failed, or a worker died.
     """
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: threads that spin longer crawl on a busy machine
     loaded = load_backend(config.backend)
     crosses = Capability.CROSS_PROCESS in loaded.backend.capabilities
     _require(loaded, crosses)
     view.phase(f"importing torch and transformers, and starting {counted(workers)}")
     with start_workers(config, workers, crosses) as team, _blaming_the_dead(team):
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that spin longer crawl on a busy machine
         import torch
 
         from weight_transfer.demo.trainer import THREADS, Trainer

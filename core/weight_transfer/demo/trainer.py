@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
 
 import torch
 
 from weight_transfer.demo.corpus import corpus
 from weight_transfer.demo.model import CONTEXT, make_model
+from weight_transfer.demo.muon import Muon
 
 THREADS = min(2, os.cpu_count() or 1)
 """CPU threads of the trainer."""
@@ -60,15 +60,13 @@ class Trainer:
         return min((step + 1) / _WARMUP, 0.55 + 0.45 * math.cos(math.pi * done))
 
 
-def _optimizers(model: torch.nn.Module) -> list[Any]:
-    """Return the optimizers. Muon came with torch 2.9; with an older one AdamW trains everything, and slower."""
-    muon = getattr(torch.optim, "Muon", None)
+def _optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
+    """Return Muon for the matrices and AdamW for the embedding and the norms."""
     matrices: list[torch.nn.Parameter] = []
     others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        is_matrix = muon is not None and parameter.ndim == 2 and "embed" not in name
-        (matrices if is_matrix else others).append(parameter)
-    optimizers: list[Any] = [torch.optim.AdamW(others, lr=_ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0)]
-    if muon is not None:
-        optimizers.append(muon(matrices, lr=_MUON_RATE, weight_decay=0.0, ns_steps=4))
-    return optimizers
+        (matrices if parameter.ndim == 2 and "embed" not in name else others).append(parameter)
+    return [
+        torch.optim.AdamW(others, lr=_ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0),
+        Muon(matrices, lr=_MUON_RATE),
+    ]

@@ -10,6 +10,7 @@ import attrs
 import click
 
 from weight_transfer.events import Version
+from weight_transfer.report import counted
 
 if TYPE_CHECKING:
     from weight_transfer.demo.proof import Verdict
@@ -113,7 +114,3 @@ class PlainView:
     def _print(self, line: str) -> None:
         with self._lock:
             click.echo(line)
-
-
-def counted(workers: int) -> str:
-    return "1 worker" if workers == 1 else f"{workers} workers"

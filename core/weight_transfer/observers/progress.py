@@ -14,6 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 
 from weight_transfer.events import TransferStarted
 from weight_transfer.hookspecs import hookimpl
+from weight_transfer.report import sized
 
 if TYPE_CHECKING:
     from weight_transfer.events import TransferFinished, TransferProgress
@@ -116,8 +117,8 @@ def _title(event: TransferStarted | TransferFinished) -> str:
 def _summary(event: TransferFinished) -> str:
     if event.error is not None:
         return f"{_title(event)} failed after {event.seconds:.1f} s: {event.error}"
-    speed = event.nbytes / event.seconds / 1e9 if event.seconds else 0.0
-    return f"{_title(event)}: {event.nbytes / 1e9:.2f} GB in {event.seconds:.1f} s, {speed:.2f} GB/s"
+    speed = event.nbytes / event.seconds if event.seconds else 0.0
+    return f"{_title(event)}: {sized(event.nbytes)} in {event.seconds:.1f} s, {sized(speed)}/s"
 
 
 _reporter = ProgressReporter()

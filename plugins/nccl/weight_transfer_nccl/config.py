@@ -6,7 +6,7 @@ from typing import Literal
 
 import attrs
 
-from weight_transfer.config import size_field
+from weight_transfer.config import to_bytes
 from weight_transfer.errors import ConfigError
 
 
@@ -35,4 +35,4 @@ class NcclOptions:
     address: str = "127.0.0.1"
     port: int = attrs.field(default=0, validator=_is_port)
     interface: str | None = None
-    direct_bytes: int = size_field(default=8 * 2**20)
+    direct_bytes: int = attrs.field(default=8 * 2**20, converter=to_bytes)

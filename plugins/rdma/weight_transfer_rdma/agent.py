@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from weight_transfer_rdma.nixl import Agent, Place
+from weight_transfer_rdma.nixl import Agent, Place, let_progress_threads_rest
 from weight_transfer_rdma.wire import Message, receive, send
 
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
@@ -83,6 +83,7 @@ def main() -> None:
             message = receive(sock)
             try:
                 if calls is None:  # the first message only asks whether the agent has started
+                    let_progress_threads_rest(module)
                     calls, reply = Calls(Agent(name, module)), Message({})
                 else:
                     arguments = dict(message.body)

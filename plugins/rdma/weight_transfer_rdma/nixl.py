@@ -28,6 +28,7 @@ DRAM, VRAM = "DRAM", "VRAM"
 
 _WORDS = 2
 _FIRST_PAUSE, _LONGEST_PAUSE = 2e-5, 1e-3  # seconds between two looks at a transfer
+_LONGEST_REST = 1000  # microseconds that a progress thread sleeps, unless it is woken
 
 
 @attrs.frozen
@@ -69,6 +70,22 @@ def load(module: str) -> Any:
         return import_module(f"{module}._api")
     finally:
         logging.raiseExceptions = reported
+
+
+def let_progress_threads_rest(module: str) -> None:
+    """Make the progress threads of this process's agents sleep while nothing happens.
+
+    NIXL's Python interface sets their longest sleep to zero, so that each takes a processor core for as long as it
+    lives. Events of the transport wake a thread at once, however long it may sleep.
+    """
+    bindings = load(module).nixlBind
+    original: Any = bindings.nixlAgentConfig
+
+    class Resting(original):  # type: ignore[misc]
+        def __setattr__(self, name: str, value: object) -> None:
+            super().__setattr__(name, _LONGEST_REST if name == "pthrDelay" else value)
+
+    bindings.nixlAgentConfig = Resting
 
 
 def environment(transport: str, interface: str | None, ucx: Mapping[str, str]) -> dict[str, str]:
