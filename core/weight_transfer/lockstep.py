@@ -41,6 +41,9 @@ class LockstepSource(WeightSource):
     def resident(self) -> Mapping[str, torch.Tensor]:
         return self._source.resident()
 
+    def masters(self) -> Mapping[str, torch.Tensor]:
+        return self._source.masters()
+
     @property
     def device(self) -> str:
         return self._source.device

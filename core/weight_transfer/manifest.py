@@ -158,6 +158,7 @@ class Manifest:
             _named(f"does not exist in {whose}", [name for name in ours if name not in theirs]),
             *(
                 f"{mine} was sent, but {whose} has {theirs[name].dtype} {list(theirs[name].shape)}"
+                + _declare(mine, theirs[name])
                 for name, mine in ours.items()
                 if name in theirs and mine != theirs[name]
             ),
@@ -172,6 +173,14 @@ def digest_json(data: Any) -> str:
     """Return 128 bits of SHA-256 of ``data`` in canonical JSON, as 32 hexadecimal digits."""
     text = json.dumps(data, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _declare(mine: ParamMeta, theirs: ParamMeta) -> str:
+    """Return what to configure if nothing but a floating point dtype differs."""
+    floating = torch_dtype(mine.dtype).is_floating_point and torch_dtype(theirs.dtype).is_floating_point
+    if not floating or mine.shape != theirs.shape or mine.dtype == theirs.dtype:
+        return ""
+    return f', to which nobody asked it to be cast; declare it on the trainer: cast = {{"*" = "{theirs.dtype}"}}'
 
 
 def _named(problem: str, names: list[str]) -> str:

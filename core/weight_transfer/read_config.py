@@ -24,6 +24,8 @@ ENVIRONMENT = {
     if field.name != "options"
 }
 """The environment variable of each key that has one."""
+_OWN_TABLES = ("cast", "options")
+"""Keys whose values are tables; the other tables are backends'."""
 
 
 def load_config(
@@ -46,7 +48,7 @@ def load_config(
     if isinstance(source, WeightTransferConfig):
         return _with_options(_replace(source, arguments))
     where, data = _read(source)
-    tables = {key: value for key, value in data.items() if isinstance(value, Mapping) and key != "options"}
+    tables = {key: value for key, value in data.items() if isinstance(value, Mapping) and key not in _OWN_TABLES}
     core = {key: value for key, value in data.items() if key not in tables}
     core |= _environment() | arguments
     if "backend" not in core:
@@ -119,6 +121,11 @@ def _from_text(name: str, text: str) -> Any:
         return text.lower() in ("1", "true")
     if name == "observers":
         return [part.strip() for part in text.split(",") if part.strip()]
+    if name == "cast":
+        pairs = [part.rpartition("=") for part in text.split(",") if part.strip()]
+        if not all(equals for _, equals, _ in pairs):
+            raise ValueError(f"expected pattern=dtype, separated by commas, got {text!r}")
+        return {pattern.strip(): dtype.strip() for pattern, _, dtype in pairs}
     return text
 
 

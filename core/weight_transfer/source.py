@@ -45,6 +45,22 @@ class WeightSource(ABC):
         """
         return {}
 
+    def masters(self) -> Mapping[str, torch.Tensor]:
+        """Return the tensors that are as `resident` ones, but of another dtype than the manifest says, by name.
+
+        A backend may let its own copy convert: ``target.copy_(tensor)`` gives the bits that iteration yields, without
+        a tensor in between.
+        """
+        return {}
+
+    def cast(self, dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Iterate, with the tensors named in ``dtypes`` cast to these; each cast tensor is a new one.
+
+        Override it where a tensor can be cast before it is gathered or copied; the bits are those of ``tensor.to``.
+        """
+        for name, tensor in self:
+            yield name, tensor.to(dtypes[name]) if name in dtypes else tensor
+
     @property
     def device(self) -> str:
         """The torch device of the tensors that iteration yields."""
@@ -94,7 +110,7 @@ class ModuleSource(WeightSource):
         read = self._reader.read()
         if read is not self._read:
             self._weights = self._renamed(read)
-            self._resident = {name: tensor for name, tensor in self._weights.items() if not _is_sharded(tensor)}
+            self._resident = {name: tensor for name, tensor in self._weights.items() if not is_sharded(tensor)}
             manifest = Manifest(
                 ParamMeta(name, dtype_name(tensor.dtype), tensor.shape) for name, tensor in self._weights.items()
             )
@@ -116,7 +132,12 @@ class ModuleSource(WeightSource):
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in self._weights.items():
-            yield name, _full(tensor)
+            yield name, full_tensor(tensor)
+
+    def cast(self, dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Iterate; a sharded tensor is cast before it is gathered, which then moves fewer bytes."""
+        for name, tensor in self._weights.items():
+            yield name, full_tensor(tensor, dtypes.get(name))
 
     def resident(self) -> Mapping[str, torch.Tensor]:
         return self._resident
@@ -131,15 +152,22 @@ class ModuleSource(WeightSource):
         return len(self._resident) < len(self._weights)
 
 
-def _is_sharded(tensor: torch.Tensor) -> bool:
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is one of several shards, such as a ``DTensor``."""
     return hasattr(type(tensor), "full_tensor")
 
 
-def _full(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Return all of a tensor, in ``dtype`` if one is named."""
     with torch.no_grad():
-        gather = getattr(tensor, "full_tensor", None)
-        full: torch.Tensor = tensor.detach() if gather is None else gather()
-        return full
+        if not is_sharded(tensor):
+            return tensor.detach() if dtype is None else tensor.detach().to(dtype)
+        if any(placement.is_partial() for placement in getattr(tensor, "placements", ())):
+            full: torch.Tensor = tensor.full_tensor()  # type: ignore[operator]  # a sum, to be cast when it is complete
+            return full if dtype is None else full.to(dtype)
+        shard = tensor if dtype is None else tensor.to(dtype)
+        whole: torch.Tensor = shard.full_tensor()  # type: ignore[operator]
+        return whole
 
 
 class CheckpointSource(WeightSource):
