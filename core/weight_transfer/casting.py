@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import translate
@@ -54,14 +55,14 @@ class CastSource(WeightSource):
     def choosing(cls, source: WeightSource, choose: Callable[[Manifest], Mapping[str, str]]) -> CastSource:
         """Return a source that asks ``choose`` for the dtypes by name, once for each new manifest of ``source``."""
         made = cls(source, {})
-        made._choose = choose  # noqa: SLF001  (its own)
+        made._choose = choose
         return made
 
     def _forget(self) -> None:
         self._read: Manifest | None = None
         self._manifest = Manifest(())
         self._dtypes: dict[str, torch.dtype] = {}
-        self._found: Mapping[str, torch.Tensor] | None = None
+        self._found: tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]] | None = None
         self._resident: Mapping[str, torch.Tensor] = {}
         self._masters: Mapping[str, torch.Tensor] = {}
 
@@ -89,15 +90,17 @@ class CastSource(WeightSource):
         return self._resident
 
     def masters(self) -> Mapping[str, torch.Tensor]:
-        """Return the inner source's resident tensors that are cast."""
+        """Return the inner source's resident tensors that are cast once, here or there."""
         self._look()
         return self._masters
 
     def _look(self) -> None:
-        found = self.source.resident()
-        if found is not self._found:
-            self._resident = {name: tensor for name, tensor in found.items() if name not in self._dtypes}
-            self._masters = {name: tensor for name, tensor in found.items() if name in self._dtypes}
+        found = self.source.resident(), self.source.masters()
+        if self._found is None or any(map(operator.is_not, found, self._found)):
+            resident, masters = found
+            self._resident = {name: tensor for name, tensor in resident.items() if name not in self._dtypes}
+            self._masters = {name: tensor for name, tensor in resident.items() if name in self._dtypes}
+            self._masters |= {name: tensor for name, tensor in masters.items() if name not in self._dtypes}
             self._found = found
 
     @property

@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from weight_transfer.backend import Capability
+from weight_transfer.config import RECEIVER
 from weight_transfer.deadline import Deadline
+from weight_transfer.dtypes import common_dtypes, dtypes_by_name
 from weight_transfer.errors import ConfigError, HandshakeError, LifecycleError, PeerLostError, WeightTransferError
 from weight_transfer.peers import Calls, Peer, make_peer, make_slots
 from weight_transfer.structuring import structure, unstructure
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from weight_transfer.config import ParallelConfig, WeightTransferConfig
     from weight_transfer.control import ControlChannel
     from weight_transfer.engine import TrainerWeightTransferEngine
@@ -26,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 _ABORT_TIMEOUT = 10.0  # seconds that workers get to abort a failed update
 _RETRY_INTERVAL = 0.1  # seconds between two looks at a worker that does not answer yet
+
+_ASKED = ("report_dtypes",)
+"""Keys of the init info that are left out unless they say something: other systems' workers do not know them."""
 
 Lost = dict[Peer, WeightTransferError]
 """Workers that failed, in the order of their failures."""
@@ -54,6 +61,9 @@ class Fleet:
         self._config = config
         self._parallel_config = parallel_config
         self._device: str | None = None
+        self._report_dtypes = {}
+        if RECEIVER in config.cast.values():
+            self._report_dtypes["report_dtypes"] = "checkpoint" if config.is_checkpoint_format else "kernel"
         self._rejoins = Capability.REJOIN in backend.backend.capabilities
 
     @property
@@ -113,7 +123,8 @@ class Fleet:
         for peer, own in zip(joining, fields, strict=True):
             slot = slots[peer]
             common = {"rank_offset": slot.rank_offset, "world_size": slot.world_size, "timeout": deadline.remaining()}
-            peer.init_info = unstructure(structure({**own, **common}, engine.init_info_cls, "init_info"))
+            info = structure({**own, **common, **self._report_dtypes}, engine.init_info_cls, "init_info")
+            peer.init_info = {key: value for key, value in unstructure(info).items() if key not in _ASKED or value}
         calls = Calls(
             joining,
             lambda peer: peer.channel.init_weight_transfer_engine(peer.init_info),
@@ -131,7 +142,16 @@ class Fleet:
         lost |= self.settle(calls.wait(deadline))
         for peer in joining:
             peer.joined = peer not in lost
+            peer.dtypes = dtypes_by_name(calls.results.get(peer), peer.address)
         return lost
+
+    def dtypes(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the dtypes that the workers, which must have joined, have for weights of these names.
+
+        Raises:
+            HandshakeError: a worker does not know, lacks one, or differs from another; they are named.
+        """
+        return common_dtypes({peer.address: peer.dtypes for peer in self.peers if peer.joined}, names)
 
     def _greet(self, peer: Peer, deadline: Deadline) -> None:
         """Wait until a worker answers, and learn from its status what it is."""

@@ -7,7 +7,7 @@ backend, so that the control traffic of a steady-state update does not grow with
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 
@@ -38,11 +38,14 @@ class WeightTransferInitInfo:
             a worker's rank is ``rank_offset + parallel_config.rank``.
         world_size: members of the transfer group: the trainer and all workers.
         timeout: seconds that joining may take.
+        report_dtypes: the format, ``"checkpoint"`` or ``"kernel"``, of whose weights the worker is to answer the
+            dtypes; None, and then not sent at all, if nobody asks.
     """
 
     rank_offset: int
     world_size: int
     timeout: float = seconds_field()
+    report_dtypes: Literal["checkpoint", "kernel"] | None = None
 
 
 @attrs.frozen(kw_only=True)

@@ -6,7 +6,7 @@ import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from itertools import compress
+from itertools import chain, compress
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
@@ -72,6 +72,7 @@ class KernelFormatLoader:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._weights = ModuleWeights(model)
         self._targets: Mapping[str, Tensor] = {}
         self._checked: Manifest | None = None
@@ -84,6 +85,13 @@ class KernelFormatLoader:
                 "the worker's model",
             )
             self._targets, self._checked = targets, manifest
+
+    def dtypes(self) -> dict[str, str]:
+        """Return the dtype's name of each parameter and buffer, under each of its names."""
+        named = chain(
+            self._model.named_parameters(remove_duplicate=False), self._model.named_buffers(remove_duplicate=False)
+        )
+        return {name: dtype_name(tensor.dtype) for name, tensor in named}
 
     def destinations(self) -> Mapping[str, Tensor]:
         return self._targets

@@ -32,6 +32,7 @@ class Peer:
         joined: whether they have joined the engine's current group.
         started: whether an update is open on them.
         init_info: what they were sent to join.
+        dtypes: of their weights by name, if they were asked and know.
         known: digest by field name of what they have been sent once.
     """
 
@@ -42,6 +43,7 @@ class Peer:
     joined: bool = False
     started: bool = False
     init_info: dict[str, Any] = attrs.field(factory=dict)
+    dtypes: dict[str, str] | None = None
     known: dict[str, str] = attrs.field(factory=dict)
 
     def is_at(self, worker: object) -> bool:

@@ -25,6 +25,7 @@ import torch
 
 from weight_transfer.config import ParallelConfig, WeightTransferConfig
 from weight_transfer.deadline import Deadline
+from weight_transfer.dtypes import dtypes_answer
 from weight_transfer.errors import LifecycleError, TransferError, TransferTimeoutError, WeightTransferError
 from weight_transfer.events import TransferFinished, TransferStarted
 from weight_transfer.info import WireDecoder
@@ -136,8 +137,12 @@ class WeightReceiver:
                 self._readers -= 1
                 self._changed.notify_all()
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any] | None:
         """Join a trainer. In a later call the previous engine is shut down first; a served version stays served.
+
+        Returns:
+            The names of the model's weights by dtype, as ``{"dtypes": ...}``, if the trainer asks and the loader copies
+            by name; else None.
 
         Raises:
             ConfigError: ``init_info`` is wrong; the sentence names the key.
@@ -151,7 +156,8 @@ class WeightReceiver:
             self._set_state(ReceiverState.CREATED)
             engine = self._backend.create_worker_engine(self.config, self.parallel_config)
             try:
-                engine.init_transfer_engine(engine.parse_init_info(init_info))
+                info = engine.parse_init_info(init_info)
+                engine.init_transfer_engine(info)
             except BaseException as error:
                 engine.shutdown()
                 named = self._mapped(error, "init")
@@ -162,6 +168,7 @@ class WeightReceiver:
             self._engine = engine
             self._decoder = WireDecoder()
             self._set_state(ReceiverState.READY)
+            return dtypes_answer(info, self._loaders)
 
     def start_weight_update(self) -> None:
         """Begin an update: wait until nobody samples any more, and serve no version until it is over.

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from weight_transfer.config import ParallelConfig, WeightTransferConfig
+from weight_transfer.casting import CastSource, declared_dtypes
+from weight_transfer.config import RECEIVER, ParallelConfig, WeightTransferConfig
 from weight_transfer.deadline import Deadline
 from weight_transfer.errors import (
     ConfigError,
@@ -76,6 +77,7 @@ class WeightSender:
             self._fleet.add(worker, workers_per_channel)
         self._encoder = WireEncoder()
         self._source: ModuleSource | None = None
+        self._casting: tuple[WeightSource, CastSource] | None = None
         self._version: Version | None = None
         self._exclusive = threading.Lock()
         self._closed = False
@@ -94,11 +96,7 @@ class WeightSender:
         """
         with self._operation("connect"):
             if self._sends:
-                try:
-                    self._fleet.join()
-                except BaseException as error:
-                    self._fleet.abort(str(error))
-                    raise
+                self._join()
 
     def send(self, weights: nn.Module | WeightSource, version: Version | None = None) -> TransferReport:
         """Bring all workers to these weights. The weights may change as soon as this returns.
@@ -116,7 +114,7 @@ class WeightSender:
         """
         with self._operation("send"):
             version = self._next(version)
-            source = self._as_source(weights)
+            source = self._cast(self._as_source(weights))
             manifest = source.manifest()
             if not manifest.params:
                 raise ConfigError("The weights to send have no parameters.")
@@ -284,6 +282,36 @@ class WeightSender:
         if isinstance(source, ModuleSource):
             self._source = source
         return source
+
+    def _cast(self, source: WeightSource) -> WeightSource:
+        """Put the config's cast around a source; kept while the source is the same, for it remembers its manifest."""
+        if not self.config.cast:
+            return source
+        if RECEIVER in self.config.cast.values() and self._sends:
+            source.manifest()  # from here on it knows its device
+            self._fleet.place(source.device)
+            if not all(peer.joined for peer in self._fleet.peers):
+                self._casting = None  # whoever joins now may have other dtypes
+                self._join()
+        if self._casting is None or self._casting[0] is not source:
+            # what the workers have is known to this rank alone, so it is cast when it has been gathered
+            self._casting = source, CastSource.choosing(CastSource.choosing(source, self._declared), self._received)
+        return self._casting[1]
+
+    def _declared(self, manifest: Manifest) -> dict[str, str]:
+        chosen = declared_dtypes(manifest, self.config.cast)
+        return {name: dtype for name, dtype in chosen.items() if dtype != RECEIVER}
+
+    def _received(self, manifest: Manifest) -> dict[str, str]:
+        chosen = declared_dtypes(manifest, self.config.cast)
+        return self._fleet.dtypes(name for name, dtype in chosen.items() if dtype == RECEIVER) if self._sends else {}
+
+    def _join(self) -> None:
+        try:
+            self._fleet.require_one(self._fleet.join())
+        except BaseException as error:
+            self._fleet.abort(str(error))
+            raise
 
     @contextmanager
     def _operation(self, method: str) -> Iterator[None]:

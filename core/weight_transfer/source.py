@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,9 @@ from weight_transfer.weights import ModuleWeights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+
+
+_NONE: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 
 class WeightSource(ABC):
@@ -51,7 +55,7 @@ class WeightSource(ABC):
         A backend may let its own copy convert: ``target.copy_(tensor)`` gives the bits that iteration yields, without
         a tensor in between.
         """
-        return {}
+        return _NONE
 
     def cast(self, dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str, torch.Tensor]]:
         """Iterate, with the tensors named in ``dtypes`` cast to these; each cast tensor is a new one.
@@ -162,12 +166,10 @@ def full_tensor(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch
     with torch.no_grad():
         if not is_sharded(tensor):
             return tensor.detach() if dtype is None else tensor.detach().to(dtype)
-        if any(placement.is_partial() for placement in getattr(tensor, "placements", ())):
-            full: torch.Tensor = tensor.full_tensor()  # type: ignore[operator]  # a sum, to be cast when it is complete
-            return full if dtype is None else full.to(dtype)
-        shard = tensor if dtype is None else tensor.to(dtype)
-        whole: torch.Tensor = shard.full_tensor()  # type: ignore[operator]
-        return whole
+        is_sum = any(placement.is_partial() for placement in getattr(tensor, "placements", ()))
+        shard: Any = tensor if dtype is None or is_sum else tensor.to(dtype)
+        full: torch.Tensor = shard.full_tensor()
+        return full if dtype is None else full.to(dtype)
 
 
 class CheckpointSource(WeightSource):

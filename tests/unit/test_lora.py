@@ -51,10 +51,11 @@ class Base(nn.Module):
             self.head.weight = self.embed.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.embed(x))
+        hidden: torch.Tensor = self.head(self.embed(x))
+        return hidden
 
 
-def lora(model: nn.Module, **config: Any) -> Any:
+def lora(model: Any, **config: Any) -> Any:
     """Return a PEFT model whose adapters are not zero."""
     torch.manual_seed(7)
     config = {"r": 4, "target_modules": ["q", "k"], "init_lora_weights": False} | config

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from weight_transfer.dtypes import joint_answer
 from weight_transfer.errors import WeightTransferError
 from weight_transfer.report import WorkerReport
 
@@ -26,8 +27,8 @@ class ControlChannel(Protocol):
     ``update_weights`` is under way in another thread. ``address`` (text) may be given as an attribute, for messages.
     """
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Join the trainer."""
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any] | None:
+        """Join the trainer; return the names of the model's weights by dtype, as ``{"dtypes": ...}``, if it asks."""
 
     def start_weight_update(self) -> None:
         """Begin an update."""
@@ -59,8 +60,8 @@ class LocalChannel:
             raise ValueError("LocalChannel needs at least one receiver")
         self._receivers = receivers
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._each(lambda receiver: receiver.init_weight_transfer_engine(init_info))
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any] | None:
+        return joint_answer(self._each(lambda receiver: receiver.init_weight_transfer_engine(init_info)))
 
     def start_weight_update(self) -> None:
         self._each(lambda receiver: receiver.start_weight_update())
