@@ -113,6 +113,12 @@ def typed_view(view: torch.Tensor, meta: ParamMeta) -> torch.Tensor:
     return view.view(dtype).view(meta.shape)
 
 
+def copy_converted(tensor: torch.Tensor, slot: Slot, dtype: torch.dtype, view: torch.Tensor) -> None:
+    """Copy a piece of a contiguous tensor into its view of a bucket as ``dtype``; a slot must split no element."""
+    first, count = slot.start // dtype.itemsize, slot.nbytes // dtype.itemsize
+    view.view(dtype).copy_(tensor.detach().view(-1)[first : first + count])
+
+
 class Packer:
     """Fills the buckets of a plan in order from a stream of tensors, with cached views.
 
@@ -129,17 +135,29 @@ class Packer:
         """Fill the next bucket at each step, and yield how many bytes of weights it holds.
 
         Args:
-            tensors: yields the plan's parameters in order; a tensor is kept until its last byte is packed.
+            tensors: yields the plan's parameters in order; a tensor is kept until its last byte is packed. One of
+                another dtype than the plan's is converted by the copy, with the bits of ``tensor.to``.
         """
         tensor = torch.empty(0)
         for slots, views in zip(self.plan.buckets, self._views, strict=True):
-            parts = []
-            for slot in slots:
+            exact: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
+            for slot, view in zip(slots, views, strict=True):
+                dtype = torch_dtype(self.plan.params[slot.param].dtype)
                 if not slot.start:
-                    tensor = next(tensors).contiguous()
-                parts.append(tensor)
-            pack(slots, parts, views)
+                    tensor = self._packable(next(tensors), dtype)
+                if tensor.dtype is not dtype:
+                    copy_converted(tensor, slot, dtype, view)
+                elif slot.nbytes:
+                    exact[0].append(view)
+                    exact[1].append(as_bytes(tensor)[slot.start : slot.start + slot.nbytes])
+            if exact[0]:
+                torch._foreach_copy_(*exact)
             yield sum(slot.nbytes for slot in slots)
+
+    def _packable(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return the tensor contiguous, and converted already if buckets may split its elements."""
+        splits = self.plan.bucket_bytes % dtype.itemsize
+        return (tensor.to(dtype) if splits else tensor).contiguous()
 
 
 class Unpacker:

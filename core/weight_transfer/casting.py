@@ -111,6 +111,11 @@ class CastSource(WeightSource):
     def collective(self) -> bool:
         return self.source.collective
 
+    @property
+    def reuses_memory(self) -> bool:
+        """Whether the inner source does: what is cast here is new each time, the rest is passed on."""
+        return getattr(self.source, "reuses_memory", False)
+
 
 def declared_dtypes(manifest: Manifest, patterns: Mapping[str, str]) -> dict[str, str]:
     """Return the dtype's name that ``patterns`` give to each floating point weight that one of them matches.

@@ -72,6 +72,11 @@ class MergedLoraSource(WeightSource):
         return str(self._parts[0].tensor.device) if self._parts else "cpu"
 
     @property
+    def reuses_memory(self) -> bool:
+        """What is merged or gathered is new each time."""
+        return False
+
+    @property
     def collective(self) -> bool:
         return any(is_sharded(tensor) for part in self._parts for tensor in part.tensors())
 

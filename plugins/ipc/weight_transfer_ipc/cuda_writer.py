@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from weight_transfer.staging import staged_tensors
 from weight_transfer_ipc.cuda_export import CudaExporter, Readiness
 from weight_transfer_ipc.cuda_ring import CudaRingWriter
 from weight_transfer_ipc.infos import DeviceMemory
-from weight_transfer_ipc.ring import RingLayout, staged_tensors
+from weight_transfer_ipc.ring import RingLayout
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +79,7 @@ class CudaWriter:
         """Send what is staged; the workers fetch the rest by themselves."""
         if self._ring is not None:
             assert self._staged is not None
-            tensors = staged_tensors(source, self._staged)
+            tensors = staged_tensors(source, self._staged.params)
             self._ring.write(self._staged, tensors, list(workers.values()), deadline, progress)
 
     def release(self) -> None:

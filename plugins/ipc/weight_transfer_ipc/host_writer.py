@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from weight_transfer.errors import PeerLostError
 from weight_transfer.export import Export, Exporter
-from weight_transfer_ipc.ring import RING, RingLayout, RingWriter, staged_tensors
+from weight_transfer.staging import staged_tensors
+from weight_transfer_ipc.ring import RING, RingLayout, RingWriter
 
 if TYPE_CHECKING:
     from weight_transfer.config import WeightTransferConfig
@@ -62,7 +63,7 @@ class HostWriter:
             except PeerLostError:  # the worker's own answer will say so; the others go on
                 workers.pop(rank).close()
         if self._staged.params and self._ring is not None:
-            tensors = staged_tensors(source, self._staged)
+            tensors = staged_tensors(source, self._staged.params)
             self._ring.write(self._staged, tensors, list(workers.values()), deadline, progress)
 
     def release(self) -> None:
