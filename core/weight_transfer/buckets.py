@@ -83,23 +83,6 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().reshape(-1).view(torch.uint8)
 
 
-def pack(slots: Sequence[Slot], tensors: Sequence[torch.Tensor], views: Sequence[torch.Tensor]) -> None:
-    """Copy pieces of ``tensors`` into a bucket.
-
-    Args:
-        slots: one bucket of a plan.
-        tensors: the contiguous tensor of each slot, any dtype and shape.
-        views: from `bucket_views`.
-    """
-    pairs = [
-        (view, as_bytes(tensor)[slot.start : slot.start + slot.nbytes])
-        for slot, tensor, view in zip(slots, tensors, views, strict=True)
-        if slot.nbytes
-    ]
-    if pairs:
-        torch._foreach_copy_([view for view, _ in pairs], [piece for _, piece in pairs])
-
-
 def bucket_views(slots: Sequence[Slot], buffer: torch.Tensor) -> list[torch.Tensor]:
     """Return, for each slot, the bytes of ``buffer`` (uint8, ``[bucket_bytes]``) that it takes; cache them."""
     return [buffer[slot.offset : slot.offset + slot.nbytes] for slot in slots]
@@ -131,16 +114,18 @@ class Packer:
         self.plan = plan
         self._views = [bucket_views(slots, buffers[i % len(buffers)]) for i, slots in enumerate(plan.buckets)]
 
-    def packing(self, tensors: Iterator[torch.Tensor]) -> Iterator[int]:
+    def packing(self, tensors: Iterator[torch.Tensor], kept: bool = False) -> Iterator[int]:
         """Fill the next bucket at each step, and yield how many bytes of weights it holds.
 
         Args:
-            tensors: yields the plan's parameters in order; a tensor is kept until its last byte is packed. One of
-                another dtype than the plan's is converted by the copy, with the bits of ``tensor.to``.
+            tensors: yields the plan's parameters in order, any shape. Each is copied before the next one is asked for;
+                one of another dtype than the plan's is converted by the copy, with the bits of ``tensor.to``.
+            kept: whether tensors stay as they are while somebody refers to them (``not source.reuses_memory``); then
+                a bucket is filled by one batched copy, which is faster on a GPU.
         """
         tensor = torch.empty(0)
         for slots, views in zip(self.plan.buckets, self._views, strict=True):
-            exact: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
+            pieces = []
             for slot, view in zip(slots, views, strict=True):
                 dtype = torch_dtype(self.plan.params[slot.param].dtype)
                 if not slot.start:
@@ -148,10 +133,13 @@ class Packer:
                 if tensor.dtype is not dtype:
                     copy_converted(tensor, slot, dtype, view)
                 elif slot.nbytes:
-                    exact[0].append(view)
-                    exact[1].append(as_bytes(tensor)[slot.start : slot.start + slot.nbytes])
-            if exact[0]:
-                torch._foreach_copy_(*exact)
+                    piece = as_bytes(tensor)[slot.start : slot.start + slot.nbytes]
+                    if kept:
+                        pieces.append((view, piece))
+                    else:
+                        view.copy_(piece)
+            if pieces:
+                torch._foreach_copy_([view for view, _ in pieces], [piece for _, piece in pieces])
             yield sum(slot.nbytes for slot in slots)
 
     def _packable(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from fnmatch import translate
 from functools import partial
 from typing import TYPE_CHECKING
@@ -84,6 +84,9 @@ class CastSource(WeightSource):
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         return self.source.cast(self._dtypes) if self._dtypes else iter(self.source)
 
+    def stream(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        return self.source.cast(self._dtypes, names)
+
     def resident(self) -> Mapping[str, torch.Tensor]:
         """Return the inner source's resident tensors that are not cast."""
         self._look()
@@ -114,29 +117,32 @@ class CastSource(WeightSource):
     @property
     def reuses_memory(self) -> bool:
         """Whether the inner source does: what is cast here is new each time, the rest is passed on."""
-        return getattr(self.source, "reuses_memory", False)
+        return self.source.reuses_memory
+
+    def __repr__(self) -> str:
+        return f"{self.source!r}, cast"
 
 
 def declared_dtypes(manifest: Manifest, patterns: Mapping[str, str]) -> dict[str, str]:
     """Return the dtype's name that ``patterns`` give to each floating point weight that one of them matches.
 
+    What is tied matches under each of its names.
+
     Raises:
         ConfigError: a pattern matches no weight.
     """
-    rules = [(re.compile(translate(pattern)).match, dtype) for pattern, dtype in patterns.items()]
-    for (matches, _), pattern in zip(rules, patterns, strict=True):
-        if manifest.params and not any(matches(param.name) for param in manifest.params):
+    travels_as = {param.name: param.name for param in manifest.params} | dict(manifest.aliases)
+    found: dict[str, str] = {}
+    for pattern, dtype in patterns.items():
+        matches = re.compile(translate(pattern)).match
+        names = [name for called, name in travels_as.items() if matches(called)]
+        if not names and travels_as:
             some = manifest.params[len(manifest.params) // 2].name
             raise ConfigError(
                 f"cast: no weight matches the pattern {pattern!r}; weights have names such as {some!r}, and a pattern "
                 "stands for a whole name: '*.router.*'."
             )
-    found: dict[str, str] = {}
-    for param in manifest.params:
-        if torch_dtype(param.dtype).is_floating_point:
-            for matches, dtype in rules:
-                if matches(param.name):
-                    found[param.name] = dtype
+        found.update((name, dtype) for name in names if torch_dtype(manifest.by_name[name].dtype).is_floating_point)
     return found
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from weight_transfer.errors import HandshakeError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from weight_transfer.info import WeightTransferInitInfo
     from weight_transfer.loading import WeightLoader
@@ -70,18 +70,20 @@ def dtypes_by_name(answer: object, peer: str) -> dict[str, str] | None:
     return found
 
 
-def common_dtypes(workers: Mapping[str, Mapping[str, str] | None], names: Iterable[str]) -> dict[str, str]:
-    """Return the dtype on which all workers agree, for each of ``names``.
+def common_dtypes(
+    workers: Mapping[str, Mapping[str, str] | None], called: Mapping[str, Sequence[str]]
+) -> dict[str, str]:
+    """Return the dtype on which all workers agree, by name.
 
     Args:
         workers: dtypes by name, by the worker's address; None for one that does not know.
-        names: of weights.
+        called: the names of each weight, by the one under which it travels: several, if it is tied.
 
     Raises:
         HandshakeError: a worker does not know, lacks a weight, or differs from another.
     """
     found: dict[str, str] = {}
-    for name in names:
+    for name, names in called.items():
         told: dict[str, str] = {}
         for address, dtypes in workers.items():
             if dtypes is None:
@@ -90,11 +92,13 @@ def common_dtypes(workers: Mapping[str, Mapping[str, str] | None], names: Iterab
                     "server does not tell; name the dtype in cast instead",
                     address,
                 )
-            if name not in dtypes:
+            known = [dtypes[each] for each in names if each in dtypes]
+            if not known:
                 raise _refusal(
                     f"{address} has no weight {name!r}; rename it on the trainer, or name its dtype", address
                 )
-            told.setdefault(dtypes[name], address)
+            for dtype in known:
+                told.setdefault(dtype, address)
         if len(told) > 1 or any(_SEPARATOR in dtype for dtype in told):
             differ = ", ".join(f"{dtype} at {address}" for dtype, address in told.items())
             raise _refusal(f"{name!r} is {differ}; name one dtype for all", next(iter(told.values())))

@@ -18,7 +18,7 @@ from weight_transfer.peers import Calls, Peer, make_peer, make_slots
 from weight_transfer.structuring import structure, unstructure
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Mapping, Sequence
 
     from weight_transfer.config import ParallelConfig, WeightTransferConfig
     from weight_transfer.control import ControlChannel
@@ -145,13 +145,13 @@ class Fleet:
             peer.dtypes = dtypes_by_name(calls.results.get(peer), peer.address)
         return lost
 
-    def dtypes(self, names: Iterable[str]) -> dict[str, str]:
+    def dtypes(self, called: Mapping[str, Sequence[str]]) -> dict[str, str]:
         """Return the dtypes that the workers, which must have joined, have for weights of these names.
 
         Raises:
             HandshakeError: a worker does not know, lacks one, or differs from another; they are named.
         """
-        return common_dtypes({peer.address: peer.dtypes for peer in self.peers if peer.joined}, names)
+        return common_dtypes({peer.address: peer.dtypes for peer in self.peers if peer.joined}, called)
 
     def _greet(self, peer: Peer, deadline: Deadline) -> None:
         """Wait until a worker answers, and learn from its status what it is."""

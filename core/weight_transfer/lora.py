@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from weight_transfer.errors import ConfigError
 from weight_transfer.manifest import Manifest, ParamMeta, dtype_name
+from weight_transfer.naming import walk, without_wrappers
 from weight_transfer.source import WeightSource, full_tensor, is_sharded
+from weight_transfer.state import memory_of, require_readable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,7 +50,8 @@ class MergedLoraSource(WeightSource):
         """Walk the model anew, because adapters may have been switched."""
         self._parts = _parts(self.model)
         manifest = Manifest(
-            ParamMeta(part.name, dtype_name(part.tensor.dtype), part.tensor.shape) for part in self._parts
+            (ParamMeta(part.name, dtype_name(part.tensor.dtype), part.tensor.shape) for part in self._parts),
+            {alias: part.name for part in self._parts for alias in part.aliases},
         )
         if manifest != self._manifest:
             self._manifest = manifest
@@ -75,6 +78,9 @@ class MergedLoraSource(WeightSource):
     def reuses_memory(self) -> bool:
         """What is merged or gathered is new each time."""
         return False
+
+    def __repr__(self) -> str:
+        return f"MergedLoraSource({type(self.model).__name__})"
 
     @property
     def collective(self) -> bool:
@@ -130,7 +136,8 @@ class _Part:
 
     name: str
     tensor: Tensor
-    merges: Sequence[_Merge]
+    aliases: list[str] = attrs.field(factory=list)
+    merges: list[_Merge] = attrs.field(factory=list)
 
     def tensors(self) -> Iterator[Tensor]:
         """Return all that it is made of."""
@@ -151,23 +158,23 @@ class _Part:
 
 def _parts(model: nn.Module) -> list[_Part]:
     """Return the base model's parameters and persistent buffers, tied ones once."""
-    base_of = getattr(model, "get_base_model", None)
-    walk = _Walk()
-    walk.visit(model if base_of is None else base_of(), "")
-    if not walk.layers:
+    peft_model: Any = next((part for _, _, part in walk(model) if hasattr(part, "get_base_model")), None)
+    found = _Walk()
+    found.visit(model if peft_model is None else peft_model.get_base_model(), "")
+    if not found.layers:
         raise ConfigError(
             f"MergedLoraSource needs a model with PEFT's LoRA layers, {type(model).__name__} has none; send the model."
         )
-    return [_Part(name, tensor, walk.merges.get(id(tensor), ())) for name, tensor in walk.weights.values()]
+    found.note_merges()
+    return list(found.parts.values())
 
 
 class _Walk:
     """Finds the weights of a model and the LoRA layers around some of them."""
 
     def __init__(self) -> None:
-        self.weights: dict[int, tuple[str, Tensor]] = {}
-        self.merges: dict[int, list[_Merge]] = {}
-        self.layers = 0
+        self.parts: dict[object, _Part] = {}
+        self.layers: list[tuple[Any, str]] = []
 
     def visit(self, module: Any, name: str) -> None:
         """Take a module in, with what is below it."""
@@ -186,24 +193,34 @@ class _Walk:
         for table in (module._parameters, module._buffers):  # noqa: SLF001
             for key, tensor in table.items():
                 if tensor is not None and key not in transient:
-                    self.weights.setdefault(id(tensor), (prefix + key, tensor))
+                    self._take_weight(without_wrappers(prefix + key), tensor)
         for key, child in module._modules.items():  # noqa: SLF001
             if child is not None:
                 self.visit(child, prefix + key)
+
+    def _take_weight(self, name: str, tensor: Tensor) -> None:
+        require_readable(name, tensor)
+        part = self.parts.setdefault(memory_of(tensor), _Part(name, tensor))
+        if part.name != name:
+            part.aliases.append(name)
 
     def _take_layer(self, layer: Any, name: str) -> None:
         kind = next((cls.__name__ for cls in type(layer).__mro__ if cls.__module__ == _HOME), None)
         if kind not in _KINDS:
             raise _refusal(layer, name)
-        self.layers += 1
-        inner = layer.base_layer
-        if kind == "ParamWrapper":
-            self._note(layer, name, getattr(layer.get_base_layer(), layer.parameter_name))
-        else:
-            if "base_layer" in inner._modules:  # noqa: SLF001
-                raise _refusal(inner, name)
-            self._note(layer, name, inner.weight, getattr(inner, "bias", None))
-        self.visit(inner, name)
+        self.layers.append((layer, name))
+        if kind != "ParamWrapper" and "base_layer" in layer.base_layer._modules:  # noqa: SLF001
+            raise _refusal(layer.base_layer, name)
+        self.visit(layer.base_layer, name)
+
+    def note_merges(self) -> None:
+        """Remember, once all weights are known, what the layers add to them."""
+        for layer, name in self.layers:
+            base = layer.get_base_layer()
+            if type(layer).__name__.endswith("ParamWrapper"):
+                self._note(layer, name, getattr(base, layer.parameter_name))
+            else:
+                self._note(layer, name, base.weight, getattr(base, "bias", None))
 
     def _note(self, layer: Any, name: str, weight: Tensor, bias: Tensor | None = None) -> None:
         """Remember what the layer's active adapters add to its base weight."""
@@ -215,11 +232,11 @@ class _Walk:
                 raise _refusal(layer, name, "DoRA" if variant is None else type(variant).__name__)
             if getattr(layer.get_base_layer(), "groups", 1) > 1:
                 raise _refusal(layer, name, "groups")
-            self.merges.setdefault(id(weight), []).append(_Merge(layer, adapter))
+            self.parts[memory_of(weight)].merges.append(_Merge(layer, adapter))
             if getattr(layer, "lora_bias", {}).get(adapter):
                 if bias is None:
                     raise ConfigError(f"{name}: adapter {adapter!r} has a bias (lora_bias), its base layer has none.")
-                self.merges.setdefault(id(bias), []).append(_Merge(layer, adapter, bias=True))
+                self.parts[memory_of(bias)].merges.append(_Merge(layer, adapter, bias=True))
 
 
 def _saved(wrapper: Any, name: str) -> Any:

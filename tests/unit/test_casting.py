@@ -129,6 +129,17 @@ def test_casts_can_be_stacked_and_the_outer_one_counts() -> None:
     assert sent["layers.0.up.weight"].dtype is torch.bfloat16
 
 
+def test_some_of_the_weights_are_cast_like_all() -> None:
+    model = Model()
+    randomise(model, 1)
+    source = wt.CastSource(model, MIXED)
+    source.manifest()
+    whole = dict(source)
+    some = dict(source.stream(["embed.weight", "layers.0.router.weight"]))
+    assert list(some) == ["embed.weight", "layers.0.router.weight"]
+    assert all(same_bits(tensor, whole[name]) for name, tensor in some.items())
+
+
 def test_a_pattern_that_matches_nothing_is_named() -> None:
     with pytest.raises(wt.ConfigError, match=r"'\*\.rooter\.\*'.*names such as"):
         wt.CastSource(Model(), {"*": "bfloat16", "*.rooter.*": "float32"}).manifest()
@@ -259,10 +270,13 @@ def test_a_weight_that_the_worker_lacks_is_named() -> None:
 
 def test_tied_weights_of_the_worker_are_known_by_each_name() -> None:
     trainer, worker = nn.Module(), nn.Module()
-    trainer.a = nn.Parameter(torch.ones(2))
-    worker.a = worker.z = nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+    trainer.a = trainer.z = nn.Parameter(torch.ones(2))
+    worker.z = worker.a = nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
     received({"cast": {"*": "receiver"}}, trainer, worker)
     assert same_bits(worker.z.detach(), trainer.a.detach().to(torch.bfloat16))
+    worker.float()
+    received({"cast": {"*": "bfloat16", "z": "float32"}}, trainer, worker)
+    assert same_bits(worker.z.detach(), trainer.a.detach())
 
 
 def test_workers_that_came_back_with_another_dtype_are_asked_again() -> None:

@@ -62,6 +62,10 @@ def lora(model: Any, **config: Any) -> Any:
     return peft.get_peft_model(model, peft.LoraConfig(**config))
 
 
+def names_of(model: nn.Module) -> set[str]:
+    return {name for name, _ in model.named_parameters(remove_duplicate=False)}
+
+
 def expected(model: Any) -> dict[str, torch.Tensor]:
     merged = copy.deepcopy(model).merge_and_unload()
     buffers = {name: buffer for name, buffer in merged.named_buffers() if name in merged.state_dict()}
@@ -77,7 +81,9 @@ def assert_merged(model: Any) -> MergedLoraSource:
         (name, str(tensor.dtype).removeprefix("torch.")) for name, tensor in source
     ]
     sent = dict(source)
+    manifest = source.manifest()
     assert sent.keys() == wanted.keys()
+    assert manifest.aliases.keys() == names_of(copy.deepcopy(model).merge_and_unload()) - wanted.keys()
     for name, tensor in sent.items():
         assert tensor.dtype == wanted[name].dtype, name
         assert torch.equal(tensor, wanted[name]), name

@@ -166,7 +166,8 @@ class RdmaTrainerEngine(TrainerWeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo
     ) -> None:
         """Put the staged tensors into the ring; returns when all workers have read them."""
         assert opened.table is not None
-        packing = packer.packing(staged_tensors(source, packer.plan.params))
+        tensors = staged_tensors(source, packer.plan.params)
+        packing = packer.packing(tensors, kept=not source.reuses_memory)
         before = self._filled
         for index in range(len(packer.plan.buckets)):
             self._await(before + index + 1 - len(opened.table.buckets), opened, deadline)
