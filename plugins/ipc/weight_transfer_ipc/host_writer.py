@@ -34,13 +34,14 @@ class HostWriter:
         """Bytes of the ring."""
         return self._ring.layout.nbytes if self._ring is not None else 0
 
-    def welcome(self, rank: int) -> None:
+    def welcome(self, rank: int, _gpu: object) -> None:
         """A worker has joined: it has no segment yet."""
         self._sent[rank] = set()
 
     def describe(self, source: WeightSource, manifest: Manifest) -> dict[str, Any]:
         """Return the fields of the update info."""
-        export = self._exporter.refresh(manifest, source.resident())
+        masters, resident = source.masters(), source.resident()
+        export = self._exporter.refresh(manifest, {**resident, **masters} if masters else resident)
         if export is not self._export:
             self._export, self._staged = export, export.staged(manifest)
         assert self._staged is not None
