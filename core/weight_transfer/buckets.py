@@ -97,6 +97,12 @@ def typed_view(view: torch.Tensor, meta: ParamMeta) -> torch.Tensor:
     return view.view(dtype).view(meta.shape)
 
 
+def copy_converted(tensor: torch.Tensor, slot: Slot, dtype: torch.dtype, view: torch.Tensor) -> None:
+    """Copy a piece of a contiguous tensor into its view of a bucket as ``dtype``; a slot must split no element."""
+    first, count = slot.start // dtype.itemsize, slot.nbytes // dtype.itemsize
+    view.view(dtype).copy_(tensor.detach().view(-1)[first : first + count])
+
+
 class Packer:
     """Fills the buckets of a plan in order from a stream of tensors, with cached views.
 
@@ -113,8 +119,8 @@ class Packer:
         """Fill the next bucket at each step, and yield how many bytes of weights it holds.
 
         Args:
-            tensors: yields the plan's parameters in order, any dtype and shape. Each is copied before the next one is
-                asked for.
+            tensors: yields the plan's parameters in order, any shape. Each is copied before the next one is asked for;
+                one of another dtype than the plan's is converted by the copy, with the bits of ``tensor.to``.
             kept: whether tensors stay as they are while somebody refers to them (``not source.reuses_memory``); then
                 a bucket is filled by one batched copy, which is faster on a GPU.
         """
@@ -122,9 +128,12 @@ class Packer:
         for slots, views in zip(self.plan.buckets, self._views, strict=True):
             pieces = []
             for slot, view in zip(slots, views, strict=True):
+                dtype = torch_dtype(self.plan.params[slot.param].dtype)
                 if not slot.start:
-                    tensor = next(tensors).contiguous()
-                if slot.nbytes:
+                    tensor = self._packable(next(tensors), dtype)
+                if tensor.dtype is not dtype:
+                    copy_converted(tensor, slot, dtype, view)
+                elif slot.nbytes:
                     piece = as_bytes(tensor)[slot.start : slot.start + slot.nbytes]
                     if kept:
                         pieces.append((view, piece))
@@ -133,6 +142,11 @@ class Packer:
             if pieces:
                 torch._foreach_copy_([view for view, _ in pieces], [piece for _, piece in pieces])
             yield sum(slot.nbytes for slot in slots)
+
+    def _packable(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return the tensor contiguous, and converted already if buckets may split its elements."""
+        splits = self.plan.bucket_bytes % dtype.itemsize
+        return (tensor.to(dtype) if splits else tensor).contiguous()
 
 
 class Unpacker:

@@ -16,6 +16,7 @@ buckets of `plan_buckets`, so that neighbours stay neighbours on both sides.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import count
 from weakref import ref
@@ -25,7 +26,7 @@ import torch
 
 from weight_transfer.buckets import ALIGNMENT
 from weight_transfer.errors import ManifestMismatchError
-from weight_transfer.manifest import Manifest, torch_dtype
+from weight_transfer.manifest import Manifest, dtype_name, torch_dtype
 from weight_transfer.shared_memory import SharedMemory
 
 
@@ -46,12 +47,14 @@ class Export:
         segment_ids: the parameter's segment; -1 if it is staged.
         offsets: its first element, in bytes from the segment's start.
         strides: its strides in elements, for those that are not contiguous, by index in the manifest as text.
+        dtypes: its dtype's name, for those that lie there in another one than the manifest's, by index as text.
     """
 
     segments: tuple[Segment, ...]
     segment_ids: tuple[int, ...]
     offsets: tuple[int, ...]
     strides: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str] = attrs.field(factory=dict)
 
     def staged(self, manifest: Manifest) -> Manifest:
         """Return the part of ``manifest`` that lies in no segment."""
@@ -67,11 +70,11 @@ class Export:
         for index, param in enumerate(manifest.params):
             if self.segment_ids[index] < 0:
                 continue
-            dtype = torch_dtype(param.dtype)
+            dtype = torch_dtype(self.dtypes.get(str(index), param.dtype))
             data = memory[self.segment_ids[index]][self.offsets[index] :]
             strides = self.strides.get(str(index))
             if strides is None:
-                view = data[: param.nbytes].view(dtype).view(param.shape)
+                view = data[: math.prod(param.shape) * dtype.itemsize].view(dtype).view(param.shape)
             else:
                 whole = data[: data.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
                 view = whole.as_strided(param.shape, strides)
@@ -96,7 +99,7 @@ class Exporter:
         self._export = Export((), (), (), {})
 
     def refresh(self, manifest: Manifest, resident: Mapping[str, torch.Tensor]) -> Export:
-        """Return where the weights are now; the same object while nothing moved.
+        """Return where the weights are now, in whichever dtypes they lie; the same object while nothing moved.
 
         New or reallocated parameters are adopted, segments that no parameter uses any more are dropped.
 
@@ -129,7 +132,7 @@ class Exporter:
         self._signature = ()
 
     def _describe(self, manifest: Manifest, resident: Mapping[str, torch.Tensor]) -> Export:
-        ids, offsets, strides = [], [], {}
+        ids, offsets, strides, dtypes = [], [], {}, {}
         for index, param in enumerate(manifest.params):
             tensor = resident.get(param.name)
             home = self._home(tensor) if tensor is not None else 0
@@ -137,10 +140,12 @@ class Exporter:
             offsets.append(tensor.data_ptr() - self._segments[home].address if tensor is not None and home else 0)
             if tensor is not None and home and not tensor.is_contiguous():
                 strides[str(index)] = tensor.stride()
+            if tensor is not None and home and dtype_name(tensor.dtype) != param.dtype:
+                dtypes[str(index)] = dtype_name(tensor.dtype)
         for unused in self._segments.keys() - set(ids):
             del self._segments[unused]
         segments = tuple(Segment(home, segment.nbytes) for home, segment in self._segments.items())
-        return Export(segments, tuple(ids), tuple(offsets), strides)
+        return Export(segments, tuple(ids), tuple(offsets), strides, dtypes)
 
     def _home(self, tensor: torch.Tensor) -> int:
         """Return the id of the segment in which a tensor lies, 0 if in none."""
@@ -172,7 +177,7 @@ class Exporter:
 
 
 def _sign(manifest: Manifest, resident: Mapping[str, torch.Tensor]) -> tuple[object, ...]:
-    return manifest.digest, [(tensor.data_ptr(), tensor.stride()) for tensor in resident.values()]
+    return manifest.digest, [(tensor.data_ptr(), tensor.stride(), tensor.dtype) for tensor in resident.values()]
 
 
 def _require_memory(tensors: Mapping[str, torch.Tensor]) -> None:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from weight_transfer.backend import Capability
+from weight_transfer.config import RECEIVER
 from weight_transfer.deadline import Deadline
+from weight_transfer.dtypes import common_dtypes, dtypes_by_name
 from weight_transfer.errors import (
     ConfigError,
     HandshakeError,
@@ -27,6 +29,8 @@ from weight_transfer.peers import Calls, Peer, cause_of, logged_wait, make_peer,
 from weight_transfer.structuring import structure, unstructure
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from weight_transfer.config import ParallelConfig, WeightTransferConfig
     from weight_transfer.control import ControlChannel
     from weight_transfer.engine import TrainerWeightTransferEngine
@@ -37,6 +41,9 @@ logger = logging.getLogger(__name__)
 
 _ABORT_TIMEOUT = 10.0  # seconds that workers get to abort a failed update
 _RETRY_INTERVAL = 0.1  # seconds between two looks at a worker that does not answer yet
+
+_ASKED = ("report_dtypes", "session")
+"""Keys of the init info that are left out unless they say something: other systems' workers do not know them."""
 
 Lost = dict[Peer, WeightTransferError]
 """Workers that failed, in the order of their failures."""
@@ -65,6 +72,9 @@ class Fleet:
         self._config = config
         self._parallel_config = parallel_config
         self._device: str | None = None
+        self._report_dtypes = {}
+        if RECEIVER in config.cast.values():
+            self._report_dtypes["report_dtypes"] = "checkpoint" if config.is_checkpoint_format else "kernel"
         self._rejoins = Capability.REJOIN in backend.backend.capabilities
         self._session = secrets.token_hex(8)
         self._joins = itertools.count(1)
@@ -130,8 +140,8 @@ class Fleet:
         for peer, own in zip(joining, fields, strict=True):
             slot = slots[peer]
             common = {"rank_offset": slot.rank_offset, "world_size": slot.world_size, "timeout": deadline.remaining()}
-            infos[peer] = unstructure(structure({**own, **common}, engine.init_info_cls, "init_info"))
-            infos[peer].pop("session", None)  # the peer adds it, if its channel carries sessions
+            info = structure({**own, **common, **self._report_dtypes}, engine.init_info_cls, "init_info")
+            infos[peer] = {key: value for key, value in unstructure(info).items() if key not in _ASKED or value}
         session = f"{self._session}.{next(self._joins)}"
         calls = self.call(joining, lambda peer: peer.join(infos[peer], session), "init", on_failure=self.react)
         self.require_going_on()
@@ -147,6 +157,7 @@ class Fleet:
         lost |= self.settle(calls.wait(deadline))
         for peer in joining:
             peer.joined = peer not in lost
+            peer.dtypes = dtypes_by_name(calls.results.get(peer), peer.address)
         return lost
 
     def greet(self, deadline: Deadline) -> Lost:
@@ -170,6 +181,14 @@ class Fleet:
         statuses = [peer.status for peer in self.peers if peer.greeted or peer.joined]
         served = [(status.get("versions") or {}).get(target, status.get("version")) for status in statuses]
         return [version for version in served if isinstance(version, (int, str))]
+
+    def dtypes(self, called: Mapping[str, Sequence[str]]) -> dict[str, str]:
+        """Return the dtypes that the workers, which must have joined, have for weights of these names.
+
+        Raises:
+            HandshakeError: a worker does not know, lacks one, or differs from another; they are named.
+        """
+        return common_dtypes({peer.address: peer.dtypes for peer in self.peers if peer.joined}, called)
 
     def _greet(self, peer: Peer, deadline: Deadline) -> None:
         status_of = getattr(peer.channel, "status", None)

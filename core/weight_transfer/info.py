@@ -7,7 +7,7 @@ backend, so that the control traffic of a steady-state update does not grow with
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 
@@ -42,12 +42,15 @@ class WeightTransferInitInfo:
         world_size: members of the transfer group: the trainer and all workers.
         timeout: seconds that joining may take.
         session: the trainer's name for this join; the worker then refuses calls that do not carry it.
+        report_dtypes: the format, ``"checkpoint"`` or ``"kernel"``, of whose weights the worker is to answer the
+            dtypes; None, and then not sent at all, if nobody asks.
     """
 
     rank_offset: int
     world_size: int
     timeout: float = attrs.field(converter=to_seconds)
     session: str | None = None
+    report_dtypes: Literal["checkpoint", "kernel"] | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -73,6 +76,13 @@ class WeightTransferUpdateInfo:
     base: int | str | None = None
     digests: tuple[str, ...] | None = None
     session: str | None = None
+
+
+def redefined_fields(cls: type[Any]) -> list[str]:
+    """Return the fields that an info class of a backend declares though the core's own class has them."""
+    own = {field.name for field in attrs.fields(cls) if not field.inherited}
+    bases = [base for base in (WeightTransferInitInfo, WeightTransferUpdateInfo) if issubclass(cls, base)]
+    return sorted(field.name for base in bases for field in attrs.fields(base) if cls is not base and field.name in own)
 
 
 @attrs.frozen

@@ -99,6 +99,11 @@ class KernelFormatLoader:
         self._twins = [(read[first], read[name]) for first, *others in self.takers.values() for name in others]
         self._read, self._checked = read, manifest
 
+    def dtypes(self) -> dict[str, str]:
+        """Return the dtype's name of each weight of the model, under each of its names."""
+        names = {name: dtype_name(tensor.dtype) for name, tensor in self._weights.read().items()}
+        return names | {alias: names[name] for alias, name in self._weights.aliases.items()}
+
     def destinations(self) -> Mapping[str, Tensor]:
         return self._targets
 

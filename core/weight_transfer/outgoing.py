@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from weight_transfer.casting import CastSource
 from weight_transfer.errors import ConfigError
 from weight_transfer.info import WireEncoder
 from weight_transfer.partial import PartialSource
@@ -14,10 +15,13 @@ if TYPE_CHECKING:
     from torch import nn
 
     from weight_transfer.events import Version
+    from weight_transfer.manifest import Manifest
 
 
 class Outgoing:
     """One target's side in the trainer.
+
+    Sources remember their manifests, so the methods return the same object for the same arguments.
 
     Attributes:
         target: its name.
@@ -30,15 +34,43 @@ class Outgoing:
         self.version: Version | None = None
         self.encoder = WireEncoder()
         self._module: ModuleSource | None = None
+        self._cast: CastSource | None = None
+        self._uncast: WeightSource | None = None
         self._part: PartialSource | None = None
 
-    def source(self, weights: nn.Module | WeightSource, only: Sequence[str] | None) -> WeightSource:
-        """Return what is sent; the same object for the same arguments, because sources remember their manifests.
+    def whole(self, weights: nn.Module | WeightSource) -> WeightSource:
+        """Return all of the weights as a source.
 
         Raises:
-            ConfigError: ``weights`` is neither a module nor a source, or a part is to be sent of what was never whole.
+            ConfigError: they are neither a module nor a source.
         """
-        source = self._whole(weights)
+        if self._module is None or self._module.module is not weights:
+            source = as_source(weights)
+            if source is weights or not isinstance(source, ModuleSource):
+                return source
+            self._module = source
+        return self._module
+
+    def cast(self, source: WeightSource, *chosen: Callable[[Manifest], Mapping[str, str]]) -> WeightSource:
+        """Return a source whose weights are cast to the dtypes that are ``chosen``, one choice after the other."""
+        if self._cast is None or self._uncast is not source:
+            cast: WeightSource = source
+            for choose in chosen:  # what the workers have is known to one rank alone: it casts what is gathered
+                cast = CastSource.choosing(cast, choose)
+            assert isinstance(cast, CastSource)
+            self._uncast, self._cast = source, cast
+        return self._cast
+
+    def forget_cast(self) -> None:
+        """Choose dtypes anew next time."""
+        self._cast = None
+
+    def part(self, source: WeightSource, only: Sequence[str] | None) -> WeightSource:
+        """Return the part that matches ``only``; all of the source if that is None.
+
+        Raises:
+            ConfigError: nothing was sent whole yet, or ``only`` is no list of patterns.
+        """
         if only is None:
             return source
         if self.version is None:
@@ -48,11 +80,3 @@ class Outgoing:
         if self._part is None or self._part.source is not source or self._part.only != tuple(only):
             self._part = PartialSource(source, only)
         return self._part
-
-    def _whole(self, weights: nn.Module | WeightSource) -> WeightSource:
-        if self._module is None or self._module.module is not weights:
-            source = as_source(weights)
-            if source is weights or not isinstance(source, ModuleSource):
-                return source
-            self._module = source
-        return self._module

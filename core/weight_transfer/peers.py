@@ -48,6 +48,7 @@ class Peer:
         status: what they answered; empty for a channel without ``status``.
         session: by what they know this trainer, if the channel carries sessions.
         init_info: what they were sent to join.
+        dtypes: of their weights by name, if they were asked and know.
         known: digest by field name of what they have been sent once, by target.
     """
 
@@ -62,6 +63,7 @@ class Peer:
     status: dict[str, Any] = attrs.field(factory=dict)
     session: str | None = None
     init_info: dict[str, Any] = attrs.field(factory=dict)
+    dtypes: dict[str, str] | None = None
     known: dict[str, dict[str, str]] = attrs.field(factory=dict)
 
     @property
@@ -69,12 +71,12 @@ class Peer:
         """The receivers behind it, as far as they tell."""
         return {part for part in str(self.status.get("id") or "").split(",") if part}
 
-    def join(self, init_info: dict[str, Any], session: str) -> None:
+    def join(self, init_info: dict[str, Any], session: str) -> object:
         """Have them join; from then on the session goes with each call, if the channel carries sessions."""
         self.session = session if takes_session(self.channel) else None
         self.called = True
         self.init_info = init_info | self._session
-        self.channel.init_weight_transfer_engine(self.init_info)
+        return self.channel.init_weight_transfer_engine(self.init_info)
 
     def start(self) -> None:
         """Open an update."""

@@ -19,6 +19,7 @@ import torch
 
 from weight_transfer.config import ParallelConfig, WeightTransferConfig
 from weight_transfer.deadline import LONG, Deadline
+from weight_transfer.dtypes import dtypes_answer
 from weight_transfer.errors import ConfigError
 from weight_transfer.info import MODEL
 from weight_transfer.lifecycle import ANYONE, Anyone, Lifecycle, ReceiverState
@@ -150,8 +151,12 @@ class WeightReceiver:
 
         return self._served.ahold(self._watch(look, timeout))
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any] | None:
         """Join a trainer. In a later call the previous engine is shut down first; a served version stays served.
+
+        Returns:
+            The names of the model's weights by dtype, as ``{"dtypes": ...}``, if the trainer asks and the loader copies
+            by name; else None.
 
         Raises:
             ConfigError: ``init_info`` is wrong; the sentence names the key.
@@ -164,13 +169,14 @@ class WeightReceiver:
             self._lifecycle.hand_to(init_info.get("session"))
             self._joined = Joined(self._backend.create_worker_engine(self.config, self.parallel_config), self._backend)
             try:
-                self._joined.join(init_info)
+                info = self._joined.join(init_info)
             except BaseException as error:
                 self._last_error = str(error)
                 self._drop_engine()
                 self._lifecycle.set(ReceiverState.CREATED)
                 raise
             self._lifecycle.set(ReceiverState.READY)
+            return dtypes_answer(info, self._targets[MODEL].loaders)
 
     def start_weight_update(self, session: str | None = None) -> None:
         """Begin an update: wait until nobody samples any more, and serve no version until it is over.

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from weight_transfer import background
 from weight_transfer.autograd_modes import reading
-from weight_transfer.config import ParallelConfig, WeightTransferConfig
+from weight_transfer.casting import declared_dtypes
+from weight_transfer.config import RECEIVER, ParallelConfig, WeightTransferConfig
 from weight_transfer.deadline import Deadline
 from weight_transfer.errors import (
     ConfigError,
@@ -97,11 +98,7 @@ class WeightSender:
         """
         with self._operation("connect"):
             if self._sends:
-                try:
-                    self._fleet.join()
-                except BaseException as error:
-                    self._fleet.abort(str(error))
-                    raise
+                self._join()
 
     def send(
         self,
@@ -131,7 +128,7 @@ class WeightSender:
         with self._operation("send"), reading():
             outgoing = self._targets.get(target) or Outgoing(target)
             version = self._next(version, outgoing)
-            source = outgoing.source(weights, only)
+            source = outgoing.part(self._cast(outgoing.whole(weights), outgoing), only)
             manifest = source.manifest()
             if not manifest.params:
                 raise ConfigError("The weights to send have no parameters.")
@@ -335,6 +332,48 @@ class WeightSender:
                 "the workers what they serve. Give it: send(model, version=...)."
             )
         return following(self._fleet.versions(outgoing.target))
+
+    def _cast(self, source: WeightSource, outgoing: Outgoing) -> WeightSource:
+        """Put the config's cast around a source."""
+        if not self.config.cast:
+            return source
+        if RECEIVER in self.config.cast.values():
+            if outgoing.target != MODEL:
+                raise ConfigError(
+                    f'cast: the workers tell the dtypes of their model alone, so "{RECEIVER}" means nothing for target '
+                    f"{outgoing.target!r}; name a dtype."
+                )
+            if self._sends and self._join_for(source):
+                outgoing.forget_cast()  # whoever joined now may have other dtypes
+        return outgoing.cast(source, self._declared, self._received)
+
+    def _join_for(self, source: WeightSource) -> bool:
+        """Join the workers that have not, for what they have to say; return whether there were any."""
+        source.manifest()  # from here on it knows its device
+        self._fleet.place(source.device)
+        if all(peer.joined for peer in self._fleet.peers):
+            return False
+        self._join()
+        return True
+
+    def _declared(self, manifest: Manifest) -> dict[str, str]:
+        chosen = declared_dtypes(manifest, self.config.cast)
+        return {name: dtype for name, dtype in chosen.items() if dtype != RECEIVER}
+
+    def _received(self, manifest: Manifest) -> dict[str, str]:
+        chosen = declared_dtypes(manifest, self.config.cast)
+        called = {name: [name] for name, dtype in chosen.items() if dtype == RECEIVER}
+        for alias, name in manifest.aliases.items():
+            if name in called:
+                called[name].append(alias)
+        return self._fleet.dtypes(called) if self._sends else {}
+
+    def _join(self) -> None:
+        try:
+            self._fleet.require_one(self._fleet.join())
+        except BaseException as error:
+            self._fleet.abort(str(error))
+            raise
 
     @contextmanager
     def _operation(self, method: str) -> Iterator[None]:

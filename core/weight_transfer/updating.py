@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from weight_transfer.autograd_modes import Writing
 from weight_transfer.errors import ManifestMismatchError, TransferError, TransferTimeoutError, WeightTransferError
 from weight_transfer.events import TransferFinished, TransferStarted
-from weight_transfer.info import MODEL, WireDecoder
+from weight_transfer.info import MODEL, WeightTransferInitInfo, WireDecoder
 from weight_transfer.loading import loader_for
 from weight_transfer.report import WorkerReport
 
@@ -63,10 +63,12 @@ class Joined:
         self._name = backend.backend.name
         self._decoders: dict[str, WireDecoder] = {}
 
-    def join(self, init_info: dict[str, Any]) -> None:
-        """Let the engine join the trainer."""
+    def join(self, init_info: dict[str, Any]) -> WeightTransferInitInfo:
+        """Let the engine join the trainer; return what that has said."""
         with _naming(self._name, "init", None):
-            self.engine.init_transfer_engine(self.engine.parse_init_info(init_info))
+            info: WeightTransferInitInfo = self.engine.parse_init_info(init_info)
+            self.engine.init_transfer_engine(info)
+        return info
 
     def receive(
         self,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from weight_transfer.dtypes import joint_answer
 from weight_transfer.errors import ConfigError, WeightTransferError
 from weight_transfer.report import WorkerReport
 
@@ -31,8 +32,8 @@ class ControlChannel(Protocol):
     worker, which then refuses the calls of trainers that it has not joined last. Otherwise it names none.
     """
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Join the trainer."""
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any] | None:
+        """Join the trainer; return the names of the model's weights by dtype, as ``{"dtypes": ...}``, if it asks."""
 
     def start_weight_update(self) -> None:
         """Begin an update."""
@@ -91,8 +92,8 @@ class LocalChannel:
             )
         self._receivers = receivers
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._each(lambda receiver: receiver.init_weight_transfer_engine(init_info))
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any] | None:
+        return joint_answer(self._each(lambda receiver: receiver.init_weight_transfer_engine(init_info)))
 
     def start_weight_update(self, session: str | None = None) -> None:
         self._each(lambda receiver: receiver.start_weight_update(session))

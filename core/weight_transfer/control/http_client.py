@@ -43,8 +43,11 @@ class HttpChannel:
         for name in ("Accept", "Accept-Encoding", "User-Agent"):  # control traffic is counted in bytes
             self._client.headers.pop(name, None)
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._post("init_weight_transfer_engine", {"init_info": init_info}, init_info.get("timeout"))
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any] | None:
+        answer: dict[str, Any] | None = self._post(
+            "init_weight_transfer_engine", {"init_info": init_info}, init_info.get("timeout")
+        )
+        return answer
 
     def start_weight_update(self, session: str | None = None) -> None:
         self._post("start_weight_update", _with(session))

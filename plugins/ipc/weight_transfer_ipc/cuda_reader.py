@@ -14,6 +14,7 @@ from weight_transfer.errors import HandshakeError, ManifestMismatchError, Transf
 from weight_transfer.lending import private_copies
 from weight_transfer.loading import destinations_of
 from weight_transfer_ipc import cuda
+from weight_transfer_ipc.conversion import load_converted, split
 from weight_transfer_ipc.copies import Copies, Spans, has_kernel
 from weight_transfer_ipc.cuda_export import layouts
 from weight_transfer_ipc.cuda_ring import POLL, CudaRingReader
@@ -127,6 +128,7 @@ class CudaReader:
         self._device_memory: DeviceMemory | None = None
         self._manifest: Manifest | None = None
         self._views: Views | None = None
+        self._masters: Views = []
         self._chunks: list[Views] | None = None
         self._in_place: _InPlace | None = None
         self._ring: CudaRingReader | None = None
@@ -181,6 +183,11 @@ class CudaReader:
             deadline.check("copying from the trainer's memory", backend="ipc", phase="update")
             trainer.check_alive()
             load_weights(part if destinations is not None else private_copies(part))
+        for part in chunks(self._masters, _CHUNK):
+            deadline.check("copying from the trainer's memory", backend="ipc", phase="update")
+            trainer.check_alive()
+            assert self._manifest is not None
+            load_converted(part, self._manifest, load_weights)
 
     def _await_weights(self, trainer: Connection, deadline: Deadline) -> None:
         """Wait, on the host, until the trainer's streams have come to where `send` was called.
@@ -256,6 +263,7 @@ class CudaReader:
 
     def _forget(self) -> None:
         self._views, self._chunks, self._in_place, self._ring = None, None, None, None
+        self._masters = []
         self._export, self._device_memory, self._manifest = None, None, None
         self._ready = {}
 
@@ -263,7 +271,7 @@ class CudaReader:
         if self._views is None:
             assert self._export is not None and self._manifest is not None
             memory = {key: mapped.memory for key, mapped in self._mapped.items()}
-            self._views = views_of(self._export, self._manifest, memory)
+            self._views, self._masters = split(views_of(self._export, self._manifest, memory), self._manifest)
         return self._views
 
     def _copy_in_place(self, destinations: Mapping[str, torch.Tensor], load_weights: LoadWeights) -> _InPlace:

@@ -80,7 +80,7 @@ class IpcTrainerEngine(TrainerWeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
             if rank in self._workers:
                 self._workers[rank].close()
             self._workers[rank] = connection
-            self._writer.welcome(rank)
+            self._writer.welcome(rank, connection.gpu)
 
     def describe_update(self, source: WeightSource, manifest: Manifest, deadline: Deadline) -> dict[str, Any]:
         return self._writer.describe(source, manifest)
@@ -146,7 +146,8 @@ class IpcWorkerEngine(WeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
         self.transport = "CUDA IPC" if init_info.gpu else "shared memory"
         self._trainer = Connection.connect(init_info.address, deadline)
         rank = init_info.rank_offset + self.parallel_config.rank
-        self._trainer.send({"token": init_info.token, "rank": rank}, [], deadline)
+        gpu = cuda.uuid_of(self._device.index) if self._device.type == "cuda" else None
+        self._trainer.send({"token": init_info.token, "rank": rank, "gpu": gpu}, [], deadline)
         welcome, _ = self._trainer.receive(deadline)
         if welcome != {"welcome": rank}:
             raise HandshakeError(

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from weight_transfer.deadline import Deadline
     from weight_transfer.engine import LoadWeights
     from weight_transfer.manifest import Manifest
-    from weight_transfer.source import WeightSource
     from weight_transfer_ipc.connection import Connection
 
 RING = 0
@@ -57,12 +56,6 @@ class RingLayout:
     @property
     def _stride(self) -> int:
         return -(-self.bucket_bytes // ALIGNMENT) * ALIGNMENT
-
-
-def staged_tensors(source: WeightSource, staged: Manifest) -> Iterator[torch.Tensor]:
-    """Yield the tensors of ``staged``, in its order."""
-    wanted = staged.by_name
-    return (tensor for name, tensor in source if name in wanted)
 
 
 class RingWriter:
