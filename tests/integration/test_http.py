@@ -226,9 +226,9 @@ def test_a_host_that_nobody_knows_fails_at_once(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     config = wt.load_config(CONFIG, init_timeout=60, on_worker_failure=on_worker_failure)
     since = time.monotonic()
-    with wt.WeightSender(config, ["http://no-such-host.invalid:8001"]) as sender:
-        with pytest.raises(wt.PeerLostError, match="nobody knows its host's name") as caught:
-            sender.send(Odd(2))
+    sender = wt.WeightSender(config, ["http://no-such-host.invalid:8001"])
+    with sender, pytest.raises(wt.PeerLostError, match="nobody knows its host's name") as caught:
+        sender.send(Odd(2))
     assert caught.value.permanent
     assert time.monotonic() - since < 10
 
@@ -237,9 +237,9 @@ def test_https_to_a_server_of_http_fails_at_once(receiver: wt.WeightReceiver) ->
     since = time.monotonic()
     with serve(receiver) as server:
         url = server.url.replace("http:", "https:")
-        with wt.WeightSender(wt.load_config(CONFIG, init_timeout=60), [url]) as sender:
-            with pytest.raises(wt.HandshakeError, match="is it an http:// address"):
-                sender.send(Odd(2))
+        sender = wt.WeightSender(wt.load_config(CONFIG, init_timeout=60), [url])
+        with sender, pytest.raises(wt.HandshakeError, match="is it an http:// address"):
+            sender.send(Odd(2))
     assert time.monotonic() - since < 10
 
 
@@ -254,9 +254,9 @@ def test_a_host_that_swallows_connections_is_a_lost_peer(init_timeout: float) ->
             client.setblocking(False)
             client.connect_ex(("127.0.0.1", port))
         config = wt.load_config(CONFIG, init_timeout=init_timeout)
-        with wt.WeightSender(config, [f"http://127.0.0.1:{port}"]) as sender:
-            with pytest.raises(wt.PeerLostError, match="cannot be reached"):
-                sender.send(Odd(2), version=1)
+        sender = wt.WeightSender(config, [f"http://127.0.0.1:{port}"])
+        with sender, pytest.raises(wt.PeerLostError, match="cannot be reached"):
+            sender.send(Odd(2), version=1)
         for client in crowd:
             client.close()
 
@@ -334,11 +334,11 @@ def test_a_users_own_channel_without_sessions_works_behind_http() -> None:
             self._receiver.abort_weight_update(reason)
 
     model = Odd(1)
-    with wt.WeightReceiver(CONFIG, model) as receiver, serve(Own(receiver)) as server:
-        with wt.WeightSender(CONFIG, [server.url]) as sender:
-            for seed in (2, 3):
-                sender.send(Odd(seed), version=seed)
-                assert (receiver.version, digest(model)) == (seed, digest(Odd(seed)))
+    receiver = wt.WeightReceiver(CONFIG, model)
+    with receiver, serve(Own(receiver)) as server, wt.WeightSender(CONFIG, [server.url]) as sender:
+        for seed in (2, 3):
+            sender.send(Odd(seed), version=seed)
+            assert (receiver.version, digest(model)) == (seed, digest(Odd(seed)))
 
 
 # Beside the routes of an application, whose threads all wait.

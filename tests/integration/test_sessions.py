@@ -50,6 +50,7 @@ def is_in(state: str, worker: Actor) -> Callable[[], bool]:
 def test_a_trainer_that_stood_still_while_it_was_replaced_publishes_nothing(
     spawn: Spawn, config: dict[str, Any]
 ) -> None:
+    config = config | {"timeout": 6}
     worker = spawn("worker", seed=11, config=config)
     stale = spawn("trainer", config=config, workers=[worker.hello])
     stale.ask("send", seed=1, version=1)
