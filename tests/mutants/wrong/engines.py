@@ -19,7 +19,6 @@ from weight_transfer.deadline import Deadline
 from weight_transfer.errors import PeerLostError, TransferError
 from weight_transfer.loading import destinations_of
 
-
 _LATE = 0.3  # seconds
 _open: list[int] = []
 _kept: list[socket.socket] = []
