@@ -590,6 +590,7 @@ def test_a_source_that_raises_midway_fails_the_update_and_the_next_send_recovers
     assert type(caught.value) is kind
     assert caught.value.cause == f"{type(raised).__name__}: {raised}"
     assert (caught.value.backend, caught.value.version) == ("loopback", 1)
+    assert (caught.value.peer, caught.value.phase) == ("trainer", "update")
     assert 1 not in [worker.receiver.version for worker in workers]
     sender.send(Small(2))
     assert [worker.serves for worker in workers] == [(1, digest(Small(2)))] * 2

@@ -76,11 +76,26 @@ def _scribble(tensor: torch.Tensor) -> None:
 
 
 class Receiver(WeightReceiver):
-    """Keeps the error of the last update that failed, for a trainer that is not there any more to be told."""
+    """Says when it is told of an update, and keeps the error of one that failed: the trainer may not be there any more.
+
+    Attributes:
+        told: whether an update is under way.
+        failure: of the last one.
+    """
 
     failure: WeightTransferError | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.told = threading.Event()
+
+    def start_weight_update(self) -> None:
+        self.told.clear()
+        self.failure = None
+        super().start_weight_update()
+
     def update_weights(self, update_info: dict[str, Any]) -> dict[str, Any]:
+        self.told.set()
         try:
             return super().update_weights(update_info)
         except WeightTransferError as error:
@@ -202,6 +217,7 @@ def main(stage: Stage, threads: int | None = None) -> None:
                 "status": lambda name: workers[name].receiver.status(),
                 "failure": failure,
                 "init": lambda name, info: workers[name].receiver.init_weight_transfer_engine(info),
+                "await_update": lambda name, seconds: workers[name].receiver.told.wait(seconds),
                 "abort": lambda name: workers[name].receiver.abort_weight_update(),
                 "arm": lambda name, **at: workers[name].loader.arm(**at),
                 "release": lambda name: workers[name].loader.release(),

@@ -56,8 +56,11 @@ class BlameTests(Kit):
         trainer = cast.trainer([worker], passing=True)
         for version, kind in enumerate(_KINDS):
             served = trainer.ask("send", seed=version, version=version)["hashes"]
-            trainer.ask("arm", fail_at=at, error=kind)
+            trainer.ask("arm", block_at=at, fail_at=at, error=kind)
             trainer.tell("send", seed=9, version=9)
+            assert trainer.reply() == "blocked"
+            worker.await_update()
+            trainer.tell("release")
             error = trainer.error(self.grace)
             assert isinstance(error, TransferError) and not isinstance(error, PeerLostError), repr(error)
             assert kind in str(error) and "the source was told to fail" in str(error)

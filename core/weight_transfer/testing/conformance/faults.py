@@ -62,6 +62,7 @@ class FaultsTests(Kit):
         trainer.ask("arm", block_at=2)
         trainer.tell("send", seed=2, version=2)
         assert trainer.reply() == "blocked"
+        worker.await_update()
         trainer.kill()
         status = self.settled(worker)
         assert status["version"] in (None, 1)  # 1 if not a byte had arrived
@@ -125,6 +126,7 @@ class FaultsTests(Kit):
         trainer.ask("arm", block_at=at)
         trainer.tell("send", seed=2, version=2)
         assert trainer.reply() == "blocked"
+        worker.await_update()
         with trainer.stopped():
             status = self.settled(worker)
             assert status["version"] in (None, 1)
@@ -150,6 +152,7 @@ class FaultsTests(Kit):
         trainer.ask("arm", block_at=at)
         trainer.tell("send", seed=2, version=2)
         assert trainer.reply() == "blocked"
+        worker.await_update()
         worker.tell("abort")
         worker.reply(self.grace)
         status = worker.ask("status")

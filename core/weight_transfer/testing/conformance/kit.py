@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from weight_transfer.errors import WeightTransferError
 
 T = TypeVar("T")
+_MOMENT = 0.3  # seconds
 
 PLAIN: list[Weight] = [
     weight("embed", "float32", 300, 256),
@@ -66,6 +67,10 @@ class Member:
     def error(self, within: float = PATIENCE) -> WeightTransferError:
         """Wait for a reply, which must be an error."""
         return self.actor.error(within)
+
+    def await_update(self) -> None:
+        """Wait a moment until a worker is told of the update; a backend may prepare it before."""
+        self.ask("await_update", seconds=_MOMENT)
 
     def stopped(self) -> AbstractContextManager[None]:
         """Freeze its process inside a ``with`` block."""
