@@ -11,7 +11,7 @@ import torch
 from weight_transfer.control.http_client import HttpChannel
 from weight_transfer.sender import WeightSender
 from weight_transfer.source import ModuleSource, WeightSource
-from weight_transfer.testing.models import Model, PassingSource, Weight, hashes, randomise
+from weight_transfer.testing.models import Model, PassingSource, Weight, cast, hashes, randomise
 from weight_transfer.testing.resources import MemoryMark, held
 from weight_transfer.testing.unpickling import watched_unpickling
 
@@ -29,9 +29,9 @@ class RecordingChannel(HttpChannel):
         self.init_infos: list[dict[str, Any]] = []
         self.update_infos: list[dict[str, Any]] = []
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any] | None:
         self.init_infos.append(init_info)
-        super().init_weight_transfer_engine(init_info)
+        return super().init_weight_transfer_engine(init_info)
 
     def update_weights(self, update_info: dict[str, Any]) -> dict[str, Any] | None:
         self.update_infos.append(update_info)
@@ -47,6 +47,7 @@ class Trainer:
         weights: the model's.
         device: the model's.
         passing: send copies that nobody keeps instead of the model's own tensors; only these can be armed.
+        served: what the workers have, if the config casts; default is ``weights``.
     """
 
     def __init__(
@@ -58,7 +59,9 @@ class Trainer:
         *,
         device: str = "cpu",
         passing: bool = False,
+        served: Sequence[Weight] | None = None,
     ) -> None:
+        self._served = served
         self.model = Model(weights, 0, device)
         self._stage = stage
         self._block_at: int | None = None
@@ -72,13 +75,14 @@ class Trainer:
     def send(self, seed: int, version: int) -> dict[str, Any]:
         """Randomise, send, and randomise again at once: the source may change as soon as ``send`` returns."""
         randomise(self.model, seed)
-        meant = hashes(self.model)
+        before = hashes(self.model)
+        meant = before if self._served is None else hashes(cast(self.model, self._served))
         report = self.sender.send(self._source, version=version)
         left = hashes(self.model)
         randomise(self.model, _AFTERWARDS)
         return {
             "hashes": meant,
-            "changed": [name for name in meant if left[name] != meant[name]],
+            "changed": [name for name in before if left[name] != before[name]],
             "workers": report.workers,
             "lost": report.lost,
             "extra_memory": report.extra_memory,
