@@ -98,7 +98,13 @@ def typed_view(view: torch.Tensor, meta: ParamMeta) -> torch.Tensor:
 
 
 def copy_converted(tensor: torch.Tensor, slot: Slot, dtype: torch.dtype, view: torch.Tensor) -> None:
-    """Copy a piece of a contiguous tensor into its view of a bucket as ``dtype``; a slot must split no element."""
+    """Copy a piece of a contiguous tensor into its view of a bucket as ``dtype``; a slot must split no element.
+
+    The same dtype is copied as bytes, since on CUDA a float's copy may change the bits of NaNs.
+    """
+    if tensor.dtype is dtype:
+        view.copy_(as_bytes(tensor)[slot.start : slot.start + slot.nbytes])
+        return
     first, count = slot.start // dtype.itemsize, slot.nbytes // dtype.itemsize
     view.view(dtype).copy_(tensor.detach().view(-1)[first : first + count])
 

@@ -16,12 +16,21 @@ if TYPE_CHECKING:
 def staged_tensors(source: WeightSource, staged: Sequence[ParamMeta]) -> Iterator[torch.Tensor]:
     """Yield the tensors of ``staged``, a part of the source's manifest in its order, for a `Packer`.
 
-    Those that are cast come uncast if all of them are at hand, because the copy into the bucket can convert; else they
-    come as iteration yields them.
+    Those that are cast come uncast if all of them are at hand; else they come as iteration yields them.
     """
-    masters, resident = source.masters(), source.resident()
-    at_hand = [masters.get(param.name, resident.get(param.name)) for param in staged] if masters else [None]
-    if not source.collective and not any(tensor is None for tensor in at_hand):
-        return (tensor.detach() for tensor in at_hand if tensor is not None)
+    uncast = uncast_tensors(source, staged)
+    if uncast is not None:
+        return iter(uncast)
     wanted = {param.name for param in staged}
     return (tensor for name, tensor in source if name in wanted)
+
+
+def uncast_tensors(source: WeightSource, params: Sequence[ParamMeta]) -> list[torch.Tensor] | None:
+    """Return the tensors of ``params`` for a copy that converts; None if none is cast, or not all are at hand."""
+    masters = source.masters()
+    if not masters or source.collective:
+        return None
+    resident = source.resident()
+    found = [masters.get(param.name, resident.get(param.name)) for param in params]
+    tensors = [tensor.detach() for tensor in found if tensor is not None]
+    return tensors if len(tensors) == len(params) else None

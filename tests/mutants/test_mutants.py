@@ -84,6 +84,7 @@ MUTANTS = [
     Mutant("DropsTheLastByte", "drops the last byte of odd weights", ZOO),
     Mutant("SwapsTwoTensors", "swaps tensors of one shape", BITS, passes=ZOO),
     Mutant("LosesADtype", "takes float64 through float32", ZOO),
+    Mutant("SendsMasters", "sends masters without a cast", "test_masters_arrive_cast[in place-module]"),
     Mutant("ResendsA", "sends the first update again and again", BITS, passes=ZOO),
     Mutant(
         "IgnoresTheDeadline",

@@ -89,6 +89,16 @@ def inference_tensors(module: nn.Module) -> list[str]:
     return [name for name, tensor in module.state_dict(keep_vars=True).items() if tensor.is_inference()]
 
 
+def cast(module: nn.Module, weights: Iterable[Weight]) -> Model:
+    """Return a model of these weights, with the values of ``module`` by ``tensor.to`` of their dtypes."""
+    state = module.state_dict()
+    model = Model(weights, 0, str(next(iter(state.values())).device))
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(state[name].to(tensor.dtype))
+    return model
+
+
 def raw_bytes(tensor: torch.Tensor) -> bytes:
     """Return the bytes of a tensor's elements in logical order, read from memory."""
     flat = tensor.detach().cpu().contiguous()

@@ -13,7 +13,7 @@ from weight_transfer.control.http_client import HttpChannel
 from weight_transfer.sender import WeightSender
 from weight_transfer.source import ModuleSource, WeightSource
 from weight_transfer.testing.forked import Family
-from weight_transfer.testing.models import Model, PassingSource, Weight, hashes, inference_tensors, randomise
+from weight_transfer.testing.models import Model, PassingSource, Weight, cast, hashes, inference_tensors, randomise
 from weight_transfer.testing.resources import MemoryMark, Watch, held
 from weight_transfer.testing.unpickling import watched_unpickling
 
@@ -33,9 +33,9 @@ class RecordingChannel(HttpChannel):
         self.init_infos: list[dict[str, Any]] = []
         self.update_infos: list[dict[str, Any]] = []
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any] | None:
         self.init_infos.append(init_info)
-        super().init_weight_transfer_engine(init_info)
+        return super().init_weight_transfer_engine(init_info)
 
     def start_weight_update(self, session: str | None = None) -> None:
         self._before("start")
@@ -61,6 +61,7 @@ class Trainer:
         device: the model's.
         passing: send copies that nobody keeps instead of the model's own tensors; only these can be armed.
         memory: what becomes of such a copy; see `PassingSource`.
+        served: what the workers have, if the config casts; default is ``weights``.
     """
 
     def __init__(
@@ -73,7 +74,9 @@ class Trainer:
         device: str = "cpu",
         passing: bool = False,
         memory: Literal["kept", "reused", "freed"] = "kept",
+        served: Sequence[Weight] | None = None,
     ) -> None:
+        self._served = served
         self.model = Model(weights, 0, device)
         self.family = Family(self.model)
         self._stage = stage
@@ -99,14 +102,15 @@ class Trainer:
         """
         if seed is not None:
             randomise(self.model, seed)
-        meant = hashes(self.model)
+        before = hashes(self.model)
+        meant = before if self._served is None else hashes(cast(self.model, self._served))
         with torch.inference_mode(inference):
             report = self.sender.send(self._source, version=version)
         left = hashes(self.model)
         randomise(self.model, _AFTERWARDS)
         return {
             "hashes": meant,
-            "changed": [name for name in meant if left[name] != meant[name]],
+            "changed": [name for name in before if left[name] != before[name]],
             "workers": report.workers,
             "lost": report.lost,
             "extra_memory": report.extra_memory,

@@ -6,12 +6,15 @@ import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from weight_transfer.buckets import Slot, as_bytes
+from weight_transfer.buckets import Slot, as_bytes, copy_converted
+from weight_transfer.manifest import torch_dtype
 
 if TYPE_CHECKING:
     import torch
 
+    from weight_transfer.manifest import Manifest
     from weight_transfer.source import WeightSource
+    from weight_transfer_nccl.plan import Batch
 
 _address = operator.methodcaller("data_ptr")
 _strides = operator.methodcaller("stride")
@@ -68,6 +71,25 @@ class StreamedBytes:
             if slot.last:
                 del self._held[slot.param]
         return pieces
+
+
+class Masters:
+    """Tensors that are converted on their way into a bucket, in the manifest's order."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._tensors = tensors
+        self._held: dict[int, torch.Tensor] = {}
+
+    def convert(self, batch: Batch, manifest: Manifest, views: Sequence[torch.Tensor]) -> None:
+        """Fill a batch's places in its bucket (uint8), the small tensors' first."""
+        for slot, view in zip((*batch.packed, *batch.direct), views, strict=True):
+            tensor = self._held.get(slot.param)
+            if tensor is None:
+                tensor = self._held[slot.param] = self._tensors[slot.param].contiguous()
+            if slot.nbytes:
+                copy_converted(tensor, slot, torch_dtype(manifest.params[slot.param].dtype), view)
+            if slot.last:
+                del self._held[slot.param]
 
 
 def _all_equal(found: Iterable[Any], expected: Iterable[Any]) -> bool:

@@ -76,6 +76,20 @@ class ResendsATrainer(AcmeTrainerEngine):
         super().send_weights(self._first, manifest, deadline, progress)
 
 
+class SendsMastersTrainer(AcmeTrainerEngine):
+    """Takes the bytes of masters for those of the weights."""
+
+    def send_weights(self, source, manifest, deadline, progress):
+        masters = source.masters()
+
+        def weights():
+            for name, tensor in source:
+                master = masters.get(name, tensor).detach().contiguous().view(-1).view(tensor.dtype)
+                yield name, master[: tensor.numel()].view(tensor.shape)
+
+        super().send_weights(weights() if masters else source, manifest, deadline, progress)
+
+
 class IgnoresTheDeadlineTrainer(AcmeTrainerEngine):
     """Waits an hour for workers."""
 
