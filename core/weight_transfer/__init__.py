@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "backend": ("API_VERSION", "Backend", "Capability"),
+    "checkpoint": ("CheckpointSource",),
     "config": ("ParallelConfig", "WeightTransferConfig"),
     "control": ("ControlChannel", "HttpChannel", "LocalChannel", "Server", "create_app", "serve"),
     "discovery": ("BackendRef", "Provider", "backends"),
@@ -49,7 +50,7 @@ _MODULES = {
     "receiver": ("ReceiverState", "WeightReceiver"),
     "report": ("TransferReport", "WorkerReport"),
     "sender": ("WeightSender",),
-    "source": ("CheckpointSource", "ModuleSource", "WeightSource"),
+    "source": ("ModuleSource", "WeightSource"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -3,6 +3,7 @@
 from weight_transfer.backend import API_VERSION as API_VERSION
 from weight_transfer.backend import Backend as Backend
 from weight_transfer.backend import Capability as Capability
+from weight_transfer.checkpoint import CheckpointSource as CheckpointSource
 from weight_transfer.config import ParallelConfig as ParallelConfig
 from weight_transfer.config import WeightTransferConfig as WeightTransferConfig
 from weight_transfer.control import ControlChannel as ControlChannel
@@ -53,7 +54,6 @@ from weight_transfer.receiver import WeightReceiver as WeightReceiver
 from weight_transfer.report import TransferReport as TransferReport
 from weight_transfer.report import WorkerReport as WorkerReport
 from weight_transfer.sender import WeightSender as WeightSender
-from weight_transfer.source import CheckpointSource as CheckpointSource
 from weight_transfer.source import ModuleSource as ModuleSource
 from weight_transfer.source import WeightSource as WeightSource
 

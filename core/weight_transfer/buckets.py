@@ -83,23 +83,6 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().reshape(-1).view(torch.uint8)
 
 
-def pack(slots: Sequence[Slot], tensors: Sequence[torch.Tensor], views: Sequence[torch.Tensor]) -> None:
-    """Copy pieces of ``tensors`` into a bucket.
-
-    Args:
-        slots: one bucket of a plan.
-        tensors: the contiguous tensor of each slot, any dtype and shape.
-        views: from `bucket_views`.
-    """
-    pairs = [
-        (view, as_bytes(tensor)[slot.start : slot.start + slot.nbytes])
-        for slot, tensor, view in zip(slots, tensors, views, strict=True)
-        if slot.nbytes
-    ]
-    if pairs:
-        torch._foreach_copy_([view for view, _ in pairs], [piece for _, piece in pairs])
-
-
 def bucket_views(slots: Sequence[Slot], buffer: torch.Tensor) -> list[torch.Tensor]:
     """Return, for each slot, the bytes of ``buffer`` (uint8, ``[bucket_bytes]``) that it takes; cache them."""
     return [buffer[slot.offset : slot.offset + slot.nbytes] for slot in slots]
@@ -125,20 +108,29 @@ class Packer:
         self.plan = plan
         self._views = [bucket_views(slots, buffers[i % len(buffers)]) for i, slots in enumerate(plan.buckets)]
 
-    def packing(self, tensors: Iterator[torch.Tensor]) -> Iterator[int]:
+    def packing(self, tensors: Iterator[torch.Tensor], kept: bool = False) -> Iterator[int]:
         """Fill the next bucket at each step, and yield how many bytes of weights it holds.
 
         Args:
-            tensors: yields the plan's parameters in order; a tensor is kept until its last byte is packed.
+            tensors: yields the plan's parameters in order, any dtype and shape. Each is copied before the next one is
+                asked for.
+            kept: whether tensors stay as they are while somebody refers to them (``not source.reuses_memory``); then
+                a bucket is filled by one batched copy, which is faster on a GPU.
         """
         tensor = torch.empty(0)
         for slots, views in zip(self.plan.buckets, self._views, strict=True):
-            parts = []
-            for slot in slots:
+            pieces = []
+            for slot, view in zip(slots, views, strict=True):
                 if not slot.start:
                     tensor = next(tensors).contiguous()
-                parts.append(tensor)
-            pack(slots, parts, views)
+                if slot.nbytes:
+                    piece = as_bytes(tensor)[slot.start : slot.start + slot.nbytes]
+                    if kept:
+                        pieces.append((view, piece))
+                    else:
+                        view.copy_(piece)
+            if pieces:
+                torch._foreach_copy_([view for view, _ in pieces], [piece for _, piece in pieces])
             yield sum(slot.nbytes for slot in slots)
 
 

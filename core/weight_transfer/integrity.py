@@ -1,11 +1,13 @@
 """Position-sensitive digests of tensors, computed where the tensor lies (CPU or GPU), in bounded memory.
 
-For 64-bit words x[i] of one block, with odd multipliers m[i] that differ by position, and wrapping arithmetic:
+For 64-bit words x[i] of one block, with constants c[i] that differ by position, and wrapping arithmetic:
 
-    y[i] = x[i] * m[i];  digest = digest * p + sum(mix(y[i]))
+    digest = digest * p + sum(mix(x[i] ^ c[i]))
 
-``mix`` is a bijection, so a change of any single word changes the digest for sure; swapped, shifted or torn words
-change it all but certainly. It finds faults, not forgeries: it is no cryptographic hash.
+``mix`` is a bijection, so a change of any single word changes the digest for sure. It is the finaliser of splitmix64,
+not a mere product: that leaves low bits as they are, and words that differ in their signs alone could be swapped
+unnoticed. Swapped, shifted or torn words change the digest all but certainly. It finds faults, not forgeries: it is no
+cryptographic hash.
 """
 
 from __future__ import annotations
@@ -18,13 +20,15 @@ from weight_transfer.buckets import as_bytes
 
 _BLOCK = 1 << 18  # words: 2 MiB, which stays in cache
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_ROUNDS = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
+_LAST_SHIFT = 31
 _PRIME = 0x100000001B3
 _MASK = (1 << 64) - 1
 
 
 @lru_cache(maxsize=16)
-def _multipliers(device: torch.device) -> torch.Tensor:
-    return (torch.arange(1, _BLOCK + 1, dtype=torch.int64, device=device) * _GOLDEN) | 1
+def _constants(device: torch.device) -> torch.Tensor:
+    return torch.arange(1, _BLOCK + 1, dtype=torch.int64, device=device) * _GOLDEN
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
@@ -50,7 +54,16 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 
 
 def _mixed_sum(block: torch.Tensor) -> int:
-    y = block * _multipliers(block.device)[: block.numel()]
-    y ^= (y >> 32) & 0xFFFFFFFF  # a logical shift: the arithmetic one would not be a bijection
-    y *= _GOLDEN
+    y = block ^ _constants(block.device)[: block.numel()]
+    for shift, factor in _ROUNDS:
+        _fold(y, shift)
+        y *= factor
+    _fold(y, _LAST_SHIFT)
     return int(y.sum())
+
+
+def _fold(y: torch.Tensor, shift: int) -> None:
+    """``y ^= y >> shift`` with a logical shift: the arithmetic one would not be a bijection."""
+    high = y >> shift
+    high &= _MASK >> shift
+    y ^= high

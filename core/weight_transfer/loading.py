@@ -5,14 +5,15 @@ from __future__ import annotations
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import compress
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
-from weight_transfer.errors import ManifestMismatchError
+from weight_transfer.errors import ConfigError, ManifestMismatchError
 from weight_transfer.manifest import ParamMeta, dtype_name
+from weight_transfer.naming import walk
 from weight_transfer.weights import ModuleWeights
 
 if TYPE_CHECKING:
@@ -69,21 +70,33 @@ class KernelFormatLoader:
 
     Args:
         model: its storages stay where they are, so captured CUDA graphs and compiled code keep working.
+        ignore: glob patterns of names that are not to be loaded.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._weights = ModuleWeights(model)
+    def __init__(self, model: nn.Module, ignore: Sequence[str] = ()) -> None:
+        self._weights = ModuleWeights(model, ignore)
+        self._read: Mapping[str, Tensor] = {}
         self._targets: Mapping[str, Tensor] = {}
+        self._twins: list[tuple[Tensor, Tensor]] = []
         self._checked: Manifest | None = None
+        self.takers: Mapping[str, tuple[str, ...]] = {}
+        """Names in the model by names in the manifest: several for weights that are tied on the trainer alone."""
 
     def begin(self, manifest: Manifest) -> None:
-        targets = self._weights.read()
-        if targets is not self._targets or manifest is not self._checked:
-            manifest.require(
-                (ParamMeta(name, dtype_name(tensor.dtype), tensor.shape) for name, tensor in targets.items()),
-                "the worker's model",
-            )
-            self._targets, self._checked = targets, manifest
+        try:
+            read = self._weights.read()
+            if read is self._read and manifest is self._checked:
+                return
+            self._weights.require_writable()
+        except ConfigError as error:
+            raise ManifestMismatchError(
+                f"The worker's model cannot take weights. {error.message}", phase="update"
+            ) from error
+        metas = (ParamMeta(name, dtype_name(tensor.dtype), tensor.shape) for name, tensor in read.items())
+        self.takers = manifest.require(metas, "the worker's model", self._weights.aliases)
+        self._targets = {name: read[taker] for name, (taker, *_) in self.takers.items()}
+        self._twins = [(read[first], read[name]) for first, *others in self.takers.values() for name in others]
+        self._read, self._checked = read, manifest
 
     def destinations(self) -> Mapping[str, Tensor]:
         return self._targets
@@ -104,7 +117,10 @@ class KernelFormatLoader:
                 torch._foreach_copy_(targets, tensors)
 
     def finish(self) -> None:
-        return
+        """Copy what is one weight on the trainer, but two here."""
+        with torch.no_grad():
+            for source, target in self._twins:
+                target.copy_(source)
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -125,7 +141,8 @@ class CheckpointFormatLoader:
 
     Args:
         load_weights: any callable that takes ``[(name, tensor), ...]`` in checkpoint format, such as a vLLM model's
-            ``load_weights``. It is called several times per update.
+            ``load_weights``. It is called several times per update. Its method ``begin(manifest)``, if it has one, is
+            called first, and may refuse the update.
         model: needed with ``process_weights_after_loading``.
         process_weights_after_loading: called once per layer and update with the layer's module.
     """
@@ -144,10 +161,16 @@ class CheckpointFormatLoader:
         self._model = model
         self._process = process_weights_after_loading
         self._missing: Counter[str] = Counter()
+        self._modules: dict[str, nn.Module] = {}
 
     def begin(self, manifest: Manifest) -> None:
+        begin: Callable[[Manifest], object] | None = getattr(self._load_weights, "begin", None)
+        if begin is not None:
+            begin(manifest)
         self._missing = Counter(self.layer_of(param.name) for param in manifest.params)
         if self._process:
+            assert self._model is not None
+            self._modules = {path: module for _, path, module in walk(self._model)}  # of wrappers, what they wrap
             for layer in self._missing:
                 self._module(layer)
 
@@ -177,47 +200,55 @@ class CheckpointFormatLoader:
         return match[1] if match else name.rpartition(".")[0]
 
     def _module(self, layer: str) -> nn.Module:
-        assert self._model is not None
-        try:
-            return self._model.get_submodule(layer)
-        except AttributeError as error:
+        module = self._modules.get(layer)
+        if module is None:
             raise ManifestMismatchError(
                 f"The update has parameters of layer {layer!r}, which the worker's model lacks; "
                 "process_weights_after_loading needs checkpoint names that match the model's modules.",
                 phase="update",
-            ) from error
+            )
+        return module
 
 
 def loader_for(
     model: nn.Module,
     load_weights: Callable[[Weights], object] | None,
     process_weights_after_loading: Callable[[nn.Module], object] | None,
+    ignore: Sequence[str] = (),
 ) -> Mapping[bool, WeightLoader]:
     """Return the loaders for checkpoint format (True) and kernel format (False).
 
     For checkpoint format that is ``load_weights``, else the model's own ``load_weights`` method, else a copy by name.
     """
-    kernel = KernelFormatLoader(model)
+    kernel = KernelFormatLoader(model, ignore)
     load = load_weights or getattr(model, "load_weights", None)
     if load is None and process_weights_after_loading is None:
         return {True: kernel, False: kernel}
-    checkpoint = CheckpointFormatLoader(load or _CopyByName(model), model, process_weights_after_loading)
-    return {True: checkpoint, False: kernel}
+    load = load or _CopyByName(model, ignore)
+    return {True: CheckpointFormatLoader(load, model, process_weights_after_loading), False: kernel}
 
 
 class _CopyByName:
     """The default behind the layerwise stage: copies into the parameters that the model has at that moment."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._weights = ModuleWeights(model)
+    def __init__(self, model: nn.Module, ignore: Sequence[str]) -> None:
+        self._kernel = KernelFormatLoader(model, ignore)
+        self._weights = ModuleWeights(model, ignore)
+
+    def begin(self, manifest: Manifest) -> None:
+        self._kernel.begin(manifest)
 
     def __call__(self, weights: Weights) -> None:
         targets = self._weights.read()
         for name, tensor in weights:
-            target = targets.get(name)
-            if target is None or target.shape != tensor.shape or target.dtype != tensor.dtype:
-                has = f"{dtype_name(target.dtype)} {list(target.shape)}" if target is not None else "no such parameter"
-                sent = ParamMeta(name, dtype_name(tensor.dtype), tensor.shape)
-                raise ManifestMismatchError(f"{sent} was sent, but the worker's model has {has}.", phase="update")
-            with torch.no_grad():
-                target.copy_(tensor)
+            for taker in self._kernel.takers[name]:
+                target = targets.get(taker)
+                if target is None or target.shape != tensor.shape or target.dtype != tensor.dtype:
+                    sent = ParamMeta(name, dtype_name(tensor.dtype), tensor.shape)
+                    raise ManifestMismatchError(
+                        f"{sent} was sent, but {taker!r} of the worker's model is another since this update began; "
+                        "process_weights_after_loading may change no layer but its own.",
+                        phase="update",
+                    )
+                with torch.no_grad():
+                    target.copy_(tensor)

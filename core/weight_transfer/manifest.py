@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterable, Mapping
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from weight_transfer.errors import ManifestMismatchError
+from weight_transfer.naming import suggested_rename
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
     import torch
 
 
@@ -69,6 +69,10 @@ class ParamMeta:
     def _nbytes(self) -> int:
         return math.prod(self.shape) * torch_dtype(self.dtype).itemsize
 
+    def is_like(self, other: ParamMeta) -> bool:
+        """Whether the other one has the same dtype and shape."""
+        return self.dtype == other.dtype and self.shape == other.shape
+
     def __str__(self) -> str:
         return f"{self.name}: {self.dtype} {list(self.shape)}"
 
@@ -85,11 +89,30 @@ def _unique(_instance: object, _attribute: object, params: tuple[ParamMeta, ...]
         seen.add(param.name)
 
 
+def _names(names: Mapping[str, str]) -> dict[str, str]:
+    return dict(names)
+
+
+def _known(manifest: Manifest, _attribute: object, aliases: Mapping[str, str]) -> None:
+    names = {param.name for param in manifest.params}
+    for alias, name in aliases.items():
+        if alias in names or name not in names:
+            raise ValueError(f"{alias!r} is no further name of a listed parameter, but stands for {name!r}")
+
+
 @attrs.frozen(slots=False)
 class Manifest:
-    """The parameters of one update, in the order in which they travel."""
+    """The parameters of one update, in the order in which they travel.
+
+    Attributes:
+        params: each memory once.
+        aliases: further names of parameters that are tied, and the name under which each travels.
+        partial: whether these are some of the weights, and the worker keeps the others as they are.
+    """
 
     params: tuple[ParamMeta, ...] = attrs.field(converter=_params, validator=_unique)
+    aliases: Mapping[str, str] = attrs.field(factory=dict, converter=_names, validator=_known, hash=False)
+    partial: bool = attrs.field(default=False, validator=attrs.validators.instance_of(bool))
 
     @cached_property
     def digest(self) -> str:
@@ -105,13 +128,18 @@ class Manifest:
     def by_name(self) -> Mapping[str, ParamMeta]:
         return {param.name: param for param in self.params}
 
-    def to_wire(self) -> dict[str, list[Any]]:
-        """Return the columns ``names``, ``dtype_names`` and ``shapes``, JSON-safe."""
-        return {
+    def to_wire(self) -> dict[str, Any]:
+        """Return the columns ``names``, ``dtype_names`` and ``shapes`` (``aliases``, ``partial`` if set), JSON-safe."""
+        columns: dict[str, Any] = {
             "names": [param.name for param in self.params],
             "dtype_names": [param.dtype for param in self.params],
             "shapes": [list(param.shape) for param in self.params],
         }
+        if self.aliases:
+            columns["aliases"] = dict(self.aliases)
+        if self.partial:
+            columns["partial"] = True
+        return columns
 
     @classmethod
     def from_wire(cls, data: Any, _type: object = None) -> Manifest:
@@ -125,10 +153,13 @@ class Manifest:
         columns = ("names", "dtype_names", "shapes")
         if (
             not isinstance(data, dict)
-            or set(data) != set(columns)
+            or set(data) - {"aliases", "partial"} != set(columns)
             or not all(isinstance(data[c], list) for c in columns)
         ):
-            raise ValueError("a manifest holds exactly the lists names, dtype_names and shapes")
+            raise ValueError("a manifest holds exactly the lists names, dtype_names and shapes, and may hold aliases")
+        aliases, partial = data.get("aliases", {}), data.get("partial", False)
+        if not isinstance(aliases, dict) or not all(isinstance(name, str) for name in aliases.values()):
+            raise ValueError(f"a manifest's aliases are names by name, got {aliases!r}")
         names, dtypes, shapes = (data[column] for column in columns)
         if not len(names) == len(dtypes) == len(shapes):
             raise ValueError(
@@ -139,33 +170,70 @@ class Manifest:
                 raise ValueError(
                     f"a parameter is a name, a dtype name and a list of sizes, got {name!r}, {dtype!r}, {shape!r}"
                 )
-        return cls(ParamMeta(*row) for row in zip(names, dtypes, shapes, strict=True))
+        return cls((ParamMeta(*row) for row in zip(names, dtypes, shapes, strict=True)), aliases, partial)
 
-    def require(self, expected: Iterable[ParamMeta], whose: str) -> None:
-        """Check that this manifest holds exactly the ``expected`` parameters, in any order.
+    def require(
+        self, expected: Iterable[ParamMeta], whose: str, aliases: Mapping[str, str] | None = None
+    ) -> Mapping[str, tuple[str, ...]]:
+        """Check that this manifest holds exactly the ``expected`` parameters (if partial, some of them), in any order.
+
+        Parameters that are tied on either side are the same under each of their names.
 
         Args:
-            expected: what the other side has.
+            expected: what the other side has, each memory once.
             whose: how the message calls that side, e.g. ``"the worker's model"``.
+            aliases: further names of the expected parameters that are tied there, and whose they are.
+
+        Returns:
+            For each parameter of this manifest the names of those that take its bytes: several, if they are tied here.
 
         Raises:
-            ManifestMismatchError: parameters are missing, extra, or of another shape or dtype; each is named.
+            ManifestMismatchError: parameters are missing, extra, tied on the other side alone, or of another shape or
+                dtype; each is named.
         """
         theirs = {param.name: param for param in expected}
-        ours = self.by_name
+        takers, tied, missing = self._takers(theirs, aliases or {})
+        extra = [name for name in self.by_name if name not in takers]
         problems = [
-            _named("is missing from the update", [name for name in theirs if name not in ours]),
-            _named(f"does not exist in {whose}", [name for name in ours if name not in theirs]),
+            "" if self.partial else _named("is missing from the update", missing),
+            _named(f"does not exist in {whose}", extra),
+            *(f"{' and '.join(map(repr, names))} are one weight in {whose} but not on the trainer" for names in tied),
             *(
-                f"{mine} was sent, but {whose} has {theirs[name].dtype} {list(theirs[name].shape)}"
-                for name, mine in ours.items()
-                if name in theirs and mine != theirs[name]
+                f"{self.by_name[name]} was sent, but {whose} has {theirs[taker].dtype} {list(theirs[taker].shape)}"
+                for name, names in takers.items()
+                for taker in names
+                if not self.by_name[name].is_like(theirs[taker])
             ),
         ]
         found = [problem for problem in problems if problem]
         if found:
             more = f" (and {len(found) - 3} more differences)" if len(found) > 3 else ""
-            raise ManifestMismatchError(f"The weights do not fit: {'; '.join(found[:3])}{more}.", phase="update")
+            rename = suggested_rename(self.by_name, theirs) if missing and extra else ""
+            hint = f" On the trainer, ModuleSource(model, {rename}) gives them these names." if rename else ""
+            raise ManifestMismatchError(f"The weights do not fit: {'; '.join(found[:3])}{more}.{hint}", phase="update")
+        return takers
+
+    def _takers(
+        self, theirs: Mapping[str, ParamMeta], aliases: Mapping[str, str]
+    ) -> tuple[dict[str, tuple[str, ...]], list[list[str]], list[str]]:
+        """Match names: return who takes each parameter, what is one weight there but not here, and what nobody sent."""
+        called = {name: [name] for name in theirs}
+        for alias, name in aliases.items():
+            called[name].append(alias)
+        takers: dict[str, tuple[str, ...]] = {}
+        tied, missing = [], []
+        for name, names in called.items():
+            sent = list(dict.fromkeys(filter(None, map(self._travels_as, names))))
+            if not sent:
+                missing.append(name)
+            elif len(sent) > 1:
+                tied.append(sent)
+            for each in sent:
+                takers[each] = (*takers.get(each, ()), name)
+        return takers, tied, missing
+
+    def _travels_as(self, name: str) -> str | None:
+        return name if name in self.by_name else self.aliases.get(name)
 
 
 def digest_json(data: Any) -> str:

@@ -19,9 +19,9 @@ from weight_transfer.errors import (
 )
 from weight_transfer.events import TransferFinished, TransferProgress, TransferStarted
 from weight_transfer.fleet import Fleet, Lost
+from weight_transfer.guarded import GuardedSource
 from weight_transfer.info import WeightTransferUpdateInfo, WireEncoder
 from weight_transfer.integrity import tensor_digest
-from weight_transfer.lockstep import LockstepSource
 from weight_transfer.manager import add_observers, load_backend
 from weight_transfer.peers import Calls, Peer
 from weight_transfer.read_config import load_config
@@ -120,11 +120,11 @@ class WeightSender:
             manifest = source.manifest()
             if not manifest.params:
                 raise ConfigError("The weights to send have no parameters.")
-            lockstep = LockstepSource(source, passes=2 if self.config.verify else 1)
+            guarded = GuardedSource(source, manifest, passes=2 if self.config.verify else 1)
             try:
-                report = self._observed_send(lockstep, manifest, version)
+                report = self._observed_send(guarded, manifest, version)
             finally:
-                lockstep.drain()
+                guarded.drain()
             self._version = version
             return report
 
@@ -161,7 +161,7 @@ class WeightSender:
 
     # One update, in the order in which it happens.
 
-    def _observed_send(self, source: LockstepSource, manifest: Manifest, version: Version) -> TransferReport:
+    def _observed_send(self, source: GuardedSource, manifest: Manifest, version: Version) -> TransferReport:
         common: dict[str, Any] = {"role": "trainer", "backend": self.config.backend, "version": version}
         common["nbytes"] = manifest.nbytes
         started = TransferStarted(**common, params=len(manifest.params), workers=len(self._fleet.peers))
@@ -181,7 +181,7 @@ class WeightSender:
             event = TransferFinished(**common, seconds=time.monotonic() - since, error=message)
             self._backend.notify("weight_transfer_finished", event)
 
-    def _send(self, source: LockstepSource, manifest: Manifest, version: Version) -> TransferReport:
+    def _send(self, source: GuardedSource, manifest: Manifest, version: Version) -> TransferReport:
         seconds: dict[str, float] = {}
         lost: Lost = {}
         noticed: dict[Peer, WorkerReport] = {}
@@ -216,7 +216,7 @@ class WeightSender:
         )
 
     def _update(
-        self, source: LockstepSource, manifest: Manifest, version: Version, deadline: Deadline
+        self, source: GuardedSource, manifest: Manifest, version: Version, deadline: Deadline
     ) -> tuple[Lost, dict[Peer, WorkerReport]]:
         """Move the bytes; return the workers that were lost, and what each has noticed."""
         assert self._fleet.engine is not None
@@ -239,6 +239,7 @@ class WeightSender:
         progress = _Progress(self._backend.notify, info, self.config.backend)
         try:
             engine.send_weights(source, manifest, deadline, progress)
+            source.finish()
         except WeightTransferError as error:
             cause = source.error or calls.explain(error)
             if cause is error:
@@ -277,13 +278,13 @@ class WeightSender:
         return 0 if self._version is None else self._version + 1
 
     def _as_source(self, weights: nn.Module | WeightSource) -> WeightSource:
-        """Keep the source of a module from update to update: it remembers its manifest."""
-        if self._source is not None and self._source.module is weights:
-            return self._source
-        source = as_source(weights)
-        if isinstance(source, ModuleSource):
+        """Keep the source that is made of a module from update to update: it remembers its manifest."""
+        if self._source is None or self._source.module is not weights:
+            source = as_source(weights)
+            if source is weights or not isinstance(source, ModuleSource):
+                return source
             self._source = source
-        return source
+        return self._source
 
     @contextmanager
     def _operation(self, method: str) -> Iterator[None]:

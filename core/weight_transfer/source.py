@@ -1,21 +1,19 @@
-"""Where the weights come from: a module of the trainer, or a checkpoint on disk."""
+"""Where the weights come from: any stream of named tensors, or a module of the trainer."""
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from weight_transfer.errors import ConfigError, IntegrityError
+from weight_transfer.errors import ConfigError
 from weight_transfer.manifest import Manifest, ParamMeta, dtype_name
 from weight_transfer.weights import ModuleWeights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 
 class WeightSource(ABC):
@@ -33,10 +31,15 @@ class WeightSource(ABC):
 
     @abstractmethod
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield ``(name, tensor)`` once each, full and on one device.
+        """Yield ``(name, tensor)`` once each, in the manifest's order, full and on one device.
 
-        With sharded parameters this runs collectives, so all trainer ranks must iterate in lockstep.
+        A tensor needs to be valid only until the next one is asked for; see `reuses_memory`. With sharded parameters
+        this runs collectives, so all trainer ranks must iterate in lockstep.
         """
+
+    def stream(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield those called ``names`` alone, in order, without gathering or reading the others where possible."""
+        return ((name, tensor) for name, tensor in self if name in names)
 
     def resident(self) -> Mapping[str, torch.Tensor]:
         """Return the tensors that need no materialising and keep their storage between updates, by name.
@@ -55,6 +58,14 @@ class WeightSource(ABC):
         """Whether iteration runs collectives, and so must be finished on every rank even when an update fails."""
         return False
 
+    @property
+    def reuses_memory(self) -> bool:
+        """Whether a tensor that iteration yielded may change, or be freed, once the next one is asked for.
+
+        Say False only if each stays as it is for as long as somebody refers to it: that saves some engines a copy.
+        """
+        return True
+
 
 def as_source(weights: nn.Module | WeightSource) -> WeightSource:
     """Return ``weights`` as a source; a module becomes a `ModuleSource`.
@@ -70,53 +81,68 @@ def as_source(weights: nn.Module | WeightSource) -> WeightSource:
 
 
 class ModuleSource(WeightSource):
-    """The parameters and persistent buffers of an ``nn.Module``.
+    """The weights of an ``nn.Module``: parameters, persistent buffers, and what else its ``state_dict()`` holds.
 
-    Tied weights are sent once. ``DTensor`` parameters (FSDP2, tensor parallel) are gathered one at a time with
-    ``full_tensor()``, a collective: every trainer rank iterates the same module in the same order.
+    Names are those of ``state_dict()`` without the parts that wrappers add (``torch.compile``, data parallelism,
+    activation checkpointing, PEFT). Tied weights are sent once. ``DTensor`` parameters (FSDP2, tensor parallel) are
+    gathered one at a time with ``full_tensor()``, a collective: every trainer rank iterates the same module in the same
+    order.
 
     Args:
         module: read anew by `manifest`, so that replaced parameters are noticed at each update.
-        rename: maps a parameter's name to the name under which it is sent, e.g. to strip a wrapper's prefix.
+        rename: maps a weight's name to the one under which it is sent, or to None if it is not to be sent.
+        ignore: glob patterns of names that are not to be sent, such as ``"*._extra_state"``.
     """
 
-    def __init__(self, module: nn.Module, rename: Callable[[str], str] | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        rename: Callable[[str], str | None] | None = None,
+        *,
+        ignore: Sequence[str] = (),
+    ) -> None:
         self.module = module
         self._rename = rename
-        self._reader = ModuleWeights(module)
+        self._reader = ModuleWeights(module, ignore)
         self._read: Mapping[str, torch.Tensor] | None = None
         self._weights: Mapping[str, torch.Tensor] = {}
         self._resident: Mapping[str, torch.Tensor] = {}
         self._manifest = Manifest(())
+        self._collective = False
 
     def manifest(self) -> Manifest:
-        """Read the module anew; iteration and `resident` then speak of the same tensors."""
+        """Read the module anew; iteration and `resident` then speak of the same tensors.
+
+        Raises:
+            ConfigError: the module holds something that cannot be sent, or two weights get one name; it is named.
+        """
         read = self._reader.read()
         if read is not self._read:
-            self._weights = self._renamed(read)
-            self._resident = {name: tensor for name, tensor in self._weights.items() if not _is_sharded(tensor)}
+            names = {name: self._sent_as(name) for name in (*read, *self._reader.aliases)}
+            self._weights = self._renamed(read, names)
+            computed = {names[name] for name in self._reader.computed}
+            self._resident = {
+                name: tensor
+                for name, tensor in self._weights.items()
+                if name not in computed and not _is_sharded(tensor)
+            }
             manifest = Manifest(
-                ParamMeta(name, dtype_name(tensor.dtype), tensor.shape) for name, tensor in self._weights.items()
+                (ParamMeta(name, dtype_name(tensor.dtype), tensor.shape) for name, tensor in self._weights.items()),
+                self._renamed_aliases(self._reader.aliases, names),
             )
             if manifest != self._manifest:
                 self._manifest = manifest
+            self._collective = any(map(_is_sharded, self._weights.values()))
             self._read = read
         return self._manifest
 
-    def _renamed(self, weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        if self._rename is None:
-            return weights
-        renamed: dict[str, torch.Tensor] = {}
-        for name, tensor in weights.items():
-            new = self._rename(name)
-            if new in renamed:
-                raise ConfigError(f"rename gives several parameters the name {new!r}; each needs one of its own.")
-            renamed[new] = tensor
-        return renamed
-
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in self._weights.items():
-            yield name, _full(tensor)
+        return ((name, _full(tensor)) for name, tensor in self._weights.items())
+
+    def stream(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        if type(self) is not ModuleSource:  # a subclass may yield something else
+            return super().stream(names)
+        return ((name, _full(tensor)) for name, tensor in self._weights.items() if name in names)
 
     def resident(self) -> Mapping[str, torch.Tensor]:
         return self._resident
@@ -128,7 +154,47 @@ class ModuleSource(WeightSource):
 
     @property
     def collective(self) -> bool:
-        return len(self._resident) < len(self._weights)
+        return self._collective
+
+    @property
+    def reuses_memory(self) -> bool:
+        return False
+
+    def __repr__(self) -> str:
+        return f"ModuleSource({type(self.module).__name__})"
+
+    def _sent_as(self, name: str) -> str | None:
+        new = name if self._rename is None else self._rename(name)
+        if new is not None and (not isinstance(new, str) or not new):
+            raise ConfigError(f"rename must give a name or None, and gave {new!r} for {name!r}.")
+        return new
+
+    def _renamed(
+        self, weights: Mapping[str, torch.Tensor], names: Mapping[str, str | None]
+    ) -> Mapping[str, torch.Tensor]:
+        if self._rename is None:
+            return weights
+        renamed: dict[str, torch.Tensor] = {}
+        for name, tensor in weights.items():
+            new = names[name]
+            if new in renamed:
+                raise ConfigError(f"rename gives several parameters the name {new!r}; each needs one of its own.")
+            if new is not None:
+                renamed[new] = tensor
+        return renamed
+
+    def _renamed_aliases(self, aliases: Mapping[str, str], names: Mapping[str, str | None]) -> dict[str, str]:
+        renamed: dict[str, str] = {}
+        for alias, name in aliases.items():
+            new, first = names[alias], names[name]
+            if new is None or new == first:
+                continue
+            if new in self._weights or renamed.get(new, first) != first:
+                raise ConfigError(f"rename gives several parameters the name {new!r}; each needs one of its own.")
+            if first is None:
+                raise ConfigError(f"rename drops {name!r}, but not {alias!r}, which is tied to it; drop both or none.")
+            renamed[new] = first
+        return renamed
 
 
 def _is_sharded(tensor: torch.Tensor) -> bool:
@@ -138,129 +204,4 @@ def _is_sharded(tensor: torch.Tensor) -> bool:
 def _full(tensor: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         gather = getattr(tensor, "full_tensor", None)
-        full: torch.Tensor = tensor.detach() if gather is None else gather()
-        return full
-
-
-class CheckpointSource(WeightSource):
-    """A directory of safetensors files, with or without ``model.safetensors.index.json``, or a single file.
-
-    Files are memory-mapped and read tensor by tensor; the checkpoint is never wholly in memory.
-
-    Args:
-        path: the directory or file.
-        device: where to materialise tensors.
-
-    Raises:
-        ConfigError: there is no safetensors file, or the index names one that is missing.
-        IntegrityError: a file is truncated or damaged; it is named.
-    """
-
-    INDEX = "model.safetensors.index.json"
-
-    def __init__(self, path: str | Path, device: str = "cpu") -> None:
-        self.path = Path(path)
-        self._device = device
-        self._index = self._read_index()
-        self._files = self._open()
-        try:
-            self._manifest = Manifest(self._metas())
-        except ValueError as error:
-            raise ConfigError(f"{self.path} cannot be sent: {error}.") from error
-        lacking = sorted(self._index.keys() - self._manifest.by_name.keys())
-        if lacking:
-            file = self.path / self._index[lacking[0]]
-            raise IntegrityError(
-                f"{file} lacks {lacking[0]!r}, which {self.INDEX} promises; copy or download it again."
-            )
-
-    def manifest(self) -> Manifest:
-        return self._manifest
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for file, handle in self._files.items():
-            for name in handle.keys():  # noqa: SIM118  (not a dict)
-                try:
-                    yield name, handle.get_tensor(name)
-                except _safetensors().SafetensorError as error:
-                    raise _damaged(file, error) from error
-
-    @property
-    def device(self) -> str:
-        return self._device
-
-    def _open(self) -> dict[Path, Any]:
-        handles = {}
-        for file in self._paths():
-            try:
-                handles[file] = _safetensors().safe_open(file, framework="pt", device=self._device)
-            except FileNotFoundError as error:
-                raise ConfigError(
-                    f"{self.path / self.INDEX} names {file.name}, which does not exist; complete the checkpoint."
-                ) from error
-            except (OSError, _safetensors().SafetensorError) as error:
-                raise _damaged(file, error) from error
-        return handles
-
-    def _paths(self) -> list[Path]:
-        if self.path.is_file():
-            return [self.path]
-        if self._index:
-            return [self.path / name for name in sorted(set(self._index.values()))]
-        found = sorted(self.path.glob("*.safetensors"))
-        if not found:
-            raise ConfigError(
-                f"{self.path} holds no safetensors file; name a checkpoint's directory or one .safetensors file."
-            )
-        return found
-
-    def _read_index(self) -> dict[str, str]:
-        """Return file names by parameter, empty without an index."""
-        index = self.path / self.INDEX
-        if not index.is_file():
-            return {}
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return {name: str(file) for name, file in weight_map.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise IntegrityError(f"{index} is not a valid index of safetensors files.", cause=str(error)) from error
-
-    def _metas(self) -> Iterator[ParamMeta]:
-        for handle in self._files.values():
-            for name in handle.keys():  # noqa: SIM118  (not a dict)
-                part = handle.get_slice(name)
-                yield ParamMeta(name, _SAFETENSORS_DTYPES.get(part.get_dtype(), part.get_dtype()), part.get_shape())
-
-
-# The format's names, from the safetensors documentation.
-_SAFETENSORS_DTYPES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "I16": "int16",
-    "U16": "uint16",
-    "I32": "int32",
-    "U32": "uint32",
-    "I64": "int64",
-    "U64": "uint64",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F32": "float32",
-    "F64": "float64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu",
-    "C64": "complex64",
-}
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors
-    except ImportError as error:
-        raise ConfigError("CheckpointSource needs safetensors: pip install safetensors") from error
-    return safetensors
-
-
-def _damaged(file: Path, error: Exception) -> IntegrityError:
-    return IntegrityError(f"{file} is truncated or damaged; copy or download it again.", cause=str(error))
+        return (tensor if gather is None else gather()).detach()

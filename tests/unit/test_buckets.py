@@ -16,8 +16,6 @@ from weight_transfer.buckets import (
     Packer,
     Unpacker,
     as_bytes,
-    bucket_views,
-    pack,
     plan_buckets,
     typed_view,
 )
@@ -97,13 +95,13 @@ class Pipe:
     def __init__(self, metas: list[ParamMeta], bucket_bytes: int, buckets: int = 2) -> None:
         self.buffers = [torch.full((bucket_bytes,), 0xAA, dtype=torch.uint8) for _ in range(buckets)]
         self.plan = plan_buckets(metas, bucket_bytes)
+        self.packer = Packer(self.plan, self.buffers)
         self.unpacker = Unpacker(plan_buckets(metas, bucket_bytes), self.buffers)
+        self.kept = True
 
     def send(self, tensors: Tensors, load: Callable[[list[tuple[str, torch.Tensor]]], None]) -> None:
-        flat = list(tensors.values())
-        for index, slots in enumerate(self.plan.buckets):
-            buffer = self.buffers[index % len(self.buffers)]
-            pack(slots, [flat[slot.param] for slot in slots], bucket_views(slots, buffer))
+        self.kept = not self.kept  # one copy for each tensor and one for each bucket, by turns
+        for index, _ in enumerate(self.packer.packing(iter(tensors.values()), self.kept)):
             self.unpacker.load(index, load)
 
 

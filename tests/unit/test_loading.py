@@ -84,7 +84,10 @@ MISFITS = [
     (lambda weights: weights[:-1], "is missing from the update"),
     (lambda weights: [*weights, ("extra", torch.zeros(1))], "'extra' does not exist in the worker's model"),
     (lambda weights: [*weights, ("rotary", torch.zeros(3))], "'rotary' does not exist in the worker's model"),
-    (lambda weights: [*weights, ("head.weight", weights[1][1])], "'head.weight' does not exist in the worker's model"),
+    (
+        lambda weights: [*weights, ("head.weight", weights[0][1])],
+        "'embed.weight' and 'head.weight' are one weight in the worker's model but not on the trainer",
+    ),
     (
         lambda weights: [(n, t.t() if t.dim() == 2 else t) for n, t in weights],
         "embed.weight: bfloat16 [4, 6] was sent, but the worker's model has bfloat16 [6, 4]",
@@ -373,7 +376,7 @@ def test_without_a_loader_the_layerwise_stage_copies_by_name() -> None:
 @pytest.mark.parametrize(
     ("name", "tensor", "words"),
     [
-        ("norm.gain", torch.zeros(3), "norm.gain: float32 [3] was sent, but the worker's model has no such parameter"),
+        ("norm.gain", torch.zeros(3), "'norm.gain' does not exist in the worker's model"),
         ("norm.bias", torch.zeros(2), "norm.bias: float32 [2] was sent, but the worker's model has float32 [3]"),
         (
             "norm.bias",
@@ -390,3 +393,171 @@ def test_the_copy_behind_the_layerwise_stage_checks_each_parameter(name: str, te
         load_in_parts(loader, [(name, tensor)], 1)  # type: ignore[arg-type]
     assert words in str(caught.value)
     assert same(snapshot(model), before)
+
+
+def test_a_hook_that_replaces_another_layers_weights_is_found_out() -> None:
+    model = Stack(1)
+
+    def spoil(layer: nn.Module) -> None:
+        if layer is not model.norm:
+            model.norm.bias = nn.Parameter(torch.zeros(5))
+
+    with pytest.raises(ManifestMismatchError, match="may change no layer but its own"):
+        load_in_parts(loader_for(model, None, spoil)[True], weights_of(Stack(1, seed=1)), 1)
+
+
+# Weights that are tied.
+
+
+class Pair(nn.Module):
+    """Two weights ``a`` and ``b`` of one shape, apart or tied in several ways."""
+
+    def __init__(self, tied: str = "") -> None:
+        super().__init__()
+        first, second = ("b", "a") if tied == "object, b first" else ("a", "b")
+        self.register_parameter(first, nn.Parameter(torch.randn(3, 3)))
+        one = self.get_parameter(first)
+        if tied.startswith("object"):
+            self.register_parameter(second, one)
+        elif tied == "storage":
+            self.register_parameter(second, nn.Parameter(one.data))
+        elif tied == "transposed":
+            self.register_parameter(second, nn.Parameter(one.data.t()))
+        elif tied == "slice":
+            self.register_parameter(second, nn.Parameter(torch.cat([one.data, one.data])))
+            one.data = self.get_parameter(second).data[:3]
+        else:
+            self.register_parameter(second, nn.Parameter(torch.randn(3, 3)))
+
+
+def sent_by(model: nn.Module) -> tuple[Manifest, Weights]:
+    source = ModuleSource(model)
+    return source.manifest(), [(name, tensor.clone()) for name, tensor in source]
+
+
+@pytest.mark.parametrize("worker", ["", "object", "object, b first", "storage"])
+@pytest.mark.parametrize("trainer", ["object", "object, b first", "storage"])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_ties_may_be_made_otherwise_on_the_worker_or_not_at_all(trainer: str, worker: str, in_place: bool) -> None:
+    for source in (Pair(trainer), Pair(trainer)):
+        model = Pair(worker)
+        manifest, weights = sent_by(source)
+        assert len(weights) == 1
+        loader = KernelFormatLoader(model)
+        loader.begin(manifest)
+        if in_place:
+            for name, tensor in weights:
+                loader.destinations()[name].data.copy_(tensor)
+            weights = list(loader.destinations().items())
+        loader(weights)
+        loader.finish()
+        assert torch.equal(model.a, source.a)
+        assert torch.equal(model.b, source.a)
+
+
+@pytest.mark.parametrize("worker", ["object", "object, b first", "storage"])
+def test_what_is_tied_on_the_worker_alone_is_refused(worker: str) -> None:
+    model, (manifest, _) = Pair(worker), sent_by(Pair())
+    before = snapshot(model)
+    with pytest.raises(
+        ManifestMismatchError, match=r"'[ab]' and '[ab]' are one weight in the worker's model but not on"
+    ):
+        KernelFormatLoader(model).begin(manifest)
+    assert same(snapshot(model), before)
+
+
+def test_a_tie_that_was_cut_between_two_updates_is_noticed() -> None:
+    model = Pair("storage")
+    loader = KernelFormatLoader(model)
+    loader.begin(sent_by(Pair("object"))[0])
+    model.b.data = model.b.data.clone()
+    manifest, weights = sent_by(Pair())
+    loader.begin(manifest)
+    loader(weights)
+    assert torch.equal(model.b, dict(weights)["b"])
+    model.b.data = model.a.data
+    with pytest.raises(ManifestMismatchError, match="are one weight in the worker's model"):
+        loader.begin(manifest)
+
+
+@pytest.mark.parametrize("tied", ["transposed", "slice"])
+def test_weights_that_share_some_of_their_memory_are_refused(tied: str) -> None:
+    model = Pair(tied)
+    with pytest.raises(ManifestMismatchError, match=r"Weight '[ab]' shares memory with '[ab]'"):
+        KernelFormatLoader(model).begin(sent_by(model)[0])
+
+
+def test_a_weight_whose_elements_are_one_is_refused() -> None:
+    model = nn.Module()
+    model.register_buffer("scale", torch.ones(1).expand(4))
+    with pytest.raises(ManifestMismatchError, match="Weight 'scale' has several elements in one place"):
+        KernelFormatLoader(model).begin(sent_by(model)[0])
+
+
+# What a worker's model cannot take.
+
+
+@pytest.mark.parametrize("hook", [None, lambda layer: None], ids=["plain", "with a hook"])
+def test_a_worker_on_meta_is_refused_by_name(hook: Callable[[nn.Module], object] | None) -> None:
+    model = Model(0)
+    model.scale = nn.Parameter(model.scale.to("meta"))
+    with pytest.raises(ManifestMismatchError, match="Weight 'scale' lies on the meta device and has no bytes"):
+        loader_for(model, None, hook)[True].begin(sent_by(Model(1))[0])
+
+
+class Extra(nn.Module):
+    """Saves a tensor of its own beside its weight: its live one, or a copy; or something else."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2))
+        self.scale = torch.randn(3)
+        self.kind = kind
+
+    def get_extra_state(self) -> object:
+        return {"live": self.scale, "copy": self.scale.clone(), "dict": {"scale": 1}, "none": None}[self.kind]
+
+    def set_extra_state(self, state: object) -> None: ...
+
+
+def test_extra_state_that_is_the_modules_own_tensor_is_loaded() -> None:
+    model, source = Extra("live"), Extra("live")
+    manifest, weights = sent_by(source)
+    assert [name for name, _ in weights] == ["weight", "_extra_state"]
+    load_in_parts_of(KernelFormatLoader(model), manifest, weights)
+    assert torch.equal(model.scale, source.scale)
+    source.scale = torch.randn(3)
+    load_in_parts_of(KernelFormatLoader(model), *sent_by(source))
+    assert torch.equal(model.scale, source.scale)
+
+
+def load_in_parts_of(loader: KernelFormatLoader, manifest: Manifest, weights: Weights) -> None:
+    loader.begin(manifest)
+    loader(weights)
+    loader.finish()
+
+
+def test_extra_state_that_is_a_copy_is_refused_unless_it_is_ignored() -> None:
+    model, source = Extra("copy"), Extra("copy")
+    with pytest.raises(ManifestMismatchError, match=r"'_extra_state' is computed when the model is saved.*ignore="):
+        KernelFormatLoader(model).begin(sent_by(source)[0])
+    source_without = ModuleSource(source, ignore=["*_extra_state"])
+    loader = KernelFormatLoader(model, ignore=["*_extra_state"])
+    loader.begin(source_without.manifest())
+    loader(list(source_without))
+    assert torch.equal(model.weight, source.weight)
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
+def test_names_of_wrappers_come_off_on_both_sides() -> None:
+    model, source = Stack(1), Stack(1, seed=1)
+    processed: list[nn.Module] = []
+    loader = loader_for(torch.compile(model), None, processed.append)[True]
+    wrapped = nn.Module()
+    wrapped.add_module("module", source)
+    manifest, weights = sent_by(wrapped)
+    loader.begin(manifest)
+    loader(weights)
+    loader.finish()
+    assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert model.norm in processed

@@ -36,9 +36,8 @@ from weight_transfer import (
     WeightReceiver,
     WeightSender,
     WeightSource,
-    buckets,
 )
-from weight_transfer.buckets import pack
+from weight_transfer.buckets import Packer
 from weight_transfer.testing.loopback import engine as loopback
 
 pytestmark = pytest.mark.timeout(60)
@@ -646,15 +645,15 @@ def test_nothing_to_send_is_an_error(pair: tuple[WeightSender, list[Worker]], we
 
 def corrupt(monkeypatch: pytest.MonkeyPatch, bucket: int) -> None:
     """Flip one bit on the wire: in the trainer's bucket of that number, after it was packed."""
-    packed: list[Any] = []
+    honest = Packer.packing
 
-    def pack_and_corrupt(slots: Any, tensors: Any, views: Any) -> None:
-        pack(slots, tensors, views)
-        if len(packed) == bucket:
-            next(view for view in views if view.numel())[0] ^= 1
-        packed.append(slots)
+    def packing(self: Any, *arguments: Any, **options: Any) -> Iterator[int]:
+        for index, nbytes in enumerate(honest(self, *arguments, **options)):
+            if index == bucket:
+                next(view for view in self._views[index] if view.numel())[0] ^= 1
+            yield nbytes
 
-    monkeypatch.setattr(buckets, "pack", pack_and_corrupt)
+    monkeypatch.setattr(Packer, "packing", packing)
 
 
 def test_verify_finds_one_wrong_bit_on_the_wire_and_names_the_parameter(

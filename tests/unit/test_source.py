@@ -1,22 +1,19 @@
-"""Where weights come from: a live module, or a checkpoint on disk that never fits into memory."""
+"""Where weights come from: a live module."""
 
 from __future__ import annotations
 
-import gc
-import json
+import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.testing._internal.two_tensor import TwoTensor
 
-from weight_transfer import CheckpointSource, ConfigError, IntegrityError, ModuleSource, WeightSource
-from weight_transfer.buckets import as_bytes
+from weight_transfer import ConfigError, ModuleSource, WeightSource
 from weight_transfer.source import as_source
-
-MIB = 2**20
 
 
 class Tied(nn.Module):
@@ -171,166 +168,221 @@ def test_what_can_be_sent_is_a_module_or_a_source() -> None:
         as_source(dict(module.state_dict()))  # type: ignore[arg-type]
 
 
-# A checkpoint.
-
-Tensors = dict[str, torch.Tensor]
-
-
-def some_tensors(names: list[str]) -> Tensors:
-    generator = torch.Generator().manual_seed(1)
-    dtypes = [torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int8, torch.bool]
-    return {
-        name: torch.randn(5, 3, generator=generator).to(dtypes[index % len(dtypes)]) for index, name in enumerate(names)
-    }
+def test_a_name_can_be_dropped_on_the_way() -> None:
+    source = ModuleSource(Tied(), rename=lambda name: None if name.startswith("norm.") else name)
+    assert names_of(source) == ["embed.weight", "scale"]
+    assert source.manifest().aliases == {"head.weight": "embed.weight"}
 
 
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Callable[..., tuple[Path, Tensors]]:
-    """Write a checkpoint of two files."""
-
-    def _checkpoint(index: bool = True) -> tuple[Path, Tensors]:
-        folder = tmp_path / "checkpoint"
-        folder.mkdir()
-        tensors = some_tensors([f"layers.{i}.weight" for i in range(8)] + ["scalar", "empty"])
-        tensors["scalar"], tensors["empty"] = torch.tensor(3.5, dtype=torch.float64), torch.empty(0, 4)
-        files = {f"model-0000{i}-of-00002.safetensors": dict(list(tensors.items())[i - 1 :: 2]) for i in (1, 2)}
-        for file, part in files.items():
-            save_file(part, folder / file)
-        if index:
-            weight_map = {name: file for file, part in files.items() for name in part}
-            (folder / CheckpointSource.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-        return folder, tensors
-
-    return _checkpoint
+def test_a_rename_that_gives_no_name_is_refused() -> None:
+    with pytest.raises(ConfigError, match="rename must give a name or None, and gave 3 for 'weight'"):
+        ModuleSource(nn.Linear(2, 2), rename=lambda name: 3).manifest()  # type: ignore[arg-type,return-value]
 
 
-def assert_same(source: CheckpointSource, tensors: Tensors) -> None:
-    metas = source.manifest().params
-    assert {meta.name for meta in metas} == set(tensors)
-    for meta, (name, tensor) in zip(metas, source, strict=True):
-        assert (meta.name, meta.shape, meta.dtype) == (name, tensor.shape, str(tensor.dtype).removeprefix("torch."))
-        assert tensor.dtype is tensors[name].dtype
-        assert torch.equal(as_bytes(tensor), as_bytes(tensors[name]))
+def test_what_is_tied_is_told_under_its_new_name_or_dropped_as_a_whole() -> None:
+    prefixed = ModuleSource(Tied(), rename=lambda name: f"model.{name}")
+    assert prefixed.manifest().aliases == {"model.head.weight": "model.embed.weight"}
+    assert ModuleSource(Tied(), ignore=["head.*"]).manifest().aliases == {}
+    with pytest.raises(ConfigError, match=r"rename drops 'embed.weight', but not 'head.weight', which is tied to it"):
+        ModuleSource(Tied(), rename=lambda name: None if name == "embed.weight" else name).manifest()
+    with pytest.raises(ConfigError, match="rename gives several parameters the name 'scale'"):
+        ModuleSource(Tied(), rename=lambda name: "scale" if name == "head.weight" else name).manifest()
 
 
-@pytest.mark.parametrize("index", [True, False])
-def test_a_checkpoint_is_read_bit_for_bit_again_and_again(
-    checkpoint: Callable[..., tuple[Path, Tensors]], index: bool
-) -> None:
-    folder, tensors = checkpoint(index)
-    source = CheckpointSource(folder)
-    for _ in range(2):
-        assert_same(source, tensors)
-    assert source.manifest() is source.manifest()
-    assert source.resident() == {}
+def test_parameters_over_the_same_memory_are_sent_once() -> None:
+    module = nn.Linear(3, 3)
+    module.twin = nn.Parameter(module.weight.data)
+    source = ModuleSource(module)
+    assert names_of(source) == ["weight", "bias"] or names_of(source) == ["twin", "bias"]
+    assert len(source.manifest().aliases) == 1
+    module.twin.data = module.weight.data.clone()
+    assert set(names_of(source)) == {"weight", "bias", "twin"}
 
 
-def test_a_single_file_is_a_checkpoint(tmp_path: Path) -> None:
-    tensors = some_tensors(["a", "b"])
-    save_file(tensors, tmp_path / "weights.safetensors")
-    assert_same(CheckpointSource(tmp_path / "weights.safetensors"), tensors)
-    assert_same(CheckpointSource(str(tmp_path)), tensors)
+# Wrappers.
 
 
-def test_only_the_files_of_the_index_are_read(checkpoint: Callable[..., tuple[Path, Tensors]]) -> None:
-    folder, tensors = checkpoint(True)
-    save_file(some_tensors(["layers.0.weight", "adapter"]), folder / "consolidated.safetensors")
-    assert_same(CheckpointSource(folder), tensors)
+class Compiled(nn.Module):
+    """What ``torch.compile`` makes of a module, as far as names tell."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._orig_mod = module
 
 
-@pytest.mark.parametrize("keep", [0, 5, 40, 0.5, -1])
-def test_a_truncated_file_is_named(checkpoint: Callable[..., tuple[Path, Tensors]], keep: float) -> None:
-    folder, _ = checkpoint()
-    file = folder / "model-00002-of-00002.safetensors"
-    data = file.read_bytes()
-    file.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
-    with pytest.raises(IntegrityError) as caught:
-        CheckpointSource(folder)
-    assert str(caught.value).startswith(f"{file} is truncated or damaged; copy or download it again. (cause: ")
+class DistributedDataParallel(nn.Module):
+    """The real one needs a process group; a class of this name among the bases is what counts."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
 
 
-def test_a_file_that_the_index_names_and_that_is_missing_is_named(
-    checkpoint: Callable[..., tuple[Path, Tensors]],
-) -> None:
-    folder, _ = checkpoint()
-    (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ConfigError) as caught:
-        CheckpointSource(folder)
-    index, file = folder / CheckpointSource.INDEX, "model-00002-of-00002.safetensors"
-    assert str(caught.value) == f"{index} names {file}, which does not exist; complete the checkpoint."
+class Policy(nn.Module):
+    """Holds wrapped parts."""
+
+    def __init__(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([wrap(nn.Linear(2, 2)), nn.Linear(2, 2)])
+        self.head = wrap(nn.Linear(2, 3))
 
 
-def test_a_parameter_that_the_index_promises_and_no_file_has_is_named(
-    checkpoint: Callable[..., tuple[Path, Tensors]],
-) -> None:
-    folder, tensors = checkpoint()
-    file = folder / "model-00001-of-00002.safetensors"
-    save_file(dict(list(tensors.items())[2::2]), file)
-    with pytest.raises(IntegrityError) as caught:
-        CheckpointSource(folder)
-    assert f"{file} lacks 'layers.0.weight', which {CheckpointSource.INDEX} promises" in str(caught.value)
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "compilation": Compiled,
+    "activation checkpointing": checkpoint_wrapper,
+    "data parallelism": DistributedDataParallel,
+    "both": lambda module: Compiled(checkpoint_wrapper(DistributedDataParallel(module))),
+}
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 5}', '{"weight_map": ["a"]}', "\x00"])
-def test_a_damaged_index_is_named(checkpoint: Callable[..., tuple[Path, Tensors]], text: str) -> None:
-    folder, _ = checkpoint()
-    (folder / CheckpointSource.INDEX).write_text(text)
-    with pytest.raises(IntegrityError) as caught:
-        CheckpointSource(folder)
-    assert f"{folder / CheckpointSource.INDEX} is not a valid index of safetensors files" in str(caught.value)
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS.keys())
+def test_the_names_of_wrappers_come_off(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    plain = names_of(ModuleSource(Policy(nn.Identity)))
+    bare = names_of(ModuleSource(Policy(lambda module: module)))
+    assert plain == ["layers.1.weight", "layers.1.bias"]
+    assert names_of(ModuleSource(Policy(wrap))) == bare
+    assert names_of(ModuleSource(wrap(Policy(wrap)))) == bare
+    assert [name for name, _ in sent(wrap(Policy(wrap)))] == bare
 
 
-@pytest.mark.parametrize("exists", [True, False])
-def test_a_folder_without_safetensors_is_named(tmp_path: Path, exists: bool) -> None:
-    folder = tmp_path / "checkpoint"
-    if exists:
-        folder.mkdir()
-        (folder / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(ConfigError) as caught:
-        CheckpointSource(folder)
-    assert f"{folder} holds no safetensors file" in str(caught.value)
+def sent(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    source = ModuleSource(module)
+    source.manifest()
+    return list(source)
 
 
-def test_a_parameter_in_two_files_without_an_index_is_named(tmp_path: Path) -> None:
-    for file in ("a", "b"):
-        save_file(some_tensors(["layers.0.weight"]), tmp_path / f"{file}.safetensors")
-    with pytest.raises(ConfigError) as caught:
-        CheckpointSource(tmp_path)
-    assert f"{tmp_path} cannot be sent: parameter 'layers.0.weight' is listed twice" in str(caught.value)
+def test_a_part_of_the_model_that_is_called_module_keeps_its_name() -> None:
+    model = nn.Module()
+    model.module = nn.Linear(2, 2)
+    model.other = nn.Linear(2, 2)
+    assert names_of(ModuleSource(model)) == ["module.weight", "module.bias", "other.weight", "other.bias"]
 
 
-def memory(kind: str) -> int:
-    """Return bytes of this process's memory: ``RssAnon`` is its own, ``RssFile`` mapped from files."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{kind}:"):
-            return int(line.split()[1]) * 1024
-    pytest.skip(f"this kernel does not report {kind}")
+def test_two_weights_that_wrappers_alone_tell_apart_are_refused() -> None:
+    model = nn.Linear(2, 2)
+    model._orig_mod = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match="Without the names of wrappers two weights are called 'weight'"):
+        ModuleSource(model).manifest()
 
 
-def touch(tensor: torch.Tensor) -> None:
-    """Read every page, and see that the tensor is the constant that it should be."""
-    pages = tensor[::1024]
-    assert torch.equal(pages, pages[:1].expand_as(pages))
+# All of it, or a refusal.
 
 
-def test_a_checkpoint_is_never_wholly_in_memory(tmp_path: Path) -> None:
-    count, size = 24, 4 * MIB
-    save_file(
-        {f"p{i}": torch.full((size,), i, dtype=torch.uint8) for i in range(count)}, tmp_path / "model.safetensors"
-    )
-    gc.collect()
-    before = {kind: memory(kind) for kind in ("RssAnon", "RssFile")}
-    source = CheckpointSource(tmp_path)
-    assert source.manifest().nbytes == count * size
-    stream = iter(source)
-    _, first = next(stream)
-    assert (
-        first.sum(dtype=torch.int64) == int(first[0]) * size
-    )  # touches every byte of the first tensor, and of no other
-    grown = sum(memory(kind) - before[kind] for kind in before)
-    assert size // 2 < grown < 4 * size, "opening and taking one tensor loads about one tensor"
-    peak = 0
-    for _, tensor in stream:
-        touch(tensor)
-        peak = max(peak, memory("RssAnon") - before["RssAnon"])
-    assert peak < 4 * size, "private memory holds about one tensor at a time; mapped pages are the kernel's to drop"
+def test_a_script_is_sent_and_followed() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        script = torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+    source = ModuleSource(script)
+    names = names_of(source)
+    assert set(names) == set(script.state_dict())
+    with torch.no_grad():
+        script.state_dict()["0.weight"].fill_(3)
+    source.manifest()
+    assert torch.equal(dict(source)["0.weight"], torch.full((2, 2), 3.0))
+
+
+class Saving(nn.Module):
+    """Adds something of its own to its ``state_dict()``."""
+
+    def __init__(self, extra: object) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.extra = extra
+
+    def _save_to_state_dict(self, destination: dict[str, object], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "scale"] = self.extra
+
+
+def test_a_tensor_that_only_the_state_dict_has_is_sent_and_read_anew_each_time() -> None:
+    inner = Saving(torch.zeros(3))
+    source = ModuleSource(nn.Sequential(inner))
+    assert names_of(source) == ["0.weight", "0.scale"]
+    assert list(source.resident()) == ["0.weight"]
+    assert not source.collective
+    manifest = source.manifest()
+    inner.extra = torch.ones(3)
+    assert source.manifest() is manifest
+    assert torch.equal(dict(source)["0.scale"], torch.ones(3))
+
+
+@pytest.mark.parametrize("extra", [{"amax": 1.0}, b"bytes", 3])
+def test_state_that_is_no_tensor_is_refused_by_name_unless_it_is_ignored(extra: object) -> None:
+    module = nn.Sequential(Saving(extra))
+    with pytest.raises(ConfigError, match=rf"State '0.scale' is a {type(extra).__name__}, not a tensor.*ignore="):
+        ModuleSource(module).manifest()
+    assert names_of(ModuleSource(module, ignore=["*.scale"])) == ["0.weight"]
+
+
+def test_extra_state_of_none_is_nothing() -> None:
+    assert names_of(ModuleSource(Saving(None))) == ["weight"]
+
+
+def test_what_a_hook_puts_in_the_place_of_a_weight_is_not_sent_for_it() -> None:
+    module = nn.Linear(2, 2)
+    module.register_state_dict_post_hook(lambda _, state, *__: state.update(weight=torch.zeros(2, 2)))
+    source = ModuleSource(module)
+    assert names_of(source) == ["weight", "bias"]
+    assert dict(source)["weight"].data_ptr() == module.weight.data_ptr()
+
+
+class FlatParameter(nn.Parameter):
+    """FSDP1's."""
+
+
+def freed() -> nn.Parameter:
+    parameter = nn.Parameter(torch.ones(2, 2))
+    parameter.untyped_storage().resize_(0)
+    return parameter
+
+
+BODILESS: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
+    "meta": (lambda: nn.Parameter(torch.ones(2, 2, device="meta")), "lies on the meta device and has no bytes"),
+    "lazy": (lambda: nn.LazyLinear(2).weight, "has no shape yet"),
+    "fake": (lambda: nn.Parameter(FakeTensorMode().from_tensor(torch.ones(2, 2))), "lies on the meta device"),
+    "sparse": (lambda: nn.Parameter(torch.ones(2, 2).to_sparse()), "is a sparse_coo tensor"),
+    "quantised": (
+        lambda: nn.Parameter(torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), requires_grad=False),
+        "is a quantised tensor",
+    ),
+    "nested": (
+        lambda: nn.Parameter(torch.nested.nested_tensor([torch.ones(2), torch.ones(1)], layout=torch.jagged)),
+        "is a jagged tensor",
+    ),
+    "two": (lambda: nn.Parameter(TwoTensor(torch.ones(2), torch.ones(2))), "is a TwoTensor tensor"),
+    "flat": (lambda: FlatParameter(torch.ones(2, 2)), "is a flat parameter of FSDP1"),
+    "freed": (freed, "has been freed"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("make", "words"), BODILESS.values(), ids=BODILESS.keys())
+def test_a_weight_without_bytes_of_its_own_is_refused_by_name(make: Callable[[], torch.Tensor], words: str) -> None:
+    module = nn.Sequential(nn.Linear(2, 2))
+    module[0].weight = make()
+    with pytest.raises(ConfigError, match=f"Weight '0.weight' {words}"):
+        ModuleSource(module).manifest()
+
+
+def test_a_weight_that_is_freed_after_an_update_is_refused_by_name() -> None:
+    module = nn.Linear(2, 2)
+    source = ModuleSource(module)
+    source.manifest()
+    module.weight.untyped_storage().resize_(0)
+    with pytest.raises(ConfigError, match="Weight 'weight' has been freed"):
+        source.manifest()
+    module.weight.untyped_storage().resize_(16)
+    module.weight.data.fill_(2)
+    source.manifest()
+    assert torch.equal(dict(source)["weight"], torch.full((2, 2), 2.0))
+
+
+def test_a_module_that_contains_itself_is_walked_once() -> None:
+    module = nn.Linear(2, 2)
+    module.inner = nn.Linear(2, 2)
+    module.inner._modules["back"] = module
+    assert names_of(ModuleSource(module)) == ["weight", "bias", "inner.weight", "inner.bias"]
+
+
+def test_a_source_shows_what_it_is() -> None:
+    assert repr(ModuleSource(nn.Linear(2, 2))) == "ModuleSource(Linear)"

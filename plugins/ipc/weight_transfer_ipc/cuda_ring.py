@@ -60,13 +60,15 @@ class CudaRingWriter:
         readers: Sequence[Connection],
         deadline: Deadline,
         progress: Callable[[int], None],
+        kept: bool,
     ) -> None:
         """Send the tensors of ``staged``, in its order; returns when all readers have loaded all of them.
 
-        Packing runs on the caller's current stream, where the tensors were gathered.
+        Packing runs on the caller's current stream, where the tensors were gathered. ``kept``: they stay valid while
+        somebody refers to them.
         """
         packer = self._packer_for(staged)
-        packing, count = packer.packing(tensors), len(packer.plan.buckets)
+        packing, count = packer.packing(tensors, kept), len(packer.plan.buckets)
         desk = _Desk(readers, deadline)
         with torch.cuda.device(self._device):
             for index in range(count):

@@ -79,7 +79,8 @@ class CudaWriter:
         if self._ring is not None:
             assert self._staged is not None
             tensors = staged_tensors(source, self._staged)
-            self._ring.write(self._staged, tensors, list(workers.values()), deadline, progress)
+            kept = not source.reuses_memory
+            self._ring.write(self._staged, tensors, list(workers.values()), deadline, progress, kept)
 
     def release(self) -> None:
         """No worker maps old memory any more, or, if so configured, any."""

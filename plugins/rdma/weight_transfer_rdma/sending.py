@@ -166,7 +166,8 @@ class RdmaTrainerEngine(TrainerWeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo
         """Put the staged tensors into the ring; returns when all workers have read them."""
         assert opened.table is not None
         wanted = {param.name for param in packer.plan.params}
-        packing = packer.packing(tensor for name, tensor in source if name in wanted)
+        tensors = (tensor for name, tensor in source if name in wanted)
+        packing = packer.packing(tensors, kept=not source.reuses_memory)
         before = self._filled
         for index in range(len(packer.plan.buckets)):
             self._await(before + index + 1 - len(opened.table.buckets), opened, deadline)

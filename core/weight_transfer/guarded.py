@@ -1,0 +1,141 @@
+"""The guard between a source and an engine: what is sent is what the manifest says, and every pass is finished."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from weight_transfer.errors import ManifestMismatchError
+from weight_transfer.manifest import dtype_name, torch_dtype
+from weight_transfer.source import ModuleSource, WeightSource
+
+if TYPE_CHECKING:
+    from weight_transfer.manifest import Manifest, ParamMeta
+
+
+class GuardedSource(WeightSource):
+    """Wraps a source for one update.
+
+    Name, dtype and shape of each tensor are compared with the manifest before an engine sees it, so that no source can
+    send one weight under the name of another. Passes are always finished, so that the other trainer ranks are never
+    left in a collective.
+
+    Args:
+        source: what is sent.
+        manifest: the manifest of this update.
+        passes: how often every rank iterates the source in this update.
+
+    Attributes:
+        error: what the source raised, if it failed; engines may take it for something else.
+    """
+
+    def __init__(self, source: WeightSource, manifest: Manifest, passes: int) -> None:
+        self._source = source
+        self._manifest = manifest
+        self._passes = passes
+        self._stream: Iterator[tuple[str, torch.Tensor]] = iter(())
+        self._current: Iterator[tuple[str, torch.Tensor]] = iter(())
+        self._left = 0
+        self.error: BaseException | None = None
+
+    def manifest(self) -> Manifest:
+        return self._manifest
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        self._passes -= 1
+        self._current = self._checked()
+        return self._current
+
+    def resident(self) -> Mapping[str, torch.Tensor]:
+        """Return the source's, in the manifest's order.
+
+        Raises:
+            ManifestMismatchError: one is not in the manifest, or not of the dtype and shape there.
+        """
+        resident = self._source.resident()
+        if type(self._source) is ModuleSource:  # both come of one reading; a subclass may have changed either
+            return resident
+        try:
+            return _in_order(resident, self._manifest)
+        except ManifestMismatchError as error:
+            self.error = error
+            raise
+
+    @property
+    def device(self) -> str:
+        return self._source.device
+
+    @property
+    def collective(self) -> bool:
+        return self._source.collective
+
+    @property
+    def reuses_memory(self) -> bool:
+        return self._source.reuses_memory
+
+    def finish(self) -> None:
+        """See that nothing follows the last weight, if an engine has taken all of them.
+
+        Raises:
+            ManifestMismatchError: another one does.
+        """
+        if not self._left:
+            for _ in self._current:
+                pass
+
+    def drain(self) -> None:
+        """Finish the pass that is under way and run those that are left, if the source runs collectives."""
+        if not self.collective:
+            return
+        for _ in self._stream:
+            pass
+        while self._passes > 0:
+            self._passes -= 1
+            for _ in self._source:
+                pass
+
+    def _checked(self) -> Iterator[tuple[str, torch.Tensor]]:
+        params = self._manifest.params
+        self._left = len(params)
+        try:
+            self._stream = iter(self._source)
+            for name, tensor in self._stream:
+                if not self._left:
+                    raise _mismatch(f"yielded {name!r} after the last weight of its manifest")
+                _require(params[-self._left], name, tensor, "yielded")
+                self._left -= 1
+                yield name, tensor
+            if self._left:
+                raise _mismatch(f"ended before {params[-self._left]}")
+        except Exception as error:
+            self.error = error
+            raise
+
+
+def _in_order(resident: Mapping[str, torch.Tensor], manifest: Manifest) -> Mapping[str, torch.Tensor]:
+    """Return a copy in the manifest's order: engines know by the object whether it has changed."""
+    extra = next((name for name in resident if name not in manifest.by_name), None)
+    if extra is not None:
+        raise _mismatch(f"has {extra!r} resident, which is not in its manifest")
+    ordered = {param.name: resident[param.name] for param in manifest.params if param.name in resident}
+    for name, tensor in ordered.items():
+        _require(manifest.by_name[name], name, tensor, "has resident")
+    return ordered
+
+
+def _require(param: ParamMeta, name: str, tensor: object, verb: str) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise _mismatch(f"{verb} a {type(tensor).__name__} where its manifest has {param}")
+    if name != param.name or tensor.dtype is not torch_dtype(param.dtype) or tensor.shape != param.shape:
+        raise _mismatch(
+            f"{verb} {name}: {dtype_name(tensor.dtype)} {list(tensor.shape)} where its manifest has {param}"
+        )
+    if tensor.is_meta or tensor.layout is not torch.strided:
+        what = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
+        raise _mismatch(f"{verb} {name!r} {what}; a weight needs its bytes, densely")
+
+
+def _mismatch(what: str) -> ManifestMismatchError:
+    return ManifestMismatchError(f"The source of the weights {what}.", phase="update", peer="trainer")
