@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 
+from weight_transfer.demo.view import Facts, Sample
+from weight_transfer.report import TransferReport
+
 IDENTICAL = re.compile(
     r"^(worker \S+): version 4, weights bit-identical to the trainer's \(sha256 [0-9a-f]{16}\.\.\.\), "
     r"generates the same 64 tokens$",
@@ -90,3 +93,65 @@ def test_a_worker_does_not_outlive_a_trainer_that_was_killed() -> None:
             assert select.select([worker], [], [], 60)[0], "the worker is still there after a minute"
         finally:
             os.close(worker)
+
+
+def test_the_optimizer_computes_in_float32_alone() -> None:
+    """Lower precisions are emulated on processors without AVX-512, thirty times slower."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from weight_transfer.demo.muon import Muon
+
+    seen: set[torch.dtype] = set()
+
+    class Listening(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                seen.add(result.dtype)
+            return result
+
+    matrices = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((8, 8), (32, 8), (8, 32))]
+    for matrix in matrices:
+        matrix.grad = torch.randn(matrix.shape, generator=torch.Generator().manual_seed(0))
+    with Listening():
+        Muon(matrices, lr=1.0).step()
+    assert seen == {torch.float32}
+    for matrix in matrices:
+        rate = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
+        values = torch.linalg.svdvals(matrix.detach()) / rate
+        assert ((values > 0.3) & (values < 1.3)).all(), "the step has singular values near one"
+
+
+@pytest.mark.slow
+def test_the_model_learns_the_sonnets_by_heart_in_a_minute() -> None:
+    whole = [sys.executable, "-m", "weight_transfer", "demo", "--plain"]
+    done = subprocess.run(whole, capture_output=True, text=True, timeout=110, check=True)
+    assert float(re.search(r"^step 120/120, loss (\S+):", done.stdout, re.MULTILINE)[1]) < 0.3
+    assert (
+        "version 120: Shall I compare thee to a summer's day? / Thou art more lovely and more temperate:" in done.stdout
+    )
+
+
+def test_the_live_view_fits_sixty_columns() -> None:
+    from rich.console import Console
+
+    from weight_transfer.demo.live import LiveView
+
+    console = Console(width=60, height=40, force_terminal=True, color_system=None, highlight=False, record=True)
+    view = LiveView(console)
+    place = ("worker http://127.0.0.1:37133", "process 19825")
+    view.begin(Facts(backend="loopback", provider="acme 1.0 [acme]", parameters=2_163_968, steps=120, workers=(place,)))
+    for step in range(120):
+        view.stepped(step, 5 / (1 + step))
+    view._trained = 19.4
+    phases = {"init": 0.0981, "start": 0.0025, "update": 0.0296, "finish": 0.0026}
+    sizes = {"nbytes": 8_655_872, "params": 20, "extra_memory": 0}
+    report = TransferReport(backend="loopback", version=120, workers=("a", "b"), seconds=phases, **sizes)
+    view.updated(report, 1.2345)
+    view.sampled(Sample(worker=place[0], version=120, state="ready", prompt="Shall I", text=" compare"))
+    console.print(view._render())
+    text = console.export_text()
+    assert "\u2026" not in text, "nothing is cut off"
+    for words in ("120/120", "steps/s", "version 120 \u00b7 ready", "update finish"):
+        assert words in text

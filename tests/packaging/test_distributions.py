@@ -68,7 +68,13 @@ def test_the_metadata_says_what_it_is_and_for_whom(distribution: Distribution, n
     assert metadata["Version"] == __version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
+    assert f"Homepage, https://pypi.org/project/{name}/" in metadata.get_all("Project-URL", [])
     assert metadata.get_payload()
+
+
+def test_the_core_brings_numpy_without_which_torch_warns_at_its_import(distribution: Distribution) -> None:
+    needed = Wheel(distribution("weight-transfer")).metadata().get_all("Requires-Dist", [])
+    assert [line for line in needed if line.startswith("numpy") and "extra" not in line]
 
 
 @pytest.mark.parametrize("plugin", PLUGINS)

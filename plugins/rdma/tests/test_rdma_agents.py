@@ -68,6 +68,27 @@ def test_one_agent_reads_what_another_one_shares(agents: tuple[AgentProcess, Age
     assert reader.transport(HERE).kind in {"shm", "tcp"}
 
 
+def test_agents_that_have_nothing_to_do_leave_the_processor_alone(
+    agents: tuple[AgentProcess, AgentProcess], deadline: Deadline
+) -> None:
+    owner, reader = agents
+    _, there = _shared(owner, 7, deadline)
+    target, here = _shared(reader, 0, deadline)
+    peer = reader.connect(owner.metadata(deadline), deadline)
+    reader.start(reader.prepare("READ", peer, _row(here, there), HERE, HERE, deadline), 0, deadline)
+    reader.finish(deadline)
+    assert (target == 7).all()
+    before = [_processor_seconds(agent.pid) for agent in agents]
+    time.sleep(1)  # is measured, not waited for
+    spent = [_processor_seconds(agent.pid) - start for agent, start in zip(agents, before, strict=True)]
+    assert max(spent) <= 0.1
+
+
+def _processor_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def test_regions_added_later_are_reached_through_newer_metadata(
     agents: tuple[AgentProcess, AgentProcess], deadline: Deadline
 ) -> None:
