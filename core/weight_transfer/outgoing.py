@@ -65,6 +65,11 @@ class Outgoing:
         """Choose dtypes anew next time."""
         self._cast = None
 
+    def forget(self) -> None:
+        """Let go of all sources, and thereby of the weights."""
+        self.encoder = WireEncoder()
+        self._module = self._cast = self._uncast = self._part = None
+
     def part(self, source: WeightSource, only: Sequence[str] | None) -> WeightSource:
         """Return the part that matches ``only``; all of the source if that is None.
 

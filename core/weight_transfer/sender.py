@@ -189,7 +189,8 @@ class WeightSender:
         """Shut the engine and the channels down, and let go of the weights. The workers keep serving their version."""
         self._closed = True
         self._fleet.close()
-        self._targets = {}
+        for outgoing in self._targets.values():
+            outgoing.forget()
 
     def __enter__(self) -> WeightSender:
         return self

@@ -81,18 +81,24 @@ class Receiver(WeightReceiver):
     Attributes:
         told: whether an update is under way.
         failure: of the last one.
+        session: of the trainer that has joined last.
     """
 
     failure: WeightTransferError | None = None
+    session: str | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.told = threading.Event()
 
-    def start_weight_update(self) -> None:
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any] | None:
+        self.session = init_info.get("session")
+        return super().init_weight_transfer_engine(init_info)
+
+    def start_weight_update(self, session: str | None = None) -> None:
         self.told.clear()
         self.failure = None
-        super().start_weight_update()
+        super().start_weight_update(session)
 
     def update_weights(self, update_info: dict[str, Any]) -> dict[str, Any]:
         self.told.set()
@@ -180,6 +186,10 @@ class Worker:
         vars(self).clear()
         return watch.remaining(engine)
 
+    def abort(self) -> None:
+        """Give up the update, as the trainer would have it."""
+        self.receiver.abort_weight_update("the test aborted it", self.receiver.session)
+
     def close(self) -> None:
         """End the children, the reader, the server and the receiver."""
         self.family.end()
@@ -218,7 +228,7 @@ def main(stage: Stage, threads: int | None = None) -> None:
                 "failure": failure,
                 "init": lambda name, info: workers[name].receiver.init_weight_transfer_engine(info),
                 "await_update": lambda name, seconds: workers[name].receiver.told.wait(seconds),
-                "abort": lambda name: workers[name].receiver.abort_weight_update(),
+                "abort": lambda name: workers[name].abort(),
                 "arm": lambda name, **at: workers[name].loader.arm(**at),
                 "release": lambda name: workers[name].loader.release(),
                 "move": lambda name, weight: workers[name].move(weight),
