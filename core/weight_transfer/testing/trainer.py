@@ -62,6 +62,7 @@ class Trainer:
         passing: send copies that nobody keeps instead of the model's own tensors; only these can be armed.
         memory: what becomes of such a copy; see `PassingSource`.
         served: what the workers have, if the config casts; default is ``weights``.
+        draft: the weights of a second model, for the workers' target of that name.
     """
 
     def __init__(
@@ -75,9 +76,11 @@ class Trainer:
         passing: bool = False,
         memory: Literal["kept", "reused", "freed"] = "kept",
         served: Sequence[Weight] | None = None,
+        draft: Sequence[Weight] = (),
     ) -> None:
         self._served = served
         self.model = Model(weights, 0, device)
+        self.draft = Model(draft, 0, device) if draft else None
         self.family = Family(self.model)
         self._stage = stage
         self._block_at: int | None = None
@@ -115,6 +118,23 @@ class Trainer:
             "lost": report.lost,
             "extra_memory": report.extra_memory,
         }
+
+    def send_part(self, seed: int, version: int, only: list[str]) -> dict[str, str]:
+        """Randomise everything, send some of it, and return the hashes of all as they were then."""
+        randomise(self.model, seed)
+        meant = hashes(self.model)
+        self.sender.send(self._source, version=version, only=only)
+        randomise(self.model, _AFTERWARDS)
+        return meant
+
+    def send_draft(self, seed: int, version: int) -> dict[str, str]:
+        """Send the second model, and return its hashes."""
+        assert self.draft is not None
+        randomise(self.draft, seed)
+        meant = hashes(self.draft)
+        self.sender.send(self.draft, version=version, target="draft")
+        randomise(self.draft, _AFTERWARDS)
+        return meant
 
     def arm(self, block_at: int | None = None, fail_at: int | None = None, error: str = "RuntimeError") -> None:
         """Choose the weight at which the source says so and waits for ``release``, or fails; None for none.
@@ -200,6 +220,8 @@ def main(stage: Stage, threads: int | None = None) -> None:
                 "close": lambda name: trainers.pop(name).close(),
                 "close_sender": lambda name: trainers[name].sender.close(),
                 "send": lambda name, **what: trainers[name].send(**what),
+                "send_part": lambda name, **what: trainers[name].send_part(**what),
+                "send_draft": lambda name, **what: trainers[name].send_draft(**what),
                 "replace": lambda name, weight: trainers[name].model.replace(weight),
                 "share": lambda name: trainers[name].share(),
                 "hashes": lambda name: hashes(trainers[name].model),

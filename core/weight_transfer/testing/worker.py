@@ -124,13 +124,17 @@ class Worker:
         port: int = 0,
         inference: bool = False,
         habit: str | None = None,
+        draft: Sequence[Weight] = (),
     ) -> None:
         with torch.inference_mode(inference):
             self.model = Model(weights, seed, device)
+        self.draft = Model(draft, seed + 1, device) if draft else None
         self.family = Family(self.model)
         self.loader = Loader(self.model, stage, habit)
         self._open = ExitStack()
-        self.receiver = Receiver(config, self.model, load_weights=None if in_place else self.loader)
+        targets = {} if self.draft is None else {"draft": self.draft}
+        load_weights = None if in_place else self.loader
+        self.receiver = Receiver(config, self.model, load_weights=load_weights, targets=targets)
         self._open.callback(self.receiver.close)
         self.url = self._open.enter_context(serve(self.receiver, port=port)).url
         self._left: list[tuple[str, torch.Tensor, bytes]] = []
@@ -186,6 +190,11 @@ class Worker:
         vars(self).clear()
         return watch.remaining(engine)
 
+    def draft_hashes(self) -> dict[str, str]:
+        """Return the hashes of the second model."""
+        assert self.draft is not None
+        return hashes(self.draft)
+
     def abort(self) -> None:
         """Give up the update, as the trainer would have it."""
         self.receiver.abort_weight_update("the test aborted it", self.receiver.session)
@@ -220,6 +229,7 @@ def main(stage: Stage, threads: int | None = None) -> None:
                 "open": open_,
                 "close": lambda name: workers.pop(name).close(),
                 "hashes": lambda name: hashes(workers[name].model),
+                "draft_hashes": lambda name: workers[name].draft_hashes(),
                 "fork": lambda name, child: workers[name].family.fork(child),
                 "child": lambda name, **order: workers[name].family.ask(**order),
                 "remains": lambda name: workers.pop(name).remains(),

@@ -162,6 +162,7 @@ class Agent:
         self._words = np.zeros(_WORDS, dtype=np.int64)
         self.register(self._words.ctypes.data, self._words.nbytes, Place())
         self._flags: tuple[int, int] | None = None
+        self._peer: str | None = None
 
     def register(self, address: int, nbytes: int, place: Place) -> None:
         """Let peers and transfers at a region."""
@@ -178,9 +179,18 @@ class Agent:
         return blob
 
     def connect(self, metadata: bytes) -> str:
-        """Load a peer's metadata, also a newer one of a known peer; return its name."""
+        """Load the peer's metadata, also newer ones; return its name. Transfers that were prepared are forgotten.
+
+        NIXL adds newer metadata to those it has, so regions that the peer has taken back since would stay, and hide new
+        ones that lie across them.
+        """
+        if self._peer is not None:
+            self.release()
+            peer, self._peer = self._peer, None
+            self._nixl.remove_remote_agent(peer)
         name = self._nixl.add_remote_agent(metadata)
-        return name.decode() if isinstance(name, bytes) else str(name)
+        self._peer = name.decode() if isinstance(name, bytes) else str(name)
+        return self._peer
 
     def prepare(self, operation: str, peer: str, rows: Rows, local: Place, remote: Place) -> int:
         """Prepare a READ or WRITE; return its handle, which can be run again and again."""

@@ -21,6 +21,7 @@ from weight_transfer.testing.conformance.scale import ScaleTests
 from weight_transfer.testing.conformance.sessions import SessionsTests
 from weight_transfer.testing.conformance.sources import SourcesTests
 from weight_transfer.testing.conformance.strangers import StrangersTests
+from weight_transfer.testing.conformance.targets import TargetsTests
 from weight_transfer.testing.conformance.versions import VersionsTests
 
 
@@ -32,6 +33,7 @@ class BackendConformance(
     BlameTests,
     FaultsTests,
     SessionsTests,
+    TargetsTests,
     VersionsTests,
     SourcesTests,
     BitsTests,
