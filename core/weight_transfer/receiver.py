@@ -5,10 +5,8 @@ Its states are drawn in `weight_transfer.lifecycle`.
 
 from __future__ import annotations
 
-import logging
 import secrets
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, contextmanager
 from itertools import chain
@@ -18,7 +16,7 @@ import attrs
 import torch
 
 from weight_transfer.config import ParallelConfig, WeightTransferConfig
-from weight_transfer.deadline import LONG, Deadline
+from weight_transfer.deadline import Deadline
 from weight_transfer.dtypes import dtypes_answer
 from weight_transfer.errors import ConfigError
 from weight_transfer.info import MODEL
@@ -37,8 +35,6 @@ if TYPE_CHECKING:
     from weight_transfer.loading import Weights
 
 __all__ = ["ReceiverState", "WeightReceiver"]
-
-logger = logging.getLogger(__name__)
 
 _ABORT_INTERVAL = 0.2  # seconds
 
@@ -194,7 +190,7 @@ class WeightReceiver:
             self._served.held_back = True
             self._lifecycle.set(ReceiverState.UPDATING)
             try:
-                self._await_samplers(update)
+                self._served.await_samplers(update.check, update.deadline)
             except BaseException as error:
                 self._end_update(str(error))
                 raise
@@ -302,19 +298,6 @@ class WeightReceiver:
     def _watch(self, look: Callable[[], None], timeout: float | None) -> Watch:
         deadline = Deadline(self.config.timeout if timeout is None else timeout)
         return Watch(look, deadline, lambda: self._lifecycle.state, self.config.backend)
-
-    def _await_samplers(self, update: Update) -> None:
-        """Wait until nobody holds the old version any more; called with the lock."""
-        told = False
-        while samplers := self._served.samplers:
-            update.check(
-                f"waiting for the sampling of the old version to end: {', '.join(samplers)} still in serving(); "
-                "let a block be one batch or step, or raise timeout"
-            )
-            if not told and time.monotonic() - update.since > LONG:
-                told = True
-                logger.warning("an update waits for %s to leave serving()", ", ".join(samplers))
-            self._changed.wait(min(update.deadline.remaining(), 0.1))
 
     def _abort(self, method: str, reason: str, session: str | Anyone | None) -> None:
         with self._changed:

@@ -119,6 +119,20 @@ class Served:
         """The threads and tasks that hold the version still."""
         return sorted({hold.who for hold in self._holds})
 
+    def await_samplers(self, check: Callable[[str], None], deadline: Deadline) -> None:
+        """Wait until nobody holds the version any more; ``check`` is told what for, and raises to end the wait."""
+        since, told = time.monotonic(), False
+        with self._changed:
+            while samplers := self.samplers:
+                check(
+                    f"waiting for the sampling of the old version to end: {', '.join(samplers)} still in serving(); "
+                    "let a block be one batch or step, or raise timeout"
+                )
+                if not told and time.monotonic() - since > LONG:
+                    told = True
+                    logger.warning("an update waits for %s to leave serving()", ", ".join(samplers))
+                self._changed.wait(min(deadline.remaining(), 0.1))
+
     def publish(self, target: str, version: Version) -> None:
         """Let samplers in, to new weights."""
         with self._changed:

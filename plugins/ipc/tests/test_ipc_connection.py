@@ -8,9 +8,18 @@ from collections.abc import Iterator
 
 import pytest
 
-from weight_transfer import HandshakeError, PeerLostError, TransferTimeoutError
+from weight_transfer import (
+    HandshakeError,
+    ParallelConfig,
+    PeerLostError,
+    TransferTimeoutError,
+    WorkerSlot,
+    load_backend,
+    load_config,
+)
 from weight_transfer.deadline import Deadline
 from weight_transfer.shared_memory import PrivateView, SharedMemory
+from weight_transfer.testing.actors import eventually
 from weight_transfer_ipc.connection import Connection, Listener
 
 
@@ -86,3 +95,36 @@ def test_garbage_is_a_handshake_error(pair: tuple[Connection, Connection]) -> No
 def test_an_address_that_nobody_listens_on_is_a_lost_peer() -> None:
     with pytest.raises(PeerLostError, match="one host"):
         Connection.connect("weight-transfer-nobody", Deadline(1))
+
+
+@pytest.mark.parametrize("how", ["timed out", "interrupted before", "interrupted"])
+def test_a_join_that_was_given_up_does_not_spoil_the_next_one(how: str) -> None:
+    config, slot = load_config(backend="ipc"), WorkerSlot(peer="worker", rank_offset=1, count=1, world_size=2)
+    backend = load_backend("ipc")
+    trainer = backend.create_trainer_engine(config, ParallelConfig(device="cpu"))
+    worker = backend.create_worker_engine(config, ParallelConfig(device="cpu"))
+    trainer.open_endpoint([slot], Deadline(5))
+    if how == "interrupted before":
+        trainer.abort_update()
+    elif how == "interrupted":
+        threading.Timer(0.1, trainer.abort_update).start()
+    with pytest.raises((PeerLostError, TransferTimeoutError)):
+        trainer.join_workers(Deadline(0.2 if how == "timed out" else 20))
+    trainer.abort_update()
+    [invitation] = trainer.open_endpoint([slot], Deadline(5))
+    common = {"rank_offset": 1, "world_size": 2, "timeout": 5}
+    joining = threading.Thread(
+        target=lambda: worker.init_transfer_engine(worker.parse_init_info(unstructured(invitation) | common))
+    )
+    joining.start()
+    trainer.join_workers(Deadline(5))
+    joining.join(5)
+    assert not worker.lost
+    trainer.shutdown()
+    assert eventually(lambda: worker.lost, 5)
+    worker.shutdown()
+
+
+def unstructured(invitation: dict[str, object]) -> dict[str, object]:
+    """Return it as it arrives."""
+    return {name: value for name, value in invitation.items() if value is not None}
