@@ -165,6 +165,7 @@ MUTANTS = [
         "raises RuntimeError at the end of the stream",
         "test_a_trainer_killed_in_an_update_leaves_no_version_and_another_takes_over",
     ),
+    Mutant("CopiesEverything", "copies all tensors at once", "test_copies_of_passing_tensors_are_bounded"),
     Mutant(
         "KeepsTensors",
         "keeps tensors beyond the next one",

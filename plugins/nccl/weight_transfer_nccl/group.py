@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from weight_transfer.errors import PeerLostError, TransferError, WeightTransferError
+from weight_transfer.errors import PeerLostError, TransferError
 from weight_transfer_nccl.rendezvous import Rendezvous, dist, first_line, reach_store
 from weight_transfer_nccl.sockets import End, break_connections, published_end
 
@@ -135,13 +135,14 @@ class Group:
             if deadline.expired and not done.wait(_GRACE):
                 self.abort()
                 raise deadline.timeout("building the communicator", backend="nccl", phase="init")
-        if isinstance(outcome[0], WeightTransferError):
-            raise outcome[0]
-        if outcome[0] is not None:
+        error = outcome[0]
+        if isinstance(error, TransferError) and error.phase == "init":
+            raise error
+        if error is not None:
             if deadline.expired:
-                raise deadline.timeout("building the communicator", backend="nccl", phase="init") from outcome[0]
-            message, cause = "The communicator could not be built.", first_line(outcome[0])
-            raise PeerLostError(message, backend="nccl", phase="init", cause=cause) from outcome[0]
+                raise deadline.timeout("building the communicator", backend="nccl", phase="init") from error
+            message, cause = "The communicator could not be built.", first_line(error)
+            raise PeerLostError(message, backend="nccl", phase="init", cause=cause) from error
 
     def begin(self, deadline: Deadline) -> Work:
         """Begin an update: the trainer says so to all workers. One whose work has ended knows that bytes follow."""
@@ -242,7 +243,7 @@ class Group:
                 self._store, self._backend, self._ends = store, built.pop(), ends
         if built:  # nobody waits for it any more
             _close(built, self._meeting.transport)
-            return
+            self._require_joining()
         self._token = torch.zeros(1, dtype=torch.uint8, device=self.device)
         self._warm_up(deadline)
         store.set_timeout(_STORE_TIMEOUT)  # its host may stand still when torch asks it
@@ -261,7 +262,8 @@ class Group:
 
     def _published(self, store: Any) -> Set[End]:
         """Return where the members of a gloo group listen; those that cannot be found out are left out."""
-        keys = [f"{_FIRST_CONTEXT}/{rank}" for rank in range(self._world_size)]
+        members = range(self._world_size if self._meeting.transport == "gloo" else 0)
+        keys = [f"{_FIRST_CONTEXT}/{rank}" for rank in members]
         found = {published_end(store.get(key)) for key in keys if store.check([key])}
         return {end for end in found if end is not None}
 
@@ -293,8 +295,6 @@ def _errors_of_torch(deadline: Deadline, doing: str) -> Iterator[None]:
     """Map the errors of torch.distributed, whose operations are all that may stand inside."""
     try:
         yield
-    except WeightTransferError:
-        raise
     except RuntimeError as error:
         if deadline.expired:
             raise deadline.timeout(doing, backend="nccl", phase="update") from error

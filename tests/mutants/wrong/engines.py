@@ -308,3 +308,10 @@ class KeepsTensorsTrainer(AcmeTrainerEngine):
 
     def send_weights(self, source, manifest, deadline, progress):
         super().send_weights(list(source), manifest, deadline, progress)
+
+
+class CopiesEverythingTrainer(AcmeTrainerEngine):
+    """Copies all tensors before it sends the first."""
+
+    def send_weights(self, source, manifest, deadline, progress):
+        super().send_weights([(name, tensor.clone()) for name, tensor in source], manifest, deadline, progress)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from weight_transfer.backend import Capability
 from weight_transfer.testing.conformance.bits import ZOO, loaders
-from weight_transfer.testing.conformance.kit import PLAIN, Cast, Kit, assert_same
+from weight_transfer.testing.conformance.kit import PLAIN, Cast, Kit, assert_same, needs
 from weight_transfer.testing.models import Weight, weight
 
 _SPANNING: list[Weight] = [*PLAIN, weight("large", "float32", 5 * 16384 + 1), *ZOO]
+_MANY = [weight(f"w{index}", "float32", 1024, 1024) for index in range(16)]  # 64 MiB
 
 memories = pytest.mark.parametrize("memory", ["reused", "freed"])
 
@@ -38,3 +40,16 @@ class SourcesTests(Kit):
         worker = cast.worker(config={"verify": True})
         trainer = cast.trainer([worker], passing=True, memory=memory, config={"verify": True})
         assert_same(trainer.ask("send", seed=1, version=1)["hashes"], worker.ask("hashes"))
+
+    @needs(Capability.CROSS_PROCESS)
+    def test_copies_of_passing_tensors_are_bounded(self, cast: Cast) -> None:
+        """64 MiB through one buffer of the source and two buckets of 1 MiB: the trainer grows by less than half as much.
+
+        If this fails: copy a tensor when there is room to send it, and not all of them at once.
+        """
+        worker = cast.worker(_MANY, in_place=True, config={"bucket_bytes": 2**20})
+        trainer = cast.trainer([worker], _MANY, passing=True, memory="reused", config={"bucket_bytes": 2**20})
+        trainer.ask("send", seed=1, version=1)
+        trainer.ask("mark")
+        trainer.ask("send", seed=2, version=2)
+        assert trainer.ask("growth")["peak"] < 32 * 2**20
