@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import threading
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
 from weight_transfer.casting import CastSource
+from weight_transfer.deadline import LONG
 from weight_transfer.errors import ManifestMismatchError
 from weight_transfer.manifest import dtype_name, torch_dtype
 from weight_transfer.source import ModuleSource, WeightSource
 
 if TYPE_CHECKING:
     from weight_transfer.manifest import Manifest, ParamMeta
+
+
+logger = logging.getLogger(__name__)
 
 
 class GuardedSource(WeightSource):
@@ -39,6 +47,7 @@ class GuardedSource(WeightSource):
         self._stream: Iterator[tuple[str, torch.Tensor]] = iter(())
         self._current: Iterator[tuple[str, torch.Tensor]] = iter(())
         self._left = 0
+        self._asked: float | None = None
         self.error: BaseException | None = None
 
     def manifest(self) -> Manifest:
@@ -125,18 +134,43 @@ class GuardedSource(WeightSource):
         params = self._manifest.params
         self._left = len(params)
         try:
+            self._asked = time.monotonic()
             self._stream = iter(self._source)
             for name, tensor in self._stream:
+                self._asked = None
                 if not self._left:
                     raise _mismatch(f"yielded {name!r} after the last weight of its manifest")
                 _require(params[-self._left], name, tensor, "yielded")
                 self._left -= 1
                 yield name, tensor
+                self._asked = time.monotonic()
+            self._asked = None
             if self._left:
                 raise _mismatch(f"ended before {params[-self._left]}")
         except Exception as error:
             self.error = error
             raise
+        finally:
+            self._asked = None
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Log, inside a ``with`` block, if the source does not yield for long: a rank that does not gather, say."""
+        over = threading.Event()
+        threading.Thread(target=self._watch, args=(over,), name="weight-transfer watch", daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
+
+    def _watch(self, over: threading.Event) -> None:
+        while not over.wait(LONG / 2):
+            asked, params = self._asked, self._manifest.params
+            if asked is not None and time.monotonic() - asked > LONG:
+                awaited = params[-self._left].name if self._left else "its end"
+                hint = "; every trainer rank has to call send with the same model" if self.collective else ""
+                logger.warning("waiting for the source of the weights to yield %s%s", awaited, hint)
+                return
 
 
 def _in_order(resident: Mapping[str, torch.Tensor], manifest: Manifest) -> Mapping[str, torch.Tensor]:

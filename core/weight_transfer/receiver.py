@@ -39,6 +39,10 @@ __all__ = ["ReceiverState", "WeightReceiver"]
 _ABORT_INTERVAL = 0.2  # seconds
 
 
+_ANSWER = 0.9
+"""Part of ``timeout`` after which samplers are given up, so that their names reach the trainer in time."""
+
+
 class WeightReceiver:
     """Receives weight versions into a model of this process. Its methods may be called from any thread.
 
@@ -189,8 +193,14 @@ class WeightReceiver:
             self._update = update = Update(self.config.timeout)
             self._served.held_back = True
             self._lifecycle.set(ReceiverState.UPDATING)
+            answer = Deadline(_ANSWER * self.config.timeout)  # the trainer's deadline comes a moment later
+
+            def check(what: str) -> None:
+                update.check(what)
+                answer.check(what, backend=self.config.backend, phase="start")
+
             try:
-                self._served.await_samplers(update.check, update.deadline)
+                self._served.await_samplers(check, answer)
             except BaseException as error:
                 self._end_update(str(error))
                 raise

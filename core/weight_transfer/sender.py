@@ -289,7 +289,8 @@ class WeightSender:
         self._fleet.require_going_on()
         progress = _Progress(self._backend.notify, info, self.config.backend)
         try:
-            engine.send_weights(source, manifest, deadline, progress)
+            with source.watched():
+                engine.send_weights(source, manifest, deadline, progress)
             source.finish()
         except Exception as error:
             cause = source.error or (calls.explain(error) if isinstance(error, WeightTransferError) else error)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -231,3 +233,20 @@ def test_a_pass_with_collectives_is_finished_after_a_mismatch_too() -> None:
         list(guarded)
     guarded.drain()
     assert gathered == ["c", "b", "a"] * 2
+
+
+def test_a_source_that_does_not_yield_for_long_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("weight_transfer.guarded.LONG", 0.05)
+    logged = threading.Event()
+    monkeypatch.setattr(logging.getLogger("weight_transfer.guarded"), "warning", lambda *_: logged.set())
+
+    def slow() -> Iterator[Any]:
+        for name, tensor in rows():
+            if name == "b":
+                assert logged.wait(10), "it was to be logged while the source stands still"
+            yield name, tensor
+
+    with WeightReceiver(LOOPBACK, worker()) as receiver, WeightSender(LOOPBACK, [receiver]) as sender:
+        sender.send(Stream(rows(), slow))

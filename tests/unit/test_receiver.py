@@ -285,7 +285,7 @@ def test_abort_from_another_thread_ends_a_running_update(
 
 
 def test_abort_of_an_engine_that_does_not_listen_is_a_timeout(new: Callable[..., Worker]) -> None:
-    worker = new(timeout=0.1)
+    worker = new(timeout=1.0)
     worker.init()
     worker.start()
     inside, leave = threading.Event(), threading.Event()

@@ -43,7 +43,7 @@ class SourcesTests(Kit):
 
     @needs(Capability.CROSS_PROCESS)
     def test_copies_of_passing_tensors_are_bounded(self, cast: Cast) -> None:
-        """64 MiB through one buffer of the source and two buckets of 1 MiB: the trainer grows by less than half as much.
+        """64 MiB through one buffer of the source and two buckets of 1 MiB: the trainer grows by less than half of it.
 
         If this fails: copy a tensor when there is room to send it, and not all of them at once.
         """
