@@ -10,7 +10,8 @@ The trainer holds fp32 masters, and a twin of what the worker should have, made 
 
 Rounds alternate between them, medians are compared. Before, the worker's bytes are compared with the twin's after A,
 then B, then A again, and once after an exact send. With ``--peer`` the worker is on another GPU, which ``nccl`` on CUDA
-always needs. Shapes are Llama-3.1-8B's with ``--layers`` layers, on the CPU a quarter as wide, and a router per layer.
+always needs. Shapes are Llama-3.1-8B's with ``--layers`` layers and a router per layer; on the CPU a quarter as wide,
+with a quarter of the vocabulary.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ EXPERTS = 64
 def model(layers: int, kind: str, dtype: torch.dtype, device: str) -> shapes.Weights:
     """Return weights of ``dtype``, routers in fp32."""
     wide = kind == "cuda"
-    names = shapes.llama(layers, 4096, 14336, 32, 8, 128256) if wide else shapes.llama(layers, 2048, 7168, 16, 4, 32064)
+    names = shapes.llama(layers, 4096, 14336, 32, 8, 128256) if wide else shapes.llama(layers, 1024, 3584, 16, 4, 32064)
     hidden = names["model.norm.weight"]
     names |= {f"model.layers.{layer}.mlp.router.weight": (EXPERTS, *hidden) for layer in range(layers)}
     weights = shapes.Weights(names, dtype, device)
