@@ -196,8 +196,8 @@ def work(pipe: Connection, case: str, device_name: str, config: dict[str, Any], 
             elif command == b"digest":
                 pipe.send_bytes(digest(weights).encode())
             elif command == b"extra":
-                engine = receiver._engine  # noqa: SLF001  (no public way to ask a worker)
-                pipe.send_bytes(json.dumps(engine.extra_memory if engine else 0).encode())
+                joined = receiver._joined  # noqa: SLF001  (no public way to ask a worker)
+                pipe.send_bytes(json.dumps(joined.engine.extra_memory if joined else 0).encode())
             elif command == b"engine":
                 pipe.send_bytes(json.dumps(engine_times[-1]).encode())
             elif command == b"forget":

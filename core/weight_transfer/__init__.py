@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "backend": ("API_VERSION", "Backend", "Capability"),
+    "casting": ("CastSource",),
     "checkpoint": ("CheckpointSource",),
     "config": ("ParallelConfig", "WeightTransferConfig"),
     "control": ("ControlChannel", "HttpChannel", "LocalChannel", "Server", "create_app", "serve"),
@@ -31,6 +32,7 @@ _MODULES = {
         "ManifestMismatchError",
         "PeerLostError",
         "PluginError",
+        "SessionError",
         "TransferError",
         "TransferTimeoutError",
         "WeightTransferError",
@@ -44,6 +46,7 @@ _MODULES = {
         "WeightTransferUpdateRequest",
     ),
     "loading": ("CheckpointFormatLoader", "KernelFormatLoader"),
+    "lora": ("MergedLoraSource",),
     "manager": ("LoadedBackend", "load_backend"),
     "manifest": ("Manifest", "ParamMeta"),
     "read_config": ("load_config",),

@@ -3,6 +3,7 @@
 from weight_transfer.backend import API_VERSION as API_VERSION
 from weight_transfer.backend import Backend as Backend
 from weight_transfer.backend import Capability as Capability
+from weight_transfer.casting import CastSource as CastSource
 from weight_transfer.checkpoint import CheckpointSource as CheckpointSource
 from weight_transfer.config import ParallelConfig as ParallelConfig
 from weight_transfer.config import WeightTransferConfig as WeightTransferConfig
@@ -31,6 +32,7 @@ from weight_transfer.errors import LifecycleError as LifecycleError
 from weight_transfer.errors import ManifestMismatchError as ManifestMismatchError
 from weight_transfer.errors import PeerLostError as PeerLostError
 from weight_transfer.errors import PluginError as PluginError
+from weight_transfer.errors import SessionError as SessionError
 from weight_transfer.errors import TransferError as TransferError
 from weight_transfer.errors import TransferTimeoutError as TransferTimeoutError
 from weight_transfer.errors import WeightTransferError as WeightTransferError
@@ -44,6 +46,7 @@ from weight_transfer.info import WeightTransferUpdateInfo as WeightTransferUpdat
 from weight_transfer.info import WeightTransferUpdateRequest as WeightTransferUpdateRequest
 from weight_transfer.loading import CheckpointFormatLoader as CheckpointFormatLoader
 from weight_transfer.loading import KernelFormatLoader as KernelFormatLoader
+from weight_transfer.lora import MergedLoraSource as MergedLoraSource
 from weight_transfer.manager import LoadedBackend as LoadedBackend
 from weight_transfer.manager import load_backend as load_backend
 from weight_transfer.manifest import Manifest as Manifest

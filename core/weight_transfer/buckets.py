@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import attrs
 import torch
 
+from weight_transfer.lending import private_copies
 from weight_transfer.loading import destinations_of
 from weight_transfer.manifest import ParamMeta, torch_dtype
 
@@ -96,6 +97,18 @@ def typed_view(view: torch.Tensor, meta: ParamMeta) -> torch.Tensor:
     return view.view(dtype).view(meta.shape)
 
 
+def copy_converted(tensor: torch.Tensor, slot: Slot, dtype: torch.dtype, view: torch.Tensor) -> None:
+    """Copy a piece of a contiguous tensor into its view of a bucket as ``dtype``; a slot must split no element.
+
+    The same dtype is copied as bytes, since on CUDA a float's copy may change the bits of NaNs.
+    """
+    if tensor.dtype is dtype:
+        view.copy_(as_bytes(tensor)[slot.start : slot.start + slot.nbytes])
+        return
+    first, count = slot.start // dtype.itemsize, slot.nbytes // dtype.itemsize
+    view.view(dtype).copy_(tensor.detach().view(-1)[first : first + count])
+
+
 class Packer:
     """Fills the buckets of a plan in order from a stream of tensors, with cached views.
 
@@ -112,8 +125,8 @@ class Packer:
         """Fill the next bucket at each step, and yield how many bytes of weights it holds.
 
         Args:
-            tensors: yields the plan's parameters in order, any dtype and shape. Each is copied before the next one is
-                asked for.
+            tensors: yields the plan's parameters in order, any shape. Each is copied before the next one is asked for;
+                one of another dtype than the plan's is converted by the copy, with the bits of ``tensor.to``.
             kept: whether tensors stay as they are while somebody refers to them (``not source.reuses_memory``); then
                 a bucket is filled by one batched copy, which is faster on a GPU.
         """
@@ -121,9 +134,12 @@ class Packer:
         for slots, views in zip(self.plan.buckets, self._views, strict=True):
             pieces = []
             for slot, view in zip(slots, views, strict=True):
+                dtype = torch_dtype(self.plan.params[slot.param].dtype)
                 if not slot.start:
-                    tensor = next(tensors).contiguous()
-                if slot.nbytes:
+                    tensor = self._packable(next(tensors), dtype)
+                if tensor.dtype is not dtype:
+                    copy_converted(tensor, slot, dtype, view)
+                elif slot.nbytes:
                     piece = as_bytes(tensor)[slot.start : slot.start + slot.nbytes]
                     if kept:
                         pieces.append((view, piece))
@@ -132,6 +148,11 @@ class Packer:
             if pieces:
                 torch._foreach_copy_([view for view, _ in pieces], [piece for _, piece in pieces])
             yield sum(slot.nbytes for slot in slots)
+
+    def _packable(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return the tensor contiguous, and converted already if buckets may split its elements."""
+        splits = self.plan.bucket_bytes % dtype.itemsize
+        return (tensor.to(dtype) if splits else tensor).contiguous()
 
 
 class Unpacker:
@@ -143,10 +164,12 @@ class Unpacker:
     Args:
         plan: the plan of both sides.
         buffers: the uint8 buffers that buckets arrive in; bucket ``i`` lies in ``buffers[i % len(buffers)]``.
+        shared: whether others read the same memory, so that a loader which may write into its tensors gets copies.
     """
 
-    def __init__(self, plan: BucketPlan, buffers: Sequence[torch.Tensor]) -> None:
+    def __init__(self, plan: BucketPlan, buffers: Sequence[torch.Tensor], shared: bool = False) -> None:
         self._plan = plan
+        self._shared = shared
         self._device = buffers[0].device
         self._partial: torch.Tensor | None = None
         self._whole: list[list[tuple[str, torch.Tensor]]] = []
@@ -168,6 +191,8 @@ class Unpacker:
         When it returns, the bucket may be filled again.
         """
         complete = list(self._whole[index])
+        if self._shared and destinations_of(load_weights) is None:
+            complete = private_copies(complete)
         for slot, view in self._pieces[index]:
             if not slot.start:
                 self._partial = self._target(slot.param, load_weights)

@@ -7,6 +7,9 @@ A TOML file:
     timeout = 120
     bucket_bytes = "256MiB"
 
+    [weight_transfer.cast]      # dtypes in which weights travel, by pattern of their names
+    "*" = "bfloat16"
+
     [weight_transfer.ipc]       # the options of one backend, checked by that backend's own class
     export = "adopt"
 """
@@ -14,13 +17,13 @@ A TOML file:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
 from weight_transfer.errors import ConfigError
-from weight_transfer.structuring import check_types
+from weight_transfer.structuring import check_types, nearest
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
@@ -76,6 +79,42 @@ def _positive(_instance: object, attribute: attrs.Attribute[int], value: int) ->
         raise ConfigError(f"{attribute.name} must be a whole number of at least {minimum}, got {value!r}.")
 
 
+FLOATING = (
+    "float64",
+    "float32",
+    "bfloat16",
+    "float16",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e4m3fnuz",
+    "float8_e5m2fnuz",
+)
+"""The dtypes that weights can be cast to."""
+RECEIVER = "receiver"
+"""Stands for the dtype that the workers' models have."""
+
+
+def parse_cast(value: object) -> dict[str, str]:
+    """Return a dtype's name by pattern; torch's own dtypes are taken, too.
+
+    Raises:
+        ConfigError: it is no table, or a dtype is unknown; the nearest one is named.
+    """
+    if not isinstance(value, Mapping):
+        raise ConfigError(f'cast: expected a table of patterns and dtypes such as {{"*" = "bfloat16"}}, got {value!r}.')
+    patterns: dict[str, str] = {}
+    for pattern, dtype in value.items():
+        if not isinstance(pattern, str) or not pattern:
+            raise ConfigError(f"cast: expected a pattern of names such as '*.router.*', got {pattern!r}.")
+        name = str(dtype).removeprefix("torch.")
+        if name not in (*FLOATING, RECEIVER):
+            known = ", ".join((*FLOATING, RECEIVER))
+            hint = nearest(name, (*FLOATING, RECEIVER)) or f"; there are {known}."
+            raise ConfigError(f"cast: {pattern!r}: {name!r} is no dtype that weights can be cast to{hint}")
+        patterns[pattern] = name
+    return patterns
+
+
 def _visible(_instance: object, _attribute: object, token: str | None) -> None:
     if token is not None and not (isinstance(token, str) and re.fullmatch(r"[!-~]+", token)):
         raise ConfigError("token: expected visible ASCII characters without spaces.")
@@ -98,6 +137,9 @@ class WeightTransferConfig:
             ``"continue"``: the others publish, and the failed one may rejoin at the next update.
         observers: names of the installed observers to notify, such as ``["progress"]``.
         token: bearer token of the HTTP control channel; demanded when a worker listens beyond loopback.
+        cast: dtypes in which floating point weights travel, by pattern of their names, such as ``{"*": "bfloat16",
+            "*.router.*": "float32"}``; the last pattern that matches counts. ``"receiver"`` is the dtype that the
+            workers have. The trainer's counts.
         options: the backend's own table: a dict, or an instance of its options class.
     """
 
@@ -113,6 +155,7 @@ class WeightTransferConfig:
     on_worker_failure: Literal["abort", "continue"] = "abort"
     observers: tuple[str, ...] = attrs.field(default=(), converter=_to_tuple)
     token: str | None = attrs.field(default=None, repr=False, validator=_visible)
+    cast: dict[str, str] = attrs.field(factory=dict, converter=parse_cast)
     options: Any = attrs.field(factory=dict)
 
     def __attrs_post_init__(self) -> None:

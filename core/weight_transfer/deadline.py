@@ -6,6 +6,9 @@ import time
 
 from weight_transfer.errors import TransferTimeoutError
 
+LONG = 2.0
+"""Seconds after which a wait is logged, with whom it waits for."""
+
 
 class Deadline:
     """A point in time, ``seconds`` from its creation, on the monotonic clock."""

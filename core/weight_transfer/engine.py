@@ -108,7 +108,12 @@ class WeightTransferEngine(ABC, Generic[TInitInfo, TUpdateInfo]):
         """Give back everything: memory, connections, threads. May be called in any state, and twice."""
 
     def abort_update(self) -> None:
-        """Make a running `receive_weights` end soon. Called from another thread."""
+        """Make a running `receive_weights` or `init_transfer_engine` end soon. Called from another thread."""
+
+    @property
+    def lost(self) -> bool:
+        """Whether it is known that the trainer has closed its connection or died; asked often, so answer at once."""
+        return False
 
     @property
     def extra_memory(self) -> int:

@@ -10,10 +10,11 @@
     │   └── BackendVersionError                    name, provider, wanted, window
     ├── BackendUnavailableError(RuntimeError)      name, provider, reason, fix
     ├── LifecycleError(RuntimeError)               method, state
+    │   └── SessionError                           (a TransferError, too)
     └── TransferError                              backend, phase, version, peer
         ├── HandshakeError
         ├── TransferTimeoutError(TimeoutError)
-        ├── PeerLostError(ConnectionError)
+        ├── PeerLostError(ConnectionError)         permanent
         ├── ManifestMismatchError(ValueError)
         └── IntegrityError(ValueError)             param, expected, got
 
@@ -163,8 +164,20 @@ class TransferTimeoutError(TransferError, TimeoutError):
     """A deadline passed. After this error nothing writes into the caller's memory any more."""
 
 
+@attrs.define(slots=False, eq=False, str=False, repr=False)
 class PeerLostError(TransferError, ConnectionError):
-    """A peer died, or its connection did."""
+    """A peer died, or its connection did.
+
+    Attributes:
+        permanent: True if asking again cannot help: nobody knows the name of its host.
+    """
+
+    permanent: bool = attrs.field(default=False, kw_only=True)
+
+
+@attrs.define(slots=False, eq=False, str=False, repr=False)
+class SessionError(LifecycleError, TransferError):
+    """A worker was called by a trainer that it has not joined, or not joined last; the next ``send`` joins it again."""
 
 
 class ManifestMismatchError(TransferError, ValueError):

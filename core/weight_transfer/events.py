@@ -19,6 +19,7 @@ class TransferStarted:
         nbytes: bytes of one full copy of the weights.
         params: number of parameters.
         workers: workers that take part (1 on a worker).
+        target: which of the receiver's models it is about.
     """
 
     role: str
@@ -27,11 +28,12 @@ class TransferStarted:
     nbytes: int
     params: int
     workers: int
+    target: str = "model"
 
 
 @attrs.frozen(kw_only=True)
 class TransferProgress:
-    """Bytes have moved. ``done`` and ``total`` are bytes of one full copy of the weights."""
+    """Bytes have moved. ``done`` and ``total`` are bytes of one full copy of what is sent."""
 
     role: str
     backend: str
@@ -44,7 +46,8 @@ class TransferProgress:
 class TransferFinished:
     """An update ended. ``error`` is None on success, else the sentence of the error; ``seconds`` is wall time.
 
-    On a worker it follows every `TransferStarted`, and may also come alone, for an update that failed before it.
+    ``target`` is which of the receiver's models it is about. On a worker it follows every `TransferStarted`, and may
+    also come alone, for an update that failed before it.
     """
 
     role: str
@@ -53,3 +56,4 @@ class TransferFinished:
     nbytes: int
     seconds: float
     error: str | None = None
+    target: str = "model"

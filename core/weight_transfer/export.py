@@ -3,8 +3,12 @@
 *Adopting* a parameter moves its bytes into shared memory and points ``parameter.data`` there: the optimiser goes on
 updating the same Parameter object, and other processes see every step without another copy. That is only done where it
 is safe: the parameter's storage must belong to the module's own tensors alone. A storage that something else refers to
-(a flat buffer, a view that somebody keeps) would be left behind silently, so its tensors are *staged*: copied at each
-update.
+(a flat buffer, a view that somebody keeps, a process that shares it) would be left behind silently, so its tensors are
+*staged*: copied at each update. So are pinned tensors, which would lose that, and those whose values are not their
+bytes.
+
+Adopted storages can be resized like any other: their tensors then leave the segment, and are adopted anew at the next
+update. So they are after a fork, which parts the segment (`shared_memory`).
 
 Adopted tensors lie one after another in the order in which they were given, each storage aligned to 256 bytes: like the
 buckets of `plan_buckets`, so that neighbours stay neighbours on both sides.
@@ -12,14 +16,17 @@ buckets of `plan_buckets`, so that neighbours stay neighbours on both sides.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import count
+from weakref import ref
 
 import attrs
 import torch
 
 from weight_transfer.buckets import ALIGNMENT
-from weight_transfer.manifest import Manifest, torch_dtype
+from weight_transfer.errors import ManifestMismatchError
+from weight_transfer.manifest import Manifest, dtype_name, torch_dtype
 from weight_transfer.shared_memory import SharedMemory
 
 
@@ -40,12 +47,14 @@ class Export:
         segment_ids: the parameter's segment; -1 if it is staged.
         offsets: its first element, in bytes from the segment's start.
         strides: its strides in elements, for those that are not contiguous, by index in the manifest as text.
+        dtypes: its dtype's name, for those that lie there in another one than the manifest's, by index as text.
     """
 
     segments: tuple[Segment, ...]
     segment_ids: tuple[int, ...]
     offsets: tuple[int, ...]
     strides: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str] = attrs.field(factory=dict)
 
     def staged(self, manifest: Manifest) -> Manifest:
         """Return the part of ``manifest`` that lies in no segment."""
@@ -61,11 +70,11 @@ class Export:
         for index, param in enumerate(manifest.params):
             if self.segment_ids[index] < 0:
                 continue
-            dtype = torch_dtype(param.dtype)
+            dtype = torch_dtype(self.dtypes.get(str(index), param.dtype))
             data = memory[self.segment_ids[index]][self.offsets[index] :]
             strides = self.strides.get(str(index))
             if strides is None:
-                view = data[: param.nbytes].view(dtype).view(param.shape)
+                view = data[: math.prod(param.shape) * dtype.itemsize].view(dtype).view(param.shape)
             else:
                 whole = data[: data.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
                 view = whole.as_strided(param.shape, strides)
@@ -90,18 +99,28 @@ class Exporter:
         self._export = Export((), (), (), {})
 
     def refresh(self, manifest: Manifest, resident: Mapping[str, torch.Tensor]) -> Export:
-        """Return where the weights are now; the same object while nothing moved.
+        """Return where the weights are now, in whichever dtypes they lie; the same object while nothing moved.
 
         New or reallocated parameters are adopted, segments that no parameter uses any more are dropped.
+
+        Raises:
+            ManifestMismatchError: a tensor's storage has been resized and is too small for it.
         """
-        if self._signature == _sign(manifest, resident):
+        if not self.parted and self._signature == _sign(manifest, resident):
             return self._export
+        _require_memory(resident)
+        self._segments = {home: segment for home, segment in self._segments.items() if not segment.parted}
         if self._adopt:
             self._find(list(resident.values()))
             self._adopt_all([tensor for tensor in resident.values() if not self._home(tensor)])
         self._export = self._describe(manifest, resident)
         self._signature = _sign(manifest, resident)
         return self._export
+
+    @property
+    def parted(self) -> bool:
+        """Whether this process has forked since `refresh`, so that others do not see the adopted weights any more."""
+        return any(segment.parted for segment in self._segments.values())
 
     def segment(self, segment_id: int) -> SharedMemory:
         """Return a segment in use."""
@@ -113,7 +132,7 @@ class Exporter:
         self._signature = ()
 
     def _describe(self, manifest: Manifest, resident: Mapping[str, torch.Tensor]) -> Export:
-        ids, offsets, strides = [], [], {}
+        ids, offsets, strides, dtypes = [], [], {}, {}
         for index, param in enumerate(manifest.params):
             tensor = resident.get(param.name)
             home = self._home(tensor) if tensor is not None else 0
@@ -121,10 +140,12 @@ class Exporter:
             offsets.append(tensor.data_ptr() - self._segments[home].address if tensor is not None and home else 0)
             if tensor is not None and home and not tensor.is_contiguous():
                 strides[str(index)] = tensor.stride()
+            if tensor is not None and home and dtype_name(tensor.dtype) != param.dtype:
+                dtypes[str(index)] = dtype_name(tensor.dtype)
         for unused in self._segments.keys() - set(ids):
             del self._segments[unused]
         segments = tuple(Segment(home, segment.nbytes) for home, segment in self._segments.items())
-        return Export(segments, tuple(ids), tuple(offsets), strides)
+        return Export(segments, tuple(ids), tuple(offsets), strides, dtypes)
 
     def _home(self, tensor: torch.Tensor) -> int:
         """Return the id of the segment in which a tensor lies, 0 if in none."""
@@ -138,7 +159,7 @@ class Exporter:
     def _find(self, tensors: Sequence[torch.Tensor]) -> None:
         """Take in the segments where tensors lie already."""
         known = {id(segment) for segment in self._segments.values()}
-        others = [segment for segment in SharedMemory.segments() if id(segment) not in known]
+        others = [memory for memory in SharedMemory.segments() if id(memory) not in known and not memory.parted]
         for segment in others:
             if any(tensor.device.type == "cpu" and segment.holds(tensor.data_ptr()) for tensor in tensors):
                 self._segments[next(self._ids)] = segment
@@ -148,7 +169,7 @@ class Exporter:
         sizes = [-(-group[0].untyped_storage().nbytes() // ALIGNMENT) * ALIGNMENT for group in groups]
         if not groups:
             return
-        segment = self._segments[next(self._ids)] = SharedMemory(sum(sizes))
+        segment = self._segments[next(self._ids)] = SharedMemory(sum(sizes), parts=True)
         offset = 0
         for group, nbytes in zip(groups, sizes, strict=True):
             _move(group, segment.storage(offset, group[0].untyped_storage().nbytes()))
@@ -156,7 +177,21 @@ class Exporter:
 
 
 def _sign(manifest: Manifest, resident: Mapping[str, torch.Tensor]) -> tuple[object, ...]:
-    return manifest.digest, [(tensor.data_ptr(), tensor.stride()) for tensor in resident.values()]
+    return manifest.digest, [(tensor.data_ptr(), tensor.stride(), tensor.dtype) for tensor in resident.values()]
+
+
+def _require_memory(tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.device.type != "cpu" or not tensor.numel():
+            continue
+        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        needed = (tensor.storage_offset() + reach + 1) * tensor.element_size()
+        if (has := tensor.untyped_storage().nbytes()) < needed:
+            raise ManifestMismatchError(
+                f"Weight {name!r} has {has} bytes of memory and needs {needed}: its storage was resized; resize it "
+                "back, and fill it, before the next update.",
+                phase="update",
+            )
 
 
 def _by_storage(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
@@ -167,12 +202,25 @@ def _by_storage(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
 
 
 def _is_adoptable(group: Sequence[torch.Tensor]) -> bool:
-    """Whether these tensors are all that refers to their storage, and the storage is torch's own."""
-    if not all(type(tensor) in _PLAIN and tensor.device.type == "cpu" and tensor.numel() for tensor in group):
+    """Whether these tensors are all that refers to their storage, and the storage is torch's own, or was adopted."""
+    if not all(_is_plain(tensor) for tensor in group):
         return False
     storage = group[0].untyped_storage()
-    references = torch._C._storage_Use_Count(storage._cdata)  # noqa: SLF001  (torch has no public way to ask)
-    return storage.resizable() and references == len(group) + 1  # one is ``storage`` itself
+    if _is_adopted(storage):
+        return _is_held_by(group, storage)
+    return storage.resizable() and not storage.is_shared() and not group[0].is_pinned() and _is_held_by(group, storage)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    if type(tensor) not in _PLAIN or tensor.device.type != "cpu" or not tensor.numel():
+        return False
+    return not (tensor.is_conj() or tensor.is_neg())
+
+
+def _is_held_by(group: Sequence[torch.Tensor], storage: torch.UntypedStorage) -> bool:
+    """Whether nothing but these tensors, and ``storage`` itself, refers to a storage."""
+    references: int = torch._C._storage_Use_Count(storage._cdata)  # noqa: SLF001  (torch has no public way to ask)
+    return references == len(group) + 1
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -180,9 +228,68 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 def _move(group: Sequence[torch.Tensor], target: torch.Tensor) -> None:
     """Copy a storage to ``target`` and point its tensors there. The old one is freed with its last tensor."""
-    target.copy_(torch.empty(0, dtype=torch.uint8).set_(group[0].untyped_storage()))
+    target.copy_(_bytes_of(group[0].untyped_storage()))
+    _point(group, target.untyped_storage())
+    storage = group[0].untyped_storage()
+    setattr(storage, _RESIZE, _Resizing(group))
+
+
+def _point(group: Sequence[torch.Tensor], storage: torch.UntypedStorage) -> None:
+    """Let tensors have their elements in another storage of the same size."""
     for tensor in group:
-        start = tensor.storage_offset() * tensor.element_size()
-        usable = (target.numel() - start) // tensor.element_size() * tensor.element_size()
-        elements = target[start : start + usable].view(tensor.dtype)
-        tensor.data = elements.as_strided(tensor.shape, tensor.stride())
+        with torch.inference_mode(tensor.is_inference()), torch.no_grad():  # what is set decides what the tensor is
+            elements = torch.empty(0, dtype=tensor.dtype)
+            elements.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+            tensor.data = elements
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+
+_RESIZE = "resize_"
+
+
+class _Resizing:
+    """The ``resize_`` of an adopted storage: torch itself resizes only what its own allocator gave.
+
+    The tensors go to a storage of torch's own, which is then resized. It becomes an attribute of the storage's object,
+    which torch keeps as long as the storage.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._tensors = [ref(tensor) for tensor in tensors]
+        self._storage: torch.UntypedStorage | None = None
+
+    def __call__(self, nbytes: int) -> torch.UntypedStorage:
+        if self._storage is None:
+            self._storage = self._leave()
+        resized: torch.UntypedStorage = self._storage.resize_(nbytes)
+        return resized
+
+    def _leave(self) -> torch.UntypedStorage:
+        alive = [tensor for tensor in (reference() for reference in self._tensors) if tensor is not None]
+        group = [tensor for tensor in alive if _resizing(tensor.untyped_storage()) is self]
+        if not group:
+            raise RuntimeError("A storage in shared memory cannot be resized when no weight uses it any more.")
+        old = group[0].untyped_storage()
+        if not _is_held_by(group, old):
+            raise RuntimeError(
+                "A storage that weight-transfer has moved into shared memory cannot be resized while anything beside "
+                "the model's own tensors refers to it; let go of that, or set "
+                'export = "stage" (ipc) or adopt = false (rdma).'
+            )
+        new = torch.UntypedStorage(old.nbytes())
+        new.copy_(old)
+        _point(group, new)
+        for name in ("nbytes", "size", "data_ptr"):
+            setattr(old, name, getattr(new, name))  # whoever kept the storage's object sees what it has become
+        return new
+
+
+def _resizing(storage: torch.UntypedStorage) -> object:
+    return vars(storage).get(_RESIZE)
+
+
+def _is_adopted(storage: torch.UntypedStorage) -> bool:
+    return isinstance(_resizing(storage), _Resizing)

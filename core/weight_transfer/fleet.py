@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import itertools
 import logging
+import secrets
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from weight_transfer.backend import Capability
+from weight_transfer.config import RECEIVER
 from weight_transfer.deadline import Deadline
-from weight_transfer.errors import ConfigError, HandshakeError, LifecycleError, PeerLostError, WeightTransferError
-from weight_transfer.peers import Calls, Peer, make_peer, make_slots
+from weight_transfer.dtypes import common_dtypes, dtypes_by_name
+from weight_transfer.errors import (
+    ConfigError,
+    HandshakeError,
+    LifecycleError,
+    PeerLostError,
+    SessionError,
+    TransferError,
+    TransferTimeoutError,
+    WeightTransferError,
+)
+from weight_transfer.peers import Calls, Peer, cause_of, logged_wait, make_peer, make_slots
 from weight_transfer.structuring import structure, unstructure
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from weight_transfer.config import ParallelConfig, WeightTransferConfig
     from weight_transfer.control import ControlChannel
     from weight_transfer.engine import TrainerWeightTransferEngine
@@ -27,6 +42,9 @@ logger = logging.getLogger(__name__)
 _ABORT_TIMEOUT = 10.0  # seconds that workers get to abort a failed update
 _RETRY_INTERVAL = 0.1  # seconds between two looks at a worker that does not answer yet
 
+_ASKED = ("report_dtypes", "session")
+"""Keys of the init info that are left out unless they say something: other systems' workers do not know them."""
+
 Lost = dict[Peer, WeightTransferError]
 """Workers that failed, in the order of their failures."""
 
@@ -37,7 +55,7 @@ class Fleet:
     Each phase returns the workers that it lost, or raises the first failure: ``on_worker_failure`` decides.
 
     Attributes:
-        peers: all workers, lost ones included: they may come back.
+        peers: all workers, lost ones included: they may come back; none after `close`.
         engine: the trainer's engine; None before the first join, and after a failure of a backend without ``REJOIN``.
     """
 
@@ -54,7 +72,16 @@ class Fleet:
         self._config = config
         self._parallel_config = parallel_config
         self._device: str | None = None
+        self._report_dtypes = {}
+        if RECEIVER in config.cast.values():
+            self._report_dtypes["report_dtypes"] = "checkpoint" if config.is_checkpoint_format else "kernel"
         self._rejoins = Capability.REJOIN in backend.backend.capabilities
+        self._session = secrets.token_hex(8)
+        self._joins = itertools.count(1)
+        self._unreachable: dict[Peer, PeerLostError] = {}
+        self._cancelled: TransferError | None = None
+        self._calls: Calls | None = None
+        self._latest: object = None
 
     @property
     def goes_on(self) -> bool:
@@ -99,8 +126,7 @@ class Fleet:
         if all(peer.joined for peer in self.peers):
             return {}
         deadline = Deadline(self._config.init_timeout)
-        absent = [peer for peer in self.peers if not peer.joined]
-        lost = self.settle(Calls(absent, lambda peer: self._greet(peer, deadline), "init").wait(deadline))
+        lost = self.greet(deadline)
         present = [peer for peer in self.peers if peer not in lost]
         if not self._rejoins:
             self.drop_engine()
@@ -110,18 +136,18 @@ class Fleet:
         engine = self.engine = self.engine or self._create_engine()
         slots = make_slots(self.peers if self._rejoins else present)
         fields = engine.open_endpoint([slots[peer] for peer in joining], deadline)
+        infos: dict[Peer, dict[str, Any]] = {}
         for peer, own in zip(joining, fields, strict=True):
             slot = slots[peer]
             common = {"rank_offset": slot.rank_offset, "world_size": slot.world_size, "timeout": deadline.remaining()}
-            peer.init_info = unstructure(structure({**own, **common}, engine.init_info_cls, "init_info"))
-        calls = Calls(
-            joining,
-            lambda peer: peer.channel.init_weight_transfer_engine(peer.init_info),
-            "init",
-            on_failure=self.react,
-        )
+            info = structure({**own, **common, **self._report_dtypes}, engine.init_info_cls, "init_info")
+            infos[peer] = {key: value for key, value in unstructure(info).items() if key not in _ASKED or value}
+        session = f"{self._session}.{next(self._joins)}"
+        calls = self.call(joining, lambda peer: peer.join(infos[peer], session), "init", on_failure=self.react)
+        self.require_going_on()
         try:
-            engine.join_workers(deadline)
+            with logged_wait(lambda: f"waiting for {calls.silent or 'the engine'} in phase init"):
+                engine.join_workers(deadline)
         except WeightTransferError as error:
             cause = calls.explain(error)
             if not (calls.failures and self.goes_on):
@@ -131,28 +157,63 @@ class Fleet:
         lost |= self.settle(calls.wait(deadline))
         for peer in joining:
             peer.joined = peer not in lost
+            peer.dtypes = dtypes_by_name(calls.results.get(peer), peer.address)
         return lost
 
+    def greet(self, deadline: Deadline) -> Lost:
+        """Wait until the workers answer that have not, and learn from their status what they are."""
+        strangers = [peer for peer in self.peers if not (peer.joined or peer.greeted)]
+        self._unreachable = {}
+        failures = self.call(strangers, lambda peer: self._greet(peer, deadline), "init").wait(deadline)
+        late = {peer for peer, error in failures.items() if isinstance(error, TransferTimeoutError)}
+        failures = {
+            peer: self._unreachable.get(peer, error) if peer in late else error for peer, error in failures.items()
+        }
+        lost = self.settle(failures)
+        for one, other in itertools.combinations(self.peers, 2):
+            if one.ids & other.ids:
+                raise ConfigError(f"{one.address} and {other.address} are the same worker; name each worker once.")
+        return lost
+
+    def versions(self, target: str) -> list[Version]:
+        """Return the versions of ``target`` that the workers have; waits until they answer."""
+        self.greet(Deadline(self._config.init_timeout))
+        statuses = [peer.status for peer in self.peers if peer.greeted or peer.joined]
+        served = [(status.get("versions") or {}).get(target, status.get("version")) for status in statuses]
+        return [version for version in served if isinstance(version, (int, str))]
+
+    def dtypes(self, called: Mapping[str, Sequence[str]]) -> dict[str, str]:
+        """Return the dtypes that the workers, which must have joined, have for weights of these names.
+
+        Raises:
+            HandshakeError: a worker does not know, lacks one, or differs from another; they are named.
+        """
+        return common_dtypes({peer.address: peer.dtypes for peer in self.peers if peer.joined}, called)
+
     def _greet(self, peer: Peer, deadline: Deadline) -> None:
-        """Wait until a worker answers, and learn from its status what it is."""
         status_of = getattr(peer.channel, "status", None)
-        if status_of is None:
-            return
-        while True:
-            try:
-                status = status_of()
-                break
-            except PeerLostError:
-                if self._config.on_worker_failure == "continue" or deadline.remaining() < _RETRY_INTERVAL:
-                    raise
-                time.sleep(_RETRY_INTERVAL)
-        if status.get("backend", self._config.backend) != self._config.backend:
+        peer.status = self._first_status(peer, status_of, deadline) if status_of is not None else {}
+        backend = peer.status.get("backend", self._config.backend)
+        if backend != self._config.backend:
             raise HandshakeError(
-                f"The worker uses backend {status['backend']!r}, the trainer {self._config.backend!r}; use one.",
+                f"The worker uses backend {backend!r}, the trainer {self._config.backend!r}; use one.",
                 peer=peer.address,
                 phase="init",
             )
-        peer.count = int(status.get("workers", peer.count))
+        peer.count = int(peer.status.get("workers", peer.count))
+        peer.greeted = True
+
+    def _first_status(self, peer: Peer, status_of: Callable[[], dict[str, Any]], deadline: Deadline) -> dict[str, Any]:
+        """Ask until the worker answers; with ``"continue"``, only as long as no other one has."""
+        while True:
+            try:
+                return status_of()
+            except PeerLostError as error:
+                self._unreachable[peer] = error
+                others = self._config.on_worker_failure == "continue" and any(p.joined or p.greeted for p in self.peers)
+                if error.permanent or others or self._cancelled or deadline.remaining() < _RETRY_INTERVAL:
+                    raise
+                time.sleep(_RETRY_INTERVAL)
 
     def start(self, deadline: Deadline) -> Lost:
         """Open the update; a worker that was restarted since the last one joins again first."""
@@ -169,7 +230,7 @@ class Fleet:
 
     def _start_joined(self, deadline: Deadline) -> Lost:
         peers = [peer for peer in self.peers if peer.joined and not peer.started]
-        failures = Calls(peers, lambda peer: peer.channel.start_weight_update(), "start").wait(deadline)
+        failures = self.call(peers, lambda peer: peer.start(), "start").wait(deadline)
         for peer in peers:
             peer.started = peer not in failures
         return failures
@@ -177,7 +238,7 @@ class Fleet:
     def finish(self, version: Version, deadline: Deadline) -> Lost:
         """Have the version published."""
         peers = self.started
-        failures = Calls(peers, lambda peer: peer.channel.finish_weight_update(version), "finish").wait(deadline)
+        failures = self.call(peers, lambda peer: peer.finish(version), "finish").wait(deadline)
         for peer in peers:
             peer.started = False
         return self.settle(failures)
@@ -185,8 +246,9 @@ class Fleet:
     def settle(self, failures: Lost) -> Lost:
         """Decide about workers that failed: raise the first error, or go on without them, as the config says."""
         others = any(peer.joined for peer in self.peers) or len(failures) < len(self.peers)
-        if failures and (self._config.on_worker_failure == "abort" or not others):
-            raise next(iter(failures.values()))
+        cause = cause_of(failures)
+        if cause is not None and (self._config.on_worker_failure == "abort" or not others):
+            raise cause
         for peer, error in failures.items():
             peer.forget()
             if self.engine is not None:
@@ -209,13 +271,15 @@ class Fleet:
             raise next(reversed(lost.values()))
 
     def abort(self, reason: str) -> None:
-        """After a failure: no worker keeps the update open, and all of them join again next time."""
+        """After a failure: all workers that were called, answered or not, leave this trainer, and join it next time."""
+        self._latest = self._calls = None
         if self.engine is not None:
             self.engine.abort_update()
-        open_ = [peer for peer in self.started if hasattr(peer.channel, "abort_weight_update")]
-        calls = Calls(open_, lambda peer: peer.channel.abort_weight_update(reason), "abort")
+        called = [peer for peer in self.peers if peer.called and hasattr(peer.channel, "abort_weight_update")]
+        calls = Calls(called, lambda peer: peer.abort(reason), "abort")
         for peer, error in calls.wait(Deadline(min(_ABORT_TIMEOUT, self._config.timeout))).items():
-            logger.warning("worker %s did not confirm the abort: %s", peer.address, error)
+            if not isinstance(error, SessionError):  # then it is another trainer's by now
+                logger.warning("worker %s did not confirm the abort: %s", peer.address, error)
         if self.engine is not None:
             self.engine.release_source()
         if not self._rejoins:
@@ -242,3 +306,40 @@ class Fleet:
         self.drop_engine()
         for peer in self.peers:
             peer.close()
+        self.peers, self._calls = [], None
+
+    def call(
+        self,
+        peers: list[Peer],
+        call: Callable[[Peer], object],
+        phase: str,
+        on_failure: Callable[[Peer], None] | None = None,
+    ) -> Calls:
+        """Call workers of an update that may be cancelled; ``on_failure`` hears of no call but the latest."""
+        this = self._latest = object()
+
+        def failed(peer: Peer) -> None:
+            if on_failure is not None and self._latest is this:  # else an echo of what was given up already
+                on_failure(peer)
+
+        calls = self._calls = Calls(peers, call, phase, failed)
+        if self._cancelled is not None:
+            calls.cancel(self._cancelled)
+        return calls
+
+    def cancel(self, reason: str) -> None:
+        """Make what is under way raise soon; callable from any thread."""
+        self._cancelled = TransferError(f"The update was aborted: {reason}.")
+        if self._calls is not None:
+            self._calls.cancel(self._cancelled)
+        if self.engine is not None:
+            self.engine.abort_update()
+
+    def go_on(self) -> None:
+        """Forget that something was cancelled."""
+        self._cancelled = None
+
+    def require_going_on(self) -> None:
+        """Raise if what is under way was cancelled."""
+        if self._cancelled is not None:
+            raise self._cancelled

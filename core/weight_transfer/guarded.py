@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from weight_transfer.casting import CastSource
 from weight_transfer.errors import ManifestMismatchError
 from weight_transfer.manifest import dtype_name, torch_dtype
 from weight_transfer.source import ModuleSource, WeightSource
@@ -55,13 +56,37 @@ class GuardedSource(WeightSource):
             ManifestMismatchError: one is not in the manifest, or not of the dtype and shape there.
         """
         resident = self._source.resident()
-        if type(self._source) is ModuleSource:  # both come of one reading; a subclass may have changed either
+        if self._reads_once:
             return resident
         try:
             return _in_order(resident, self._manifest)
         except ManifestMismatchError as error:
             self.error = error
             raise
+
+    def masters(self) -> Mapping[str, torch.Tensor]:
+        """Return the source's.
+
+        Raises:
+            ManifestMismatchError: one is not in the manifest, or not of the shape there.
+        """
+        masters = self._source.masters()
+        if self._reads_once:
+            return masters
+        for name, tensor in masters.items():
+            param = self._manifest.by_name.get(name)
+            if param is None or param.shape != tensor.shape:
+                self.error = _mismatch(f"has the master {name}: {list(tensor.shape)}, which its manifest has not")
+                raise self.error
+        return masters
+
+    @property
+    def _reads_once(self) -> bool:
+        """Whether all that the source says comes of one reading; a module's subclass may have changed some of it."""
+        source = self._source
+        while type(source) is CastSource:
+            source = source.source
+        return type(source) is ModuleSource
 
     @property
     def device(self) -> str:

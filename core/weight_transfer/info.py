@@ -7,7 +7,7 @@ backend, so that the control traffic of a steady-state update does not grow with
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 
@@ -17,6 +17,9 @@ from weight_transfer.manifest import Manifest, digest_json
 from weight_transfer.structuring import register, unstructure
 
 _ONCE = "weight_transfer_sent_once"
+
+MODEL = "model"
+"""The target that every receiver has: its model."""
 
 register(Manifest, Manifest.from_wire, Manifest.to_wire)
 
@@ -38,11 +41,16 @@ class WeightTransferInitInfo:
             a worker's rank is ``rank_offset + parallel_config.rank``.
         world_size: members of the transfer group: the trainer and all workers.
         timeout: seconds that joining may take.
+        session: the trainer's name for this join; the worker then refuses calls that do not carry it.
+        report_dtypes: the format, ``"checkpoint"`` or ``"kernel"``, of whose weights the worker is to answer the
+            dtypes; None, and then not sent at all, if nobody asks.
     """
 
     rank_offset: int
     world_size: int
     timeout: float = attrs.field(converter=to_seconds)
+    session: str | None = None
+    report_dtypes: Literal["checkpoint", "kernel"] | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -54,14 +62,27 @@ class WeightTransferUpdateInfo:
         timeout: seconds that the update may take from now.
         version: the version that will be published if all goes well.
         is_checkpoint_format: see `WeightTransferConfig`.
+        target: which of the receiver's models they are for.
+        base: if they are some of the weights (``manifest.partial``): the version whose others are kept.
         digests: digest of each parameter in the manifest's order, if the config says ``verify``.
+        session: that of the init info.
     """
 
     manifest: Manifest = sent_once()
     timeout: float = attrs.field(converter=to_seconds)
     version: int | str | None = None
     is_checkpoint_format: bool = True
+    target: str = MODEL
+    base: int | str | None = None
     digests: tuple[str, ...] | None = None
+    session: str | None = None
+
+
+def redefined_fields(cls: type[Any]) -> list[str]:
+    """Return the fields that an info class of a backend declares though the core's own class has them."""
+    own = {field.name for field in attrs.fields(cls) if not field.inherited}
+    bases = [base for base in (WeightTransferInitInfo, WeightTransferUpdateInfo) if issubclass(cls, base)]
+    return sorted(field.name for base in bases for field in attrs.fields(base) if cls is not base and field.name in own)
 
 
 @attrs.frozen
@@ -69,6 +90,13 @@ class WeightTransferInitRequest:
     """Body of ``/init_weight_transfer_engine``."""
 
     init_info: dict[str, Any] = attrs.field(factory=dict)
+
+
+@attrs.frozen
+class WeightTransferStartRequest:
+    """Body of ``/start_weight_update``."""
+
+    session: str | None = None
 
 
 @attrs.frozen
@@ -83,6 +111,7 @@ class WeightTransferFinishRequest:
     """Body of ``/finish_weight_update``."""
 
     weight_version: int | str | None = None
+    session: str | None = None
 
 
 @attrs.frozen
@@ -90,6 +119,7 @@ class WeightTransferAbortRequest:
     """Body of ``/abort_weight_update``."""
 
     reason: str = "the trainer aborted the update"
+    session: str | None = None
 
 
 @attrs.define

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import torch
 
 from weight_transfer.errors import ConfigError, ManifestMismatchError
+from weight_transfer.lending import lend, require_done, require_eager
 from weight_transfer.manifest import ParamMeta, dtype_name
 from weight_transfer.naming import walk
 from weight_transfer.weights import ModuleWeights
@@ -98,6 +99,11 @@ class KernelFormatLoader:
         self._twins = [(read[first], read[name]) for first, *others in self.takers.values() for name in others]
         self._read, self._checked = read, manifest
 
+    def dtypes(self) -> dict[str, str]:
+        """Return the dtype's name of each weight of the model, under each of its names."""
+        names = {name: dtype_name(tensor.dtype) for name, tensor in self._weights.read().items()}
+        return names | {alias: names[name] for alias, name in self._weights.aliases.items()}
+
     def destinations(self) -> Mapping[str, Tensor]:
         return self._targets
 
@@ -157,6 +163,9 @@ class CheckpointFormatLoader:
     ) -> None:
         if process_weights_after_loading is not None and model is None:
             raise ValueError("process_weights_after_loading needs the model whose layers it is to process")
+        require_eager(load_weights, "load_weights")
+        if process_weights_after_loading is not None:
+            require_eager(process_weights_after_loading, "process_weights_after_loading")
         self._load_weights = load_weights
         self._model = model
         self._process = process_weights_after_loading
@@ -176,7 +185,7 @@ class CheckpointFormatLoader:
 
     def __call__(self, weights: Weights) -> None:
         if self._process is None:
-            self._load_weights(weights)
+            lend(weights, self._load_weights)
             return
         part: Weights = []
         for name, tensor in weights:
@@ -184,11 +193,11 @@ class CheckpointFormatLoader:
             layer = self.layer_of(name)
             self._missing[layer] -= 1
             if not self._missing[layer]:
-                self._load_weights(part)
+                lend(part, self._load_weights)
                 part = []
-                self._process(self._module(layer))
+                require_done(self._process(self._module(layer)), self._process, "process_weights_after_loading")
         if part:
-            self._load_weights(part)
+            lend(part, self._load_weights)
 
     def finish(self) -> None:
         return

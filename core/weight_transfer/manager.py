@@ -150,6 +150,8 @@ class LoadedBackend:
         return {title: text for answer in reversed(answers) if answer for title, text in answer.items()}
 
     def _create(self, reference: str, base: type[Any], config: WeightTransferConfig, parallel: ParallelConfig) -> Any:
+        from weight_transfer.info import redefined_fields
+
         self.require_available()
         cls: Any = self._resolve(reference)
         if not (isinstance(cls, type) and issubclass(cls, base)):
@@ -158,7 +160,13 @@ class LoadedBackend:
             raise self._contract(
                 f"{reference} does not implement {', '.join(sorted(getattr(cls, '__abstractmethods__', ())))}"
             )
-        return cls(config, parallel)
+        engine: Any = cls
+        for info in (engine.init_info_cls, engine.update_info_cls):
+            taken = redefined_fields(info)
+            if taken:
+                names = ", ".join(map(repr, taken))
+                raise self._contract(f"{info.__name__} declares {names}, which the core's own infos have; rename it")
+        return engine(config, parallel)
 
     def _resolve(self, reference: str) -> Any:
         module, _, attribute = reference.partition(":")

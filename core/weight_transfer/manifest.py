@@ -200,6 +200,7 @@ class Manifest:
             *(f"{' and '.join(map(repr, names))} are one weight in {whose} but not on the trainer" for names in tied),
             *(
                 f"{self.by_name[name]} was sent, but {whose} has {theirs[taker].dtype} {list(theirs[taker].shape)}"
+                + _declare(self.by_name[name], theirs[taker])
                 for name, names in takers.items()
                 for taker in names
                 if not self.by_name[name].is_like(theirs[taker])
@@ -240,6 +241,14 @@ def digest_json(data: Any) -> str:
     """Return 128 bits of SHA-256 of ``data`` in canonical JSON, as 32 hexadecimal digits."""
     text = json.dumps(data, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _declare(mine: ParamMeta, theirs: ParamMeta) -> str:
+    """Return what to configure if nothing but a floating point dtype differs."""
+    floating = torch_dtype(mine.dtype).is_floating_point and torch_dtype(theirs.dtype).is_floating_point
+    if not floating or mine.shape != theirs.shape or mine.dtype == theirs.dtype:
+        return ""
+    return f', to which nobody asked it to be cast; declare it on the trainer: cast = {{"*" = "{theirs.dtype}"}}'
 
 
 def _named(problem: str, names: list[str]) -> str:

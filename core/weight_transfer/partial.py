@@ -59,6 +59,9 @@ class PartialSource(WeightSource):
     def resident(self) -> Mapping[str, torch.Tensor]:
         return {name: tensor for name, tensor in self.source.resident().items() if name in self._manifest.by_name}
 
+    def masters(self) -> Mapping[str, torch.Tensor]:
+        return {name: tensor for name, tensor in self.source.masters().items() if name in self._manifest.by_name}
+
     @property
     def device(self) -> str:
         return self.source.device

@@ -32,6 +32,8 @@ ENVIRONMENT = {
 _FILE = ENV_PREFIX + "CONFIG"
 _FROM_KUBERNETES = re.compile(r"\w+_SERVICE_(HOST|PORT(_\w+)?)|\w+_PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?")
 """What Kubernetes sets in each container for a service such as ``weight-transfer-trainer``."""
+_OWN_TABLES = ("cast", "options")
+"""Keys whose values are tables; the other tables are backends'."""
 
 
 def load_config(
@@ -54,7 +56,7 @@ def load_config(
     if isinstance(source, WeightTransferConfig):
         return _with_options(_replace(source, arguments))
     where, data = _read(source)
-    tables = {key: value for key, value in data.items() if isinstance(value, Mapping) and key != "options"}
+    tables = {key: value for key, value in data.items() if isinstance(value, Mapping) and key not in _OWN_TABLES}
     core = {key: value for key, value in data.items() if key not in tables}
     core |= _environment() | arguments
     if "backend" not in core:
@@ -139,6 +141,11 @@ def _from_text(name: str, text: str) -> Any:
         return truth(text)
     if name == "observers":
         return [part.strip() for part in text.split(",") if part.strip()]
+    if name == "cast":
+        pairs = [part.rpartition("=") for part in text.split(",") if part.strip()]
+        if not all(equals for _, equals, _ in pairs):
+            raise ValueError(f"expected pattern=dtype, separated by commas, got {text!r}")
+        return {pattern.strip(): dtype.strip() for pattern, _, dtype in pairs}
     return text
 
 

@@ -1,22 +1,16 @@
 """The worker's session: takes updates, and never lets a torn one be served.
 
-
-    created ──init──▶ ready ──start──▶ updating ──update, finish──▶ ready (new version)
-                        ▲                 │
-                        │                 ├─ failed or aborted before the first byte ─▶ ready (old version)
-                        └───────init──────┴─ failed or aborted after it ─▶ failed (no version)
-
-A failed receiver has shut its engine down; ``init_weight_transfer_engine`` and a full update lead out of it. A
-`WeightSender` does that by itself at its next ``send``.
+Its states are drawn in `weight_transfer.lifecycle`.
 """
 
 from __future__ import annotations
 
+import logging
+import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from enum import StrEnum
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -24,31 +18,29 @@ import attrs
 import torch
 
 from weight_transfer.config import ParallelConfig, WeightTransferConfig
-from weight_transfer.deadline import Deadline
-from weight_transfer.errors import LifecycleError, TransferError, TransferTimeoutError, WeightTransferError
-from weight_transfer.events import TransferFinished, TransferStarted
-from weight_transfer.info import WireDecoder
-from weight_transfer.loading import Weights, loader_for
+from weight_transfer.deadline import LONG, Deadline
+from weight_transfer.dtypes import dtypes_answer
+from weight_transfer.errors import ConfigError
+from weight_transfer.info import MODEL
+from weight_transfer.lifecycle import ANYONE, Anyone, Lifecycle, ReceiverState
 from weight_transfer.manager import add_observers, load_backend
 from weight_transfer.read_config import load_config
-from weight_transfer.report import WorkerReport
+from weight_transfer.serving import Served, Signal, Watch
 from weight_transfer.update import Update
+from weight_transfer.updating import Joined, Target
+from weight_transfer.versions import as_version
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from weight_transfer.engine import WeightTransferEngine
     from weight_transfer.events import Version
+    from weight_transfer.loading import Weights
 
+__all__ = ["ReceiverState", "WeightReceiver"]
 
-class ReceiverState(StrEnum):
-    """Where a receiver stands; see the drawing in this module."""
+logger = logging.getLogger(__name__)
 
-    CREATED = "created"
-    READY = "ready"
-    UPDATING = "updating"
-    FAILED = "failed"
-    CLOSED = "closed"
+_ABORT_INTERVAL = 0.2  # seconds
 
 
 class WeightReceiver:
@@ -65,6 +57,12 @@ class WeightReceiver:
             copy by name.
         process_weights_after_loading: called with each layer's module once its last parameter has arrived.
         observers: objects with hook implementations, beside the ones that the config names.
+        targets: further models of this worker, such as ``{"draft": draft_model}``: ``send(..., target="draft")`` brings
+            weights to one, which has a version of its own. They load by their own ``load_weights``, or by name.
+        ignore: glob patterns of names that the models have and the trainer does not send, such as ``"*._extra_state"``.
+
+    Raises:
+        ConfigError: a config key is wrong, or ``model`` is no module.
     """
 
     def __init__(
@@ -76,108 +74,128 @@ class WeightReceiver:
         load_weights: Callable[[Weights], object] | None = None,
         process_weights_after_loading: Callable[[nn.Module], object] | None = None,
         observers: tuple[object, ...] = (),
+        targets: Mapping[str, nn.Module] | None = None,
+        ignore: Sequence[str] = (),
     ) -> None:
         self.config: WeightTransferConfig = load_config(config)
+        _module("model", model)
         parallel = parallel_config or ParallelConfig()
         self.parallel_config = attrs.evolve(parallel, device=parallel.device or _device_of(model))
+        self._id = secrets.token_hex(8)
         self._backend = load_backend(self.config.backend)
         add_observers(self._backend, self.config.observers, observers)
-        self._loaders = loader_for(model, load_weights, process_weights_after_loading)
-        self._engine: WeightTransferEngine[Any, Any] | None = None
-        self._decoder = WireDecoder()
-        self._changed = threading.Condition()
-        self._state = ReceiverState.CREATED
-        self._version: Version | None = None
-        self._readers = 0
-        self._busy: str | None = None
+        self._targets = {MODEL: Target(model, load_weights, process_weights_after_loading, ignore)}
+        for name, other in (targets or {}).items():
+            self._targets[name] = Target(_target(name, other), None, None, ignore)
+        self._changed = Signal()
+        self._served = Served(self._changed)
+        self._lifecycle = Lifecycle(self._changed, self.config.timeout, self.config.backend)
+        self._joined: Joined | None = None
         self._update: Update | None = None
         self._last_error: str | None = None
 
     @property
     def state(self) -> ReceiverState:
         """Where this receiver stands now."""
-        with self._changed:
-            self._give_up_if_abandoned()
-            return self._state
+        self._give_up_if_abandoned()
+        return self._lifecycle.state
 
     @property
     def version(self) -> Version | None:
-        """The version that is served; None before the first, during an update and after a failure."""
-        with self._changed:
-            self._give_up_if_abandoned()
-            return None if self._state is ReceiverState.UPDATING else self._version
+        """The model's version that is served; None before the first, during an update and after a failure."""
+        self._give_up_if_abandoned()
+        return self._served.current
 
-    @contextmanager
-    def serving(self, timeout: float | None = None) -> Iterator[Version]:
+    @property
+    def versions(self) -> dict[str, Version | None]:
+        """The version of each target, by its name; None as long as its weights are no whole version."""
+        with self._changed:
+            return {target: self._served.versions.get(target) for target in self._targets}
+
+    def serving(self, timeout: float | None = None) -> AbstractContextManager[Version]:
         """Hold one version still while sampling from it: ``with receiver.serving() as version: ...``.
 
-        Waits until a version is served. An update that arrives meanwhile waits until the block is left.
+        Waits until a version is served. An update that arrives meanwhile waits until the block is left. A block inside
+        another one, on the same thread or task or on one that was started inside, does not wait.
 
         Args:
             timeout: seconds to wait for a version; default is ``config.timeout``.
 
         Raises:
             TransferTimeoutError: no version was served within that time.
+            LifecycleError: the receiver is closed; or the wait would block the event loop that runs on this thread, on
+                which `aserving` waits.
         """
-        deadline = Deadline(self.config.timeout if timeout is None else timeout)
-        with self._changed:
-            while (version := self.version) is None:
-                self._require_open("serving")
-                if deadline.expired:
-                    raise deadline.timeout(
-                        f"waiting for a version to serve (state {self._state})", backend=self.config.backend
-                    )
-                self._changed.wait(min(deadline.remaining(), 1.0))
-            self._readers += 1
-        try:
-            yield version
-        finally:
-            with self._changed:
-                self._readers -= 1
-                self._changed.notify_all()
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        def look() -> None:
+            self._give_up_if_abandoned()
+            self._lifecycle.require_open("serving")
+
+        return self._served.hold(self._watch(look, timeout))
+
+    def aserving(self, timeout: float | None = None) -> AbstractAsyncContextManager[Version]:
+        """`serving` for asyncio: ``async with receiver.aserving() as version: ...``; the event loop goes on meanwhile.
+
+        Args:
+            timeout: seconds to wait for a version; default is ``config.timeout``.
+
+        Raises:
+            TransferTimeoutError: no version was served within that time.
+            LifecycleError: the receiver is closed.
+        """
+
+        def look() -> None:
+            if self._abandoned():  # closing an engine may take a moment
+                threading.Thread(target=self._give_up_if_abandoned, daemon=True).start()
+            self._lifecycle.require_open("aserving")
+
+        return self._served.ahold(self._watch(look, timeout))
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any] | None:
         """Join a trainer. In a later call the previous engine is shut down first; a served version stays served.
+
+        Returns:
+            The names of the model's weights by dtype, as ``{"dtypes": ...}``, if the trainer asks and the loader copies
+            by name; else None.
 
         Raises:
             ConfigError: ``init_info`` is wrong; the sentence names the key.
             BackendUnavailableError: this machine lacks what the backend needs.
             HandshakeError, PeerLostError, TransferTimeoutError: joining failed.
         """
-        with self._operation("init_weight_transfer_engine"):
-            self._drop_engine()
-            if self._state is ReceiverState.UPDATING:
-                self._end_update("a trainer initialised this worker anew")
-            self._set_state(ReceiverState.CREATED)
-            engine = self._backend.create_worker_engine(self.config, self.parallel_config)
+        with self._operation("init_weight_transfer_engine", ANYONE):
+            self._leave("a trainer initialised this worker anew")
+            self._lifecycle.set(ReceiverState.CREATED)
+            self._lifecycle.hand_to(init_info.get("session"))
+            self._joined = Joined(self._backend.create_worker_engine(self.config, self.parallel_config), self._backend)
             try:
-                engine.init_transfer_engine(engine.parse_init_info(init_info))
+                info = self._joined.join(init_info)
             except BaseException as error:
-                engine.shutdown()
-                named = self._mapped(error, "init")
-                self._last_error = str(named)
-                if named is error:
-                    raise
-                raise named from error
-            self._engine = engine
-            self._decoder = WireDecoder()
-            self._set_state(ReceiverState.READY)
+                self._last_error = str(error)
+                self._drop_engine()
+                self._lifecycle.set(ReceiverState.CREATED)
+                raise
+            self._lifecycle.set(ReceiverState.READY)
+            return dtypes_answer(info, self._targets[MODEL].loaders)
 
-    def start_weight_update(self) -> None:
+    def start_weight_update(self, session: str | None = None) -> None:
         """Begin an update: wait until nobody samples any more, and serve no version until it is over.
+
+        Args:
+            session: that of the init info, if it had one; also in the calls below.
 
         Raises:
             LifecycleError: there is no engine, or an update is under way.
+            SessionError: another trainer has joined since.
             TransferTimeoutError: somebody went on sampling for ``config.timeout`` seconds; the version stays served.
         """
-        with self._operation("start_weight_update", ReceiverState.READY), self._changed:
-            self._set_state(ReceiverState.UPDATING)
+        with self._operation("start_weight_update", session, ReceiverState.READY), self._changed:
             self._update = update = Update(self.config.timeout)
+            self._served.held_back = True
+            self._lifecycle.set(ReceiverState.UPDATING)
             try:
-                while self._readers:
-                    update.check("waiting for the sampling of the old version to end")
-                    self._changed.wait(min(update.deadline.remaining(), 0.1))
-            except TransferError as error:
+                self._await_samplers(update)
+            except BaseException as error:
                 self._end_update(str(error))
                 raise
 
@@ -189,79 +207,88 @@ class WeightReceiver:
 
         Raises:
             LifecycleError: no update was started, or this one has its weights already.
+            SessionError: another trainer has joined since.
             ConfigError: ``update_info`` is wrong; the sentence names the key.
             ManifestMismatchError: the weights do not fit the model; nothing was changed.
             TransferError: anything else; unless the model is untouched, no version is served.
         """
-        with self._operation("update_weights", ReceiverState.UPDATING):
-            assert self._engine is not None and self._update is not None
+        with self._operation("update_weights", update_info.get("session"), ReceiverState.UPDATING):
+            assert self._joined is not None and self._update is not None
             if self._update.complete:
-                raise self._lifecycle("update_weights", "this update has its weights already; finish it")
+                raise self._lifecycle.refusal("update_weights", "this update has its weights already; finish it")
             try:
-                self._receive(self._engine, self._update, update_info)
+                return self._joined.receive(self._update, update_info, self._targets, self._served.versions)
             except BaseException as error:
-                named = self._mapped(error, "update", self._update)
-                self._end_update(str(named))
-                if named is error:
-                    raise
-                raise named from error
-            return WorkerReport(self._engine.transport, self._engine.warnings).to_dict()
+                self._end_update(str(error))
+                raise
 
-    def finish_weight_update(self, weight_version: Version | None = None) -> None:
+    def finish_weight_update(self, weight_version: Version | None = None, session: str | None = None) -> None:
         """Publish the version.
 
         Args:
-            weight_version: its name; default is the one that came with the update.
+            weight_version: its name, if none came with the update; else the same one, or None.
+            session: see `start_weight_update`.
 
         Raises:
-            LifecycleError: the update has not received its weights.
+            LifecycleError: the update has not received its weights, or was announced as another version.
+            SessionError: another trainer has joined since.
         """
-        with self._operation("finish_weight_update", ReceiverState.UPDATING):
+        with self._operation("finish_weight_update", session, ReceiverState.UPDATING):
             update = self._update
-            if update is None or not update.complete:
-                raise self._lifecycle("finish_weight_update", "its weights have not arrived; call update_weights first")
-            version = update.version if weight_version is None else weight_version
+            if self._joined is None or update is None or not update.complete:
+                raise self._lifecycle.refusal(
+                    "finish_weight_update", "its weights have not arrived; call update_weights first"
+                )
+            version = update.version if weight_version is None else as_version(weight_version)
             if version is None:
-                raise self._lifecycle("finish_weight_update", "the update has no version; name one")
-            self._finished(update, version, None)
+                raise self._lifecycle.refusal("finish_weight_update", "the update has no version; name one")
+            if update.version is not None and repr(version) != repr(update.version):
+                why = f"these weights were announced as version {update.version!r}, not {version!r}"
+                raise self._lifecycle.refusal("finish_weight_update", why)
+            self._joined.tell_end(update, version, None)
             with self._changed:
-                self._version, self._update, self._last_error = version, None, None
-                self._set_state(ReceiverState.READY)
+                self._update, self._last_error = None, None
+                self._served.publish(update.target, version)
+                self._lifecycle.set(ReceiverState.READY)
 
-    def abort_weight_update(self, reason: str = "the trainer aborted the update") -> None:
-        """Give up a running update, also from another thread. Without one, does nothing.
+    def abort_weight_update(self, reason: str = "the trainer aborted the update", session: str | None = None) -> None:
+        """Give up the running update or join, also from another thread, and leave the trainer: it has to join anew.
 
         Returns once nothing writes into the model any more.
 
+        Args:
+            reason: for errors.
+            session: see `start_weight_update`.
+
         Raises:
+            SessionError: another trainer has joined since; its update goes on.
             TransferTimeoutError: the engine went on for ``config.timeout`` seconds.
         """
-        update, engine = self._update, self._engine
-        if update is None:
-            return
-        update.abort(reason)
-        if engine is not None:
-            engine.abort_update()
-        with self._operation("abort_weight_update"):
-            if self._update is update:
-                self._end_update(reason)
+        if self._lifecycle.state is not ReceiverState.CLOSED:
+            self._abort("abort_weight_update", reason, session)
 
     def status(self) -> dict[str, Any]:
-        """Return ``state``, ``version``, ``backend``, ``workers`` (1) and ``error`` (since the last good update)."""
+        """Return ``state``, ``version``, ``versions`` by target, ``backend``, ``workers`` (1), ``error`` and ``id``.
+
+        The error is of the time since the last good update. The id is this receiver's own, by which a trainer knows a
+        worker that it was given under two addresses.
+        """
         return {
             "state": str(self.state),
             "version": self.version,
+            "versions": self.versions,
             "backend": self.config.backend,
             "workers": 1,
             "error": self._last_error,
+            "id": self._id,
         }
 
     def close(self) -> None:
-        """Abort a running update and shut the engine down. The model keeps its weights."""
-        self.abort_weight_update("the worker is closing")
-        with self._operation("close"):
-            self._drop_engine()
-            self._set_state(ReceiverState.CLOSED)
+        """Abort a running update and shut the engine down. The model keeps its weights, and nothing here keeps it."""
+        self._abort("close", "the worker is closing", ANYONE)
+        with self._operation("close", ANYONE):
+            self._targets = {}
+            self._lifecycle.set(ReceiverState.CLOSED)
 
     def __enter__(self) -> WeightReceiver:
         return self
@@ -269,136 +296,118 @@ class WeightReceiver:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _receive(self, engine: WeightTransferEngine[Any, Any], update: Update, update_info: dict[str, Any]) -> None:
-        info = engine.parse_update_info(self._decoder.decode(update_info, engine.update_info_cls))
-        loader = self._loaders[info.is_checkpoint_format]
-        loader.begin(info.manifest)
-        update.begin(
-            info, loader, lambda event: self._backend.notify("weight_transfer_progress", event), self.config.backend
-        )
-        self._backend.notify("weight_transfer_started", self._started(update))
-        engine.receive_weights(info, update)
-        update.finish()
-        _synchronize(self.parallel_config.device)
-        self._decoder.remember(update_info, info)
+    def __repr__(self) -> str:
+        return f"<WeightReceiver {self.config.backend}: {self._lifecycle.state}, version {self._served.current!r}>"
+
+    def _watch(self, look: Callable[[], None], timeout: float | None) -> Watch:
+        deadline = Deadline(self.config.timeout if timeout is None else timeout)
+        return Watch(look, deadline, lambda: self._lifecycle.state, self.config.backend)
+
+    def _await_samplers(self, update: Update) -> None:
+        """Wait until nobody holds the old version any more; called with the lock."""
+        told = False
+        while samplers := self._served.samplers:
+            update.check(
+                f"waiting for the sampling of the old version to end: {', '.join(samplers)} still in serving(); "
+                "let a block be one batch or step, or raise timeout"
+            )
+            if not told and time.monotonic() - update.since > LONG:
+                told = True
+                logger.warning("an update waits for %s to leave serving()", ", ".join(samplers))
+            self._changed.wait(min(update.deadline.remaining(), 0.1))
+
+    def _abort(self, method: str, reason: str, session: str | Anyone | None) -> None:
+        with self._changed:
+            self._lifecycle.require_session(method, session)
+            update, joined, busy = self._update, self._joined, self._lifecycle.busy
+            if update is not None:
+                update.abort(reason)
+            self._changed.notify_all()
+        deadline = Deadline(self.config.timeout)
+        while joined is not None and busy in ("init_weight_transfer_engine", "update_weights"):
+            joined.engine.abort_update()  # again and again: the engine may not have come to what is to be aborted
+            with self._changed:
+                if self._changed.wait_for(lambda: self._lifecycle.busy != busy, _ABORT_INTERVAL) or deadline.expired:
+                    break
+        with self._operation(method, session, waits=True):
+            if self._joined is joined:  # else the operation that was under way has let go of it
+                self._leave(reason)
+
+    def _leave(self, reason: str) -> None:
+        """End what is open with the present trainer, and let go of its engine."""
+        self._end_update(reason)
+        self._drop_engine()
+        if self._lifecycle.state is ReceiverState.READY:
+            self._lifecycle.set(ReceiverState.CREATED)
 
     def _end_update(self, reason: str) -> None:
         """Leave the updating state after a failure: served as before if untouched, else no version."""
-        update = self._update
-        self._last_error = reason
+        update, joined = self._update, self._joined
         if update is None:
             return
-        if update.begun:
-            self._finished(update, update.version, reason)
+        self._last_error = reason
+        if update.begun and joined is not None:
+            joined.tell_end(update, update.version, reason)
             self._drop_engine()
         with self._changed:  # an abort that still sees the update waits for this
             self._update = None
             if update.touched:
-                self._version = None
-                self._set_state(ReceiverState.FAILED)
+                self._served.tear(update.target)
+                self._lifecycle.set(ReceiverState.FAILED)
             else:
-                self._set_state(ReceiverState.CREATED if self._engine is None else ReceiverState.READY)
-
-    def _give_up_if_abandoned(self) -> None:
-        """A trainer that died between two calls leaves an update open; its deadline ends that too."""
-        if self._state is ReceiverState.UPDATING and not self._busy and self._update and self._update.deadline.expired:
-            self._end_update("the trainer did not go on with the update within its deadline")
-
-    @contextmanager
-    def _operation(self, method: str, *states: ReceiverState) -> Iterator[None]:
-        """Let one operation at a time run, and only in one of ``states`` (none: in any but closed)."""
-        with self._changed:
-            self._give_up_if_abandoned()
-            self._require_open(method)
-            if method in ("abort_weight_update", "close"):
-                self._wait_until_idle(method)
-            if self._busy:
-                raise self._lifecycle(method, f"{self._busy} is under way")
-            if states and self._state not in states:
-                raise self._lifecycle(method, f"allowed in state {' or '.join(states)} only; {_ADVICE[self._state]}")
-            self._busy = method
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._busy = None
-                self._changed.notify_all()
-
-    def _wait_until_idle(self, method: str) -> None:
-        deadline = Deadline(self.config.timeout)
-        while self._busy:
-            if deadline.expired:
-                raise deadline.timeout(f"{method} waited for {self._busy} to end", backend=self.config.backend)
-            self._changed.wait(deadline.remaining())
-
-    def _require_open(self, method: str) -> None:
-        if self._state is ReceiverState.CLOSED and method != "close":
-            raise self._lifecycle(method, "this receiver is closed; create a new one")
-
-    def _lifecycle(self, method: str, why: str) -> LifecycleError:
-        message = f"{method} cannot be called in state {self._state}: {why}."
-        return LifecycleError(message, method=method, state=str(self._state))
-
-    def _set_state(self, state: ReceiverState) -> None:
-        with self._changed:
-            self._state = state
-            self._changed.notify_all()
+                self._served.resume()
+                self._lifecycle.set(ReceiverState.CREATED if self._joined is None else ReceiverState.READY)
 
     def _drop_engine(self) -> None:
-        if self._engine is not None:
-            self._engine.shutdown()
-            self._engine = None
+        joined, self._joined = self._joined, None
+        if joined is not None:
+            joined.engine.shutdown()
 
-    def _mapped(self, error: BaseException, phase: str, update: Update | None = None) -> BaseException:
-        """Turn a foreign exception into a TransferError; this is the one boundary where that happens on a worker."""
-        if not isinstance(error, Exception):
-            return error
-        fields: dict[str, Any] = {"backend": self.config.backend, "phase": phase}
-        fields["version"] = update.version if update else None
-        if update is not None and update.aborted:
-            return TransferError(f"The update was aborted: {update.abort_reason}.", **fields)
-        if isinstance(error, WeightTransferError):
-            return error
-        kind = TransferTimeoutError if isinstance(error, TimeoutError) else TransferError
-        return kind(f"The worker failed in phase {phase}.", cause=f"{type(error).__name__}: {error}", **fields)
+    @contextmanager
+    def _operation(
+        self, method: str, session: str | Anyone | None, *states: ReceiverState, waits: bool = False
+    ) -> Iterator[None]:
+        self._give_up_if_abandoned()
+        with self._lifecycle.operation(method, session, *states, waits=waits):
+            yield
 
-    def _started(self, update: Update) -> TransferStarted:
-        return TransferStarted(
-            role="worker",
-            backend=self.config.backend,
-            version=update.version,
-            nbytes=update.nbytes,
-            params=update.params,
-            workers=1,
-        )
+    def _abandoned(self) -> str | None:
+        """Return why the present trainer will not go on, if that is so; None while it may."""
+        with self._changed:
+            if self._lifecycle.busy or self._joined is None:
+                return None
+            if self._joined.engine.lost:
+                return "the trainer has closed its connection or died"
+            if self._update is not None and self._update.deadline.expired:
+                return "the trainer did not go on with the update within its deadline"
+        return None
 
-    def _finished(self, update: Update, version: Version | None, error: str | None) -> None:
-        seconds = time.monotonic() - update.since
-        event = TransferFinished(
-            role="worker",
-            backend=self.config.backend,
-            version=version,
-            nbytes=update.nbytes,
-            seconds=seconds,
-            error=error,
-        )
-        self._backend.notify("weight_transfer_finished", event)
+    def _give_up_if_abandoned(self) -> None:
+        """A trainer that died between two calls leaves an update open; the engine's notice or its deadline ends it."""
+        with ExitStack() as stack:
+            with self._changed:
+                reason = self._abandoned()
+                if reason is None or self._joined is None:
+                    return
+                stack.enter_context(self._lifecycle.giving_up())
+            lost = self._joined.engine.lost
+            self._end_update(reason)
+            if lost:
+                self._leave(reason)
 
 
-_ADVICE = {
-    ReceiverState.CREATED: "call init_weight_transfer_engine first",
-    ReceiverState.READY: "call start_weight_update first",
-    ReceiverState.UPDATING: "finish or abort the running update first",
-    ReceiverState.FAILED: "the last update failed; call init_weight_transfer_engine and send a full update",
-    ReceiverState.CLOSED: "create a new receiver",
-}
+def _module(what: str, value: object) -> nn.Module:
+    if not isinstance(value, torch.nn.Module):
+        raise ConfigError(f"{what}: expected the nn.Module that serves, got {type(value).__name__}.")
+    return value
+
+
+def _target(name: object, value: object) -> nn.Module:
+    if not isinstance(name, str) or not name or name == MODEL:
+        raise ConfigError(f"targets: {name!r} is no name for a further model; {MODEL!r} is the first one's.")
+    return _module(f"targets: {name}", value)
 
 
 def _device_of(model: nn.Module) -> str:
     first = next(chain(model.parameters(), model.buffers()), None)
     return str(first.device) if first is not None else "cpu"
-
-
-def _synchronize(device: str | None) -> None:
-    if device is not None and torch.device(device).type == "cuda":
-        torch.cuda.current_stream(torch.device(device)).synchronize()

@@ -50,6 +50,7 @@ class TransferReport:
     Attributes:
         backend: the backend's name.
         version: the version that the workers now serve.
+        target: which of the receivers' models it is about.
         nbytes: bytes of one full copy of the weights.
         params: number of parameters.
         workers: addresses of the workers that serve the version.
@@ -63,6 +64,7 @@ class TransferReport:
 
     backend: str
     version: Version
+    target: str = "model"
     nbytes: int
     params: int
     workers: tuple[str, ...]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from weight_transfer.config import ParallelConfig, WeightTransferConfig
+from weight_transfer import background
+from weight_transfer.autograd_modes import reading
+from weight_transfer.casting import declared_dtypes
+from weight_transfer.config import RECEIVER, ParallelConfig, WeightTransferConfig
 from weight_transfer.deadline import Deadline
 from weight_transfer.errors import (
     ConfigError,
@@ -20,13 +24,13 @@ from weight_transfer.errors import (
 from weight_transfer.events import TransferFinished, TransferProgress, TransferStarted
 from weight_transfer.fleet import Fleet, Lost
 from weight_transfer.guarded import GuardedSource
-from weight_transfer.info import WeightTransferUpdateInfo, WireEncoder
+from weight_transfer.info import MODEL, WeightTransferUpdateInfo
 from weight_transfer.integrity import tensor_digest
 from weight_transfer.manager import add_observers, load_backend
-from weight_transfer.peers import Calls, Peer
+from weight_transfer.outgoing import Outgoing
 from weight_transfer.read_config import load_config
 from weight_transfer.report import TransferReport, WorkerReport
-from weight_transfer.source import ModuleSource, WeightSource, as_source
+from weight_transfer.versions import as_version, following
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,6 +38,8 @@ if TYPE_CHECKING:
     from weight_transfer.control import ControlChannel
     from weight_transfer.events import Version
     from weight_transfer.manifest import Manifest
+    from weight_transfer.peers import Peer
+    from weight_transfer.source import WeightSource
 
 _PROGRESS_INTERVAL = 0.1  # seconds
 
@@ -74,16 +80,14 @@ class WeightSender:
         self._fleet = Fleet(self._backend, self.config, self.parallel_config)
         for worker in workers if self._sends else ():
             self._fleet.add(worker, workers_per_channel)
-        self._encoder = WireEncoder()
-        self._source: ModuleSource | None = None
-        self._version: Version | None = None
+        self._targets: dict[str, Outgoing] = {}
         self._exclusive = threading.Lock()
         self._closed = False
 
     @property
     def version(self) -> Version | None:
-        """The last version that `send` brought to the workers."""
-        return self._version
+        """The last version of the model that `send` brought to the workers."""
+        return self._targets[MODEL].version if MODEL in self._targets else None
 
     def connect(self) -> None:
         """Join all workers now; `send` does it by itself. Waits for workers that are not up yet.
@@ -94,18 +98,25 @@ class WeightSender:
         """
         with self._operation("connect"):
             if self._sends:
-                try:
-                    self._fleet.join()
-                except BaseException as error:
-                    self._fleet.abort(str(error))
-                    raise
+                self._join()
 
-    def send(self, weights: nn.Module | WeightSource, version: Version | None = None) -> TransferReport:
+    def send(
+        self,
+        weights: nn.Module | WeightSource,
+        version: Version | None = None,
+        *,
+        target: str = MODEL,
+        only: Sequence[str] | None = None,
+    ) -> TransferReport:
         """Bring all workers to these weights. The weights may change as soon as this returns.
 
         Args:
             weights: the model, or a source. Every trainer rank passes its own shards of the same model.
-            version: the new version's name; default is the last one plus 1.
+            version: the new version: a whole number or a name; default is the last one plus 1, at first the highest
+                that the workers serve plus 1. With several trainer ranks the first one must be given.
+            target: which of the receivers' models these weights are for; see ``targets`` of `WeightReceiver`.
+            only: names or glob patterns of the weights to send; the workers keep the others, of the version that this
+                sender has sent before, and the new version covers all of them.
 
         Returns:
             What was sent, to whom and how fast.
@@ -114,19 +125,45 @@ class WeightSender:
             TransferError: the update failed; ``peer`` names the worker. No worker publishes the version, and the next
                 ``send`` joins all of them again. With ``on_worker_failure = "continue"`` only if it failed on all.
         """
-        with self._operation("send"):
-            version = self._next(version)
-            source = self._as_source(weights)
+        with self._operation("send"), reading():
+            outgoing = self._targets.get(target) or Outgoing(target)
+            version = self._next(version, outgoing)
+            source = outgoing.part(self._cast(outgoing.whole(weights), outgoing), only)
             manifest = source.manifest()
             if not manifest.params:
                 raise ConfigError("The weights to send have no parameters.")
             guarded = GuardedSource(source, manifest, passes=2 if self.config.verify else 1)
             try:
-                report = self._observed_send(guarded, manifest, version)
+                report = self._observed_send(guarded, manifest, version, outgoing)
             finally:
                 guarded.drain()
-            self._version = version
+            outgoing.version = version
+            self._targets[target] = outgoing
             return report
+
+    async def asend(
+        self,
+        weights: nn.Module | WeightSource,
+        version: Version | None = None,
+        *,
+        target: str = MODEL,
+        only: Sequence[str] | None = None,
+    ) -> TransferReport:
+        """`send` for asyncio: the event loop goes on meanwhile.
+
+        A task that is cancelled in it aborts the update on all workers, and ends once nothing reads the weights any
+        more.
+        """
+        sending = background.start(
+            lambda: self.send(weights, version, target=target, only=only), "weight-transfer send"
+        )
+        try:
+            return await asyncio.shield(sending)
+        except asyncio.CancelledError:
+            background.start(lambda: self._fleet.cancel("the task that sends was cancelled"), "weight-transfer cancel")
+            with suppress(Exception):  # the failure of an update that nobody wants any more
+                await asyncio.shield(sending)
+            raise
 
     def add_worker(self, worker: str | ControlChannel) -> None:
         """Send to one more worker or replica, from the next `send` on.
@@ -149,9 +186,11 @@ class WeightSender:
                 self._fleet.remove(worker)
 
     def close(self) -> None:
-        """Shut the engine and the channels down. The workers keep serving their version."""
+        """Shut the engine and the channels down, and let go of the weights. The workers keep serving their version."""
         self._closed = True
         self._fleet.close()
+        for outgoing in self._targets.values():
+            outgoing.forget()
 
     def __enter__(self) -> WeightSender:
         return self
@@ -159,21 +198,33 @@ class WeightSender:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    async def __aenter__(self) -> WeightSender:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await background.start(self.close, "weight-transfer close")
+
+    def __repr__(self) -> str:
+        to = "closed" if self._closed else f"to {', '.join(peer.address for peer in self._fleet.peers) or 'no worker'}"
+        return f"<WeightSender {self.config.backend} {to}, version {self.version!r}>"
+
     # One update, in the order in which it happens.
 
-    def _observed_send(self, source: GuardedSource, manifest: Manifest, version: Version) -> TransferReport:
+    def _observed_send(
+        self, source: GuardedSource, manifest: Manifest, version: Version, outgoing: Outgoing
+    ) -> TransferReport:
         common: dict[str, Any] = {"role": "trainer", "backend": self.config.backend, "version": version}
-        common["nbytes"] = manifest.nbytes
+        common |= {"nbytes": manifest.nbytes, "target": outgoing.target}
         started = TransferStarted(**common, params=len(manifest.params), workers=len(self._fleet.peers))
         self._backend.notify("weight_transfer_started", started)
         since = time.monotonic()
         message = None
         try:
-            return self._send(source, manifest, version)
+            return self._send(source, manifest, version, outgoing)
         except BaseException as error:
-            message = str(error)
+            named = self._named(error, version, source)
+            message = str(named)
             self._fleet.abort(message)
-            named = self._named(error, version)
             if named is error:
                 raise
             raise named from error
@@ -181,7 +232,7 @@ class WeightSender:
             event = TransferFinished(**common, seconds=time.monotonic() - since, error=message)
             self._backend.notify("weight_transfer_finished", event)
 
-    def _send(self, source: GuardedSource, manifest: Manifest, version: Version) -> TransferReport:
+    def _send(self, source: GuardedSource, manifest: Manifest, version: Version, outgoing: Outgoing) -> TransferReport:
         seconds: dict[str, float] = {}
         lost: Lost = {}
         noticed: dict[Peer, WorkerReport] = {}
@@ -195,7 +246,7 @@ class WeightSender:
                 lost |= self._fleet.start(deadline)
                 self._fleet.require_one(lost)
             with _timed(seconds, "update"):
-                failures, noticed = self._update(source, manifest, version, deadline)
+                failures, noticed = self._update(source, manifest, version, outgoing, deadline)
                 lost |= failures
                 self._fleet.require_one(lost)
             with _timed(seconds, "finish"):
@@ -205,6 +256,7 @@ class WeightSender:
         return TransferReport(
             backend=self.config.backend,
             version=version,
+            target=outgoing.target,
             nbytes=manifest.nbytes,
             params=len(manifest.params),
             workers=tuple(peer.address for peer in self._fleet.peers if peer not in lost),
@@ -216,7 +268,7 @@ class WeightSender:
         )
 
     def _update(
-        self, source: GuardedSource, manifest: Manifest, version: Version, deadline: Deadline
+        self, source: GuardedSource, manifest: Manifest, version: Version, outgoing: Outgoing, deadline: Deadline
     ) -> tuple[Lost, dict[Peer, WorkerReport]]:
         """Move the bytes; return the workers that were lost, and what each has noticed."""
         assert self._fleet.engine is not None
@@ -226,65 +278,103 @@ class WeightSender:
             timeout=max(deadline.remaining(), 1e-3),
             version=version,
             is_checkpoint_format=self.config.is_checkpoint_format,
+            target=outgoing.target,
+            base=outgoing.version if manifest.partial else None,
             digests=tuple(tensor_digest(tensor) for _, tensor in source) if self.config.verify else None,
             **engine.describe_update(source, manifest, deadline),
         )
-        wires = {peer: self._encoder.encode(info, peer.known) for peer in self._fleet.started}
-        calls = Calls(
-            list(wires),
-            lambda peer: peer.channel.update_weights(wires[peer]),
-            "update",
-            on_failure=self._fleet.react,
-        )
+        encoder, target = outgoing.encoder, outgoing.target
+        wires = {peer: encoder.encode(info, peer.known.get(target, {})) for peer in self._fleet.started}
+        calls = self._fleet.call(list(wires), lambda peer: peer.update(wires[peer]), "update", self._fleet.react)
+        self._fleet.require_going_on()
         progress = _Progress(self._backend.notify, info, self.config.backend)
         try:
             engine.send_weights(source, manifest, deadline, progress)
             source.finish()
-        except WeightTransferError as error:
-            cause = source.error or calls.explain(error)
+        except Exception as error:
+            cause = source.error or (calls.explain(error) if isinstance(error, WeightTransferError) else error)
             if cause is error:
                 raise
             raise cause from error
         failures = calls.wait(deadline)
         for peer in wires:
-            peer.known = self._encoder.digests(info) if peer not in failures else {}
+            peer.known[target] = encoder.digests(info) if peer not in failures else {}
         lost = self._fleet.settle(failures)
         progress(progress.left)
         engine.release_source()
         return lost, {peer: WorkerReport.of(calls.results.get(peer)) for peer in wires}
 
-    def _named(self, error: BaseException, version: Version) -> BaseException:
+    def _named(self, error: BaseException, version: Version, source: GuardedSource) -> BaseException:
         """Give an error its context, and a foreign exception its place in the tree; the trainer's one such boundary."""
+        own = error is source.error  # no worker's fault
         if isinstance(error, TransferError):
+            if own:
+                error.peer, error.phase = error.peer or "trainer", error.phase or "update"
             error.backend = error.backend or self.config.backend
             error.version = version if error.version is None else error.version
         if isinstance(error, WeightTransferError) or not isinstance(error, Exception):
             return error
         kind = TransferTimeoutError if isinstance(error, TimeoutError) else TransferError
         cause = f"{type(error).__name__}: {error}"
-        named = kind(
-            "The trainer failed to send its weights.", backend=self.config.backend, version=version, cause=cause
-        )
+        message = "The source of the weights failed." if own else "The trainer failed to send its weights."
+        side = {"peer": "trainer", "phase": "update"} if own else {}
+        named = kind(message, backend=self.config.backend, version=version, cause=cause, **side)
         named.__cause__ = error
         return named
 
-    def _next(self, version: Version | None) -> Version:
+    def _next(self, version: Version | None, outgoing: Outgoing) -> Version:
         if version is not None:
-            return version
-        if isinstance(self._version, str):
+            return as_version(version)
+        if outgoing.version is not None:
+            return following([outgoing.version])
+        if self.parallel_config.world_size > 1:
             raise ConfigError(
-                f"The last version is called {self._version!r}; name the new one: send(model, version=...)."
+                "The first version of a trainer of several ranks needs a name, the same on each: only rank 0 could ask "
+                "the workers what they serve. Give it: send(model, version=...)."
             )
-        return 0 if self._version is None else self._version + 1
+        return following(self._fleet.versions(outgoing.target))
 
-    def _as_source(self, weights: nn.Module | WeightSource) -> WeightSource:
-        """Keep the source that is made of a module from update to update: it remembers its manifest."""
-        if self._source is None or self._source.module is not weights:
-            source = as_source(weights)
-            if source is weights or not isinstance(source, ModuleSource):
-                return source
-            self._source = source
-        return self._source
+    def _cast(self, source: WeightSource, outgoing: Outgoing) -> WeightSource:
+        """Put the config's cast around a source."""
+        if not self.config.cast:
+            return source
+        if RECEIVER in self.config.cast.values():
+            if outgoing.target != MODEL:
+                raise ConfigError(
+                    f'cast: the workers tell the dtypes of their model alone, so "{RECEIVER}" means nothing for target '
+                    f"{outgoing.target!r}; name a dtype."
+                )
+            if self._sends and self._join_for(source):
+                outgoing.forget_cast()  # whoever joined now may have other dtypes
+        return outgoing.cast(source, self._declared, self._received)
+
+    def _join_for(self, source: WeightSource) -> bool:
+        """Join the workers that have not, for what they have to say; return whether there were any."""
+        source.manifest()  # from here on it knows its device
+        self._fleet.place(source.device)
+        if all(peer.joined for peer in self._fleet.peers):
+            return False
+        self._join()
+        return True
+
+    def _declared(self, manifest: Manifest) -> dict[str, str]:
+        chosen = declared_dtypes(manifest, self.config.cast)
+        return {name: dtype for name, dtype in chosen.items() if dtype != RECEIVER}
+
+    def _received(self, manifest: Manifest) -> dict[str, str]:
+        chosen = declared_dtypes(manifest, self.config.cast)
+        called = {name: [name] for name, dtype in chosen.items() if dtype == RECEIVER}
+        for alias, name in manifest.aliases.items():
+            if name in called:
+                called[name].append(alias)
+        return self._fleet.dtypes(called) if self._sends else {}
+
+    def _join(self) -> None:
+        try:
+            self._fleet.require_one(self._fleet.join())
+        except BaseException as error:
+            self._fleet.abort(str(error))
+            raise
 
     @contextmanager
     def _operation(self, method: str) -> Iterator[None]:
@@ -294,6 +384,7 @@ class WeightSender:
             raise LifecycleError(
                 f"{method}: another thread is sending; one update at a time.", method=method, state="sending"
             )
+        self._fleet.go_on()
         try:
             yield
         finally:

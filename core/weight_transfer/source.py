@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,6 +15,10 @@ from weight_transfer.weights import ModuleWeights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+
+
+NONE: Mapping[str, torch.Tensor] = MappingProxyType({})
+"""No tensors; always the same object."""
 
 
 class WeightSource(ABC):
@@ -47,6 +52,25 @@ class WeightSource(ABC):
         A backend may export these once instead of copying them at each update.
         """
         return {}
+
+    def masters(self) -> Mapping[str, torch.Tensor]:
+        """Return the tensors that are as `resident` ones, but of another dtype than the manifest says, by name.
+
+        A backend may let its own copy convert: ``target.copy_(tensor)`` gives the bits that iteration yields, without
+        a tensor in between.
+        """
+        return NONE
+
+    def cast(
+        self, dtypes: Mapping[str, torch.dtype], names: Collection[str] | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Iterate (with ``names``: `stream`), with the tensors named in ``dtypes`` cast to these.
+
+        Each cast tensor is a new one, with the bits of ``tensor.to``. Override it where a tensor can be cast before it
+        is gathered.
+        """
+        for name, tensor in self if names is None else self.stream(names):
+            yield name, tensor.to(dtypes[name]) if name in dtypes else tensor
 
     @property
     def device(self) -> str:
@@ -124,7 +148,7 @@ class ModuleSource(WeightSource):
             self._resident = {
                 name: tensor
                 for name, tensor in self._weights.items()
-                if name not in computed and not _is_sharded(tensor)
+                if name not in computed and not is_sharded(tensor)
             }
             manifest = Manifest(
                 (ParamMeta(name, dtype_name(tensor.dtype), tensor.shape) for name, tensor in self._weights.items()),
@@ -132,17 +156,26 @@ class ModuleSource(WeightSource):
             )
             if manifest != self._manifest:
                 self._manifest = manifest
-            self._collective = any(map(_is_sharded, self._weights.values()))
+            self._collective = any(map(is_sharded, self._weights.values()))
             self._read = read
         return self._manifest
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((name, _full(tensor)) for name, tensor in self._weights.items())
+        return ((name, full_tensor(tensor)) for name, tensor in self._weights.items())
 
     def stream(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
         if type(self) is not ModuleSource:  # a subclass may yield something else
             return super().stream(names)
-        return ((name, _full(tensor)) for name, tensor in self._weights.items() if name in names)
+        return ((name, full_tensor(tensor)) for name, tensor in self._weights.items() if name in names)
+
+    def cast(
+        self, dtypes: Mapping[str, torch.dtype], names: Collection[str] | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Iterate; a sharded tensor is cast before it is gathered, which then moves fewer bytes."""
+        if type(self) is not ModuleSource:
+            return super().cast(dtypes, names)
+        chosen = self._weights.items()
+        return ((name, full_tensor(it, dtypes.get(name))) for name, it in chosen if names is None or name in names)
 
     def resident(self) -> Mapping[str, torch.Tensor]:
         return self._resident
@@ -197,11 +230,17 @@ class ModuleSource(WeightSource):
         return renamed
 
 
-def _is_sharded(tensor: torch.Tensor) -> bool:
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is one of several shards, such as a ``DTensor``."""
     return hasattr(type(tensor), "full_tensor")
 
 
-def _full(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Return all of a tensor, gathered from its shards; in ``dtype`` if one is named."""
     with torch.no_grad():
-        gather = getattr(tensor, "full_tensor", None)
-        return (tensor if gather is None else gather()).detach()
+        full: Any = tensor
+        if is_sharded(tensor):
+            is_sum = any(placement.is_partial() for placement in getattr(tensor, "placements", ()))
+            full = (tensor if dtype is None or is_sum else tensor.to(dtype)).full_tensor()  # type: ignore[attr-defined]
+        found: torch.Tensor = full.detach()
+        return found if dtype is None else found.to(dtype)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from weight_transfer.deadline import Deadline
 from weight_transfer.errors import IntegrityError, ManifestMismatchError, TransferError
 from weight_transfer.events import TransferProgress
+from weight_transfer.info import MODEL
 from weight_transfer.loading import InPlaceLoader
 from weight_transfer.manifest import torch_dtype
 
@@ -36,6 +37,7 @@ class Update:
         self.since = time.monotonic()
         self.deadline = Deadline(timeout)
         self.version: Version | None = None
+        self.target = MODEL
         self.nbytes = 0
         self.params = 0
         self.begun = False

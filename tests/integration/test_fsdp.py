@@ -28,6 +28,8 @@ def ranks_and_receiver(
     model: nn.Sequential, tmp_path: Path, request: pytest.FixtureRequest
 ) -> Iterator[tuple[list[Actor], wt.WeightReceiver]]:
     config = CONFIG | getattr(request, "param", {})
+    if "cast" in config:
+        model.bfloat16()
     with ExitStack() as stack:
         receiver = stack.enter_context(wt.WeightReceiver(config, model))
         server = stack.enter_context(serve(receiver))
@@ -49,9 +51,16 @@ def ranks_and_receiver(
 
 @pytest.mark.parametrize(
     "ranks_and_receiver",
-    [{}, {"verify": True}, {"backend": "nccl"}, {"backend": "nccl", "nccl": {"direct_bytes": "1KiB"}}],
+    [
+        {},
+        {"verify": True},
+        {"backend": "nccl"},
+        {"backend": "nccl", "nccl": {"direct_bytes": "1KiB"}},
+        {"cast": {"*": "bfloat16"}},
+        {"cast": {"*": "receiver", "1.*": "bfloat16"}, "verify": True},
+    ],
     indirect=True,
-    ids=["ipc", "ipc, verified", "nccl, packed", "nccl, direct"],
+    ids=["ipc", "ipc, verified", "nccl, packed", "nccl, direct", "ipc, cast", "ipc, cast to the receiver's dtype"],
 )
 def test_gathered_parameters_arrive_bit_for_bit(
     ranks_and_receiver: tuple[list[Actor], wt.WeightReceiver], model: nn.Sequential
@@ -64,7 +73,7 @@ def test_gathered_parameters_arrive_bit_for_bit(
         assert sent[0] == sent[1]
         assert receiver.version == version
         for parameter, values in zip(model.parameters(), sent[0], strict=True):
-            assert torch.equal(parameter.detach().flatten(), torch.tensor(values))
+            assert torch.equal(parameter.detach().flatten(), torch.tensor(values).to(parameter.dtype))
 
 
 def test_a_failed_update_leaves_no_rank_in_a_collective(

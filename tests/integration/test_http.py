@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Mount, Route
 
 import weight_transfer as wt
 from support.models import Odd, digest
 from weight_transfer.control import HttpChannel, serve
+from weight_transfer.testing.actors import eventually
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
 
 CONFIG = wt.load_config(backend="loopback", timeout=20, init_timeout=10)
 
@@ -32,6 +46,10 @@ def _error(response: httpx.Response) -> dict[str, str]:
     return error
 
 
+def _serves(receiver: wt.WeightReceiver, version: int) -> bool:
+    return receiver.version == version
+
+
 def _status(url: str, token: str | None = None) -> dict[str, Any]:
     with HttpChannel(url, token=token) as channel:
         status: dict[str, Any] = channel.status()
@@ -40,13 +58,9 @@ def _status(url: str, token: str | None = None) -> dict[str, Any]:
 
 def test_the_routes_are_those_of_vllm_and_a_few_more(client: httpx.Client) -> None:
     assert client.get("/healthz").json() == {"ok": True}
-    assert client.get("/status").json() == {
-        "state": "created",
-        "version": None,
-        "backend": "loopback",
-        "workers": 1,
-        "error": None,
-    }
+    status = client.get("/status").json()
+    assert len(status.pop("id")) == 16
+    assert status == {"state": "created", "version": None, "backend": "loopback", "workers": 1, "error": None}
     routes = {
         "/init_weight_transfer_engine": {"init_info": {}},
         "/start_weight_update": {},
@@ -75,7 +89,7 @@ def test_the_routes_are_those_of_vllm_and_a_few_more(client: httpx.Client) -> No
 def test_a_bad_request_gets_its_class_and_one_sentence_and_changes_nothing(
     client: httpx.Client, receiver: wt.WeightReceiver, route: str, body: bytes, status: int, kind: str, words: str
 ) -> None:
-    response = client.post(route, content=body)
+    response = client.post(route, content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == status
     assert _error(response)["type"] == kind
     assert words in _error(response)["message"]
@@ -138,3 +152,233 @@ def test_two_workers_behind_one_address_both_get_every_bit() -> None:
         assert _status(server.url)["version"] == 2
     for receiver in receivers:
         receiver.close()
+
+
+# Who may call: not what a browser does for a page of somebody else.
+
+JSON = {"Content-Type": "application/json"}
+ROUTES = ["/init_weight_transfer_engine", "/start_weight_update", "/update_weights", "/finish_weight_update"]
+FOREIGN = {
+    "a page's form": (JSON | {"Content-Type": "text/plain"}, 415, "must be application/json, got text/plain"),
+    "no content type": ({"Content-Type": ""}, 415, "must be application/json, got none"),
+    "a page's script": (JSON | {"Origin": "http://evil.example"}, 403, "A web page of http://evil.example"),
+    "a sandboxed page": (JSON | {"Origin": "null"}, 403, "A web page of null"),
+    "another port's page": (JSON | {"Origin": "http://127.0.0.1:1"}, 403, "A web page of"),
+}
+REBOUND = {
+    "a rebound name": (JSON | {"Host": "evil.example"}, 403, "This worker is not called 'evil.example'"),
+    "a name like loopback": (JSON | {"Host": "localhost.evil.example:80"}, 403, "This worker is not called"),
+    "a page of a rebound name": (JSON | {"Host": "e.com", "Origin": "http://e.com"}, 403, "This worker is not called"),
+}
+
+
+@pytest.mark.parametrize(
+    ("foreign", "token"),  # with a token a server may have any name: no page knows the token
+    [*((foreign, token) for foreign in FOREIGN for token in (None, "secret")), *((name, None) for name in REBOUND)],
+)
+@pytest.mark.parametrize("route", [*ROUTES, "/abort_weight_update"])
+def test_what_a_foreign_web_page_can_send_is_refused_before_anything_else(
+    receiver: wt.WeightReceiver, token: str | None, route: str, foreign: str
+) -> None:
+    headers, status, words = (FOREIGN | REBOUND)[foreign]
+    with serve(receiver, token=token) as server:
+        response = httpx.post(f"{server.url}{route}", content=b"not even JSON", headers=headers, trust_env=False)
+    assert response.status_code == status
+    assert (_error(response)["type"], words in _error(response)["message"]) == ("HandshakeError", True)
+
+
+def test_a_foreign_name_does_not_even_see_the_status(client: httpx.Client) -> None:
+    assert client.get("/status", headers={"Host": "evil.example"}).status_code == 403
+    assert client.get("/status", headers={"Origin": "http://evil.example"}).status_code == 403
+    assert client.get("/healthz", headers={"Host": "10.0.0.7:8001"}).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.1.2.3:80", "[::1]:8001", "LOCALHOST:1"])
+def test_loopback_has_many_names(client: httpx.Client, host: str) -> None:
+    assert client.get("/status", headers={"Host": host}).status_code == 200
+
+
+def test_a_page_of_the_server_itself_may_call(client: httpx.Client) -> None:
+    own = str(client.base_url).rstrip("/")
+    assert client.post("/start_weight_update", json={}, headers={"Origin": own}).status_code == 409
+    json = {"Content-Type": "application/json; charset=utf-8"}
+    assert client.post("/start_weight_update", content=b"{}", headers=json).status_code == 409
+
+
+def test_a_server_may_be_told_its_names(receiver: wt.WeightReceiver) -> None:
+    with serve(receiver, token="secret", hosts=["Worker-3.cluster"]) as server:
+        for host, status in {"worker-3.cluster:8001": 200, "127.0.0.1": 200, "worker-4.cluster": 403}.items():
+            headers = {"Host": host, "Authorization": "Bearer secret"}
+            assert httpx.get(f"{server.url}/status", headers=headers, trust_env=False).status_code == status
+    with serve(receiver, token="secret") as server:
+        headers = {"Host": "any.name", "Authorization": "Bearer secret"}
+        assert httpx.get(f"{server.url}/status", headers=headers, trust_env=False).status_code == 200
+
+
+# Addresses that asking again cannot help.
+
+
+@pytest.mark.parametrize("on_worker_failure", ["abort", "continue"])
+def test_a_host_that_nobody_knows_fails_at_once(monkeypatch: pytest.MonkeyPatch, on_worker_failure: str) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    config = wt.load_config(CONFIG, init_timeout=60, on_worker_failure=on_worker_failure)
+    since = time.monotonic()
+    sender = wt.WeightSender(config, ["http://no-such-host.invalid:8001"])
+    with sender, pytest.raises(wt.PeerLostError, match="nobody knows its host's name") as caught:
+        sender.send(Odd(2))
+    assert caught.value.permanent
+    assert time.monotonic() - since < 10
+
+
+def test_https_to_a_server_of_http_fails_at_once(receiver: wt.WeightReceiver) -> None:
+    since = time.monotonic()
+    with serve(receiver) as server:
+        url = server.url.replace("http:", "https:")
+        sender = wt.WeightSender(wt.load_config(CONFIG, init_timeout=60), [url])
+        with sender, pytest.raises(wt.HandshakeError, match="is it an http:// address"):
+            sender.send(Odd(2))
+    assert time.monotonic() - since < 10
+
+
+@pytest.mark.parametrize("init_timeout", [0.3, 1.5])
+def test_a_host_that_swallows_connections_is_a_lost_peer(init_timeout: float) -> None:
+    with socket.socket() as full:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        port = full.getsockname()[1]
+        crowd = [socket.socket() for _ in range(4)]
+        for client in crowd:  # they fill the backlog, so that the kernel answers no further one
+            client.setblocking(False)
+            client.connect_ex(("127.0.0.1", port))
+        config = wt.load_config(CONFIG, init_timeout=init_timeout)
+        sender = wt.WeightSender(config, [f"http://127.0.0.1:{port}"])
+        with sender, pytest.raises(wt.PeerLostError, match="cannot be reached"):
+            sender.send(Odd(2), version=1)
+        for client in crowd:
+            client.close()
+
+
+# Closed connections, and the server's end.
+
+
+@pytest.mark.parametrize("replica", [False, True])
+def test_a_closed_connection_ends_a_start_that_waits_and_the_old_version_is_served(replica: bool) -> None:
+    receivers = [
+        wt.WeightReceiver(CONFIG, Odd(1), parallel_config=wt.ParallelConfig(rank=rank, world_size=2))
+        for rank in range(2 if replica else 1)
+    ]
+    with serve(wt.LocalChannel(*receivers)) as server, wt.WeightSender(CONFIG, [server.url]) as sender:
+        sender.send(Odd(2), version=1)
+        session = receivers[0]._lifecycle.session
+        with receivers[0].serving():
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(f"{server.url}/start_weight_update", json={"session": session}, timeout=0.5, trust_env=False)
+            for receiver in receivers:
+                assert eventually(partial(_serves, receiver, 1), 5), "config.timeout is 20 s"
+        sender.send(Odd(3), version=2)
+    for receiver in receivers:
+        assert receiver.version == 2
+        receiver.close()
+
+
+def test_a_server_says_what_it_is(receiver: wt.WeightReceiver) -> None:
+    with serve(receiver) as server:
+        assert repr(server) == f"<Server {server.url}>"
+    assert repr(server) == f"<Server {server.url}, closed>"
+
+
+def test_ctrl_c_ends_a_server_that_waits_quietly() -> None:
+    script = """
+import torch, weight_transfer as wt
+with wt.WeightReceiver({"backend": "loopback"}, torch.nn.Linear(2, 2)) as receiver, wt.serve(receiver) as server:
+    print("up", flush=True)
+    server.wait()
+print("closed", flush=True)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (0, "closed\n")
+    assert "Traceback" not in err
+
+
+def test_a_users_own_channel_without_sessions_works_behind_http() -> None:
+    class Own:
+        """What an inference server has: vLLM's signatures, in front of its workers."""
+
+        def __init__(self, receiver: wt.WeightReceiver) -> None:
+            self._receiver = receiver
+            self.status = receiver.status
+
+        def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+            self._receiver.init_weight_transfer_engine(init_info)
+
+        def start_weight_update(self) -> None:
+            self._receiver.start_weight_update()
+
+        def update_weights(self, update_info: dict[str, Any]) -> dict[str, Any]:
+            return self._receiver.update_weights(update_info)
+
+        def finish_weight_update(self, weight_version: int | str | None = None) -> None:
+            self._receiver.finish_weight_update(weight_version)
+
+        def abort_weight_update(self, reason: str = "") -> None:
+            self._receiver.abort_weight_update(reason)
+
+    model = Odd(1)
+    receiver = wt.WeightReceiver(CONFIG, model)
+    with receiver, serve(Own(receiver)) as server, wt.WeightSender(CONFIG, [server.url]) as sender:
+        for seed in (2, 3):
+            sender.send(Odd(seed), version=seed)
+            assert (receiver.version, digest(model)) == (seed, digest(Odd(seed)))
+
+
+# Beside the routes of an application, whose threads all wait.
+
+
+@pytest.mark.parametrize("how", ["threads", "tasks"])
+def test_control_calls_go_on_while_more_requests_wait_than_the_application_has_threads(how: str) -> None:
+    waiting = 120
+    model = Odd(1)
+    receiver = wt.WeightReceiver(CONFIG, model)
+    inside = threading.Semaphore(0)
+
+    def generate(_request: Request) -> JSONResponse:
+        inside.release()
+        with receiver.serving() as version:
+            return JSONResponse({"version": version})
+
+    async def agenerate(_request: Request) -> JSONResponse:
+        inside.release()
+        async with receiver.aserving() as version:
+            return JSONResponse({"version": version})
+
+    route = Route("/generate", generate if how == "threads" else agenerate)
+    app = Starlette(routes=[route, Mount("/weights", wt.create_app(receiver))])
+    server = wt.Server(app, "127.0.0.1", 0)
+    answers: list[Any] = []
+
+    def ask() -> None:
+        answers.append(httpx.get(f"{server.url}/generate", timeout=60, trust_env=False).json()["version"])
+
+    with server, receiver, wt.WeightSender(CONFIG, [f"{server.url}/weights"]) as sender:
+        asking = [threading.Thread(target=ask, daemon=True) for _ in range(waiting)]
+        for thread in asking:
+            thread.start()
+        for _ in range(40 if how == "threads" else waiting):  # Starlette has 40 threads; the others wait for one
+            assert inside.acquire(timeout=30)
+        since = time.monotonic()
+        sender.send(Odd(2), version=7)
+        assert time.monotonic() - since < 10, "its deadlines are longer"
+        for thread in asking:
+            thread.join(30)
+    assert answers == [7] * waiting
+    assert digest(model) == digest(Odd(2))

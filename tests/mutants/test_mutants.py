@@ -84,6 +84,7 @@ MUTANTS = [
     Mutant("DropsTheLastByte", "drops the last byte of odd weights", ZOO),
     Mutant("SwapsTwoTensors", "swaps tensors of one shape", BITS, passes=ZOO),
     Mutant("LosesADtype", "takes float64 through float32", ZOO),
+    Mutant("SendsMasters", "sends masters without a cast", "test_masters_arrive_cast[in place-module]"),
     Mutant("ResendsA", "sends the first update again and again", BITS, passes=ZOO),
     Mutant(
         "IgnoresTheDeadline",
@@ -103,6 +104,7 @@ MUTANTS = [
     ),
     Mutant("LeaksADescriptor", "opens a file per update", "test_nothing_accumulates_over_fifty_updates"),
     Mutant("KeepsItsPort", "never closes its listener", "test_everything_comes_back_when_both_sides_close"),
+    Mutant("StaysWithItsFirst", "goes on with the trainer that it joined first", "test_two_trainers_send_by_turns"),
     Mutant("SharesState", "shares connections between engines", "test_two_engines_of_one_process_share_nothing"),
     Mutant(
         "BuffersEverything",
@@ -121,6 +123,54 @@ MUTANTS = [
         "test_looking_the_backend_up_imports_neither_torch_nor_its_engines",
         top="import torch",
     ),
+    Mutant(
+        "BlamesThePeer",
+        "takes its loader's errors for a lost peer",
+        "test_whatever_a_loader_raises_is_the_workers_own_error",
+        passes="test_a_loader_that_raises_is_told_to_the_trainer",
+    ),
+    Mutant(
+        "TouchesEarly",
+        "says that it writes before bytes are coming",
+        "test_whatever_a_source_raises_is_the_trainers_own_error[first-in place]",
+        passes="test_a_source_that_raises_ends_the_update_on_both_sides",
+    ),
+    Mutant(
+        "SendsOn",
+        "goes on sending to a worker that has refused",
+        "test_a_refusal_before_the_first_byte_is_told_at_once[module]",
+        passes="test_a_manifest_that_differs_changes_nothing",
+    ),
+    Mutant(
+        "WaitsForAStoppedTrainer",
+        "waits for a trainer that stands still",
+        "test_a_trainer_that_is_stopped_is_a_timeout[between two]",
+        passes="test_a_trainer_killed_in_an_update_leaves_no_version_and_another_takes_over",
+    ),
+    Mutant(
+        "JoinsForEver",
+        "joins a trainer that stands still",
+        "test_a_trainer_that_is_stopped_is_not_joined_for_ever",
+        passes="test_a_stale_invitation_is_an_error_in_time",
+    ),
+    Mutant("CannotBeInterrupted", "goes on joining", "test_a_worker_that_joins_can_be_interrupted"),
+    Mutant(
+        "ReceivesOn",
+        "goes on receiving when it is told to give up",
+        "test_a_worker_that_aborts_does_not_wait_for_the_trainer[between two]",
+    ),
+    Mutant("ChecksNoToken", "lets everybody in", "test_a_stranger_without_the_secret_is_not_let_in"),
+    Mutant(
+        "RaisesAtTheEnd",
+        "raises RuntimeError at the end of the stream",
+        "test_a_trainer_killed_in_an_update_leaves_no_version_and_another_takes_over",
+    ),
+    Mutant(
+        "KeepsTensors",
+        "keeps tensors beyond the next one",
+        "test_a_tensor_need_not_outlive_the_next_one[reused-loader]",
+        passes=ZOO.replace("module", "passing tensors"),
+    ),
 ]
 
 
@@ -132,7 +182,8 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str, str
     (folder / "test_them.py").write_text(TESTS + "".join(TEST.format(stem=m.stem, name=m.name) for m in MUTANTS))
     nodes = [f"test_them.py::Test{m.stem}::{test}" for m in MUTANTS for test in (m.caught_by, m.passes)]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--junit-xml=report.xml", *nodes]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), str(HERE)])}
+    path = [str(site), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False
     )

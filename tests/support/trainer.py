@@ -28,13 +28,17 @@ def main(
     model = Odd(seed=0, rows=rows).to(device)
     with wt.WeightSender(config, workers) as sender:
 
-        def send(seed: int, version: int) -> dict[str, Any]:
+        def send(seed: int, version: int | None) -> dict[str, Any]:
             model.randomise(seed)
-            report = sender.send(model, version=version)
+            try:
+                report = sender.send(model, version=version)
+            except KeyboardInterrupt as interrupt:
+                raise RuntimeError("KeyboardInterrupt") from interrupt
             sent = digest(model)
             model.randomise(999)  # the source may change as soon as send returns
             return {
                 "digest": sent,
+                "version": report.version,
                 "workers": report.workers,
                 "lost": report.lost,
                 "transports": report.transports,

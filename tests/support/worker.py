@@ -58,6 +58,7 @@ def main(
         ]
         channel = receivers[0] if replica == 1 else LocalChannel(*receivers)
         server = stack.enter_context(wt.serve(channel, port=port))
+        sampling = stack.enter_context(ExitStack())
         stage.say(server.url)
         stage.serve(
             {
@@ -67,6 +68,9 @@ def main(
                 "arm": loader.arm,
                 "release": loader.release,
                 "calls": lambda: loader.calls,
+                "busy": lambda: receivers[0]._lifecycle.busy,
+                "hold": lambda: sampling.enter_context(receivers[0].serving(5)),
+                "let_go": sampling.close,
                 "maps": shared_mappings,
                 "fds": lambda: len(os.listdir("/proc/self/fd")),
                 "mapped": lambda: mapped_device_memory(receivers[0]),
@@ -89,5 +93,5 @@ def shared_mappings() -> int:
 
 def mapped_device_memory(receiver: wt.WeightReceiver) -> int:
     """Return how many of the trainer's allocations the ipc backend's worker maps."""
-    reader = getattr(receiver._engine, "_reader", None)
+    reader = getattr(getattr(receiver._joined, "engine", None), "_reader", None)
     return len(getattr(reader, "_mapped", ()))

@@ -19,7 +19,7 @@ from weight_transfer.buckets import (
     plan_buckets,
     typed_view,
 )
-from weight_transfer.manifest import dtype_name
+from weight_transfer.manifest import dtype_name, torch_dtype
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.bool, torch.complex64, torch.int8, torch.float64)
 SHAPES = st.one_of(st.just(()), st.lists(st.integers(0, 40), min_size=1, max_size=3).map(tuple))
@@ -313,3 +313,24 @@ def test_what_a_packer_fills_an_unpacker_finds_whatever_spans_buckets() -> None:
             assert nbytes == sum(slot.nbytes for slot in plan.buckets[index])
             unpacker.load(index, load)
         assert [loaded[param.name].tolist() for param in params] == [tensor.tolist() for tensor in sent]
+
+
+@pytest.mark.parametrize("bucket_bytes", [256, 512, 4096, 257, 1001, 1 << 16])
+@pytest.mark.parametrize(
+    ("before", "sent"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("float64", "float8_e4m3fn")]
+)
+def test_a_packer_converts_as_it_copies_with_the_bits_of_to(bucket_bytes: int, before: str, sent: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(300,), (), (0, 3), (7, 33), (1000,), (1,)]
+    tensors = [torch.randn(shape, generator=generator).to(torch_dtype(before)) for shape in shapes]
+    tensors[3] = tensors[3].t().contiguous().t()
+    metas = [ParamMeta(f"w{i}", sent if i % 3 else before, shape) for i, shape in enumerate(shapes)]
+    wanted = [tensor.to(torch_dtype(meta.dtype)) for tensor, meta in zip(tensors, metas, strict=True)]
+    plan = plan_buckets(metas, bucket_bytes)
+    buffers = [torch.zeros(bucket_bytes, dtype=torch.uint8) for _ in range(2)]
+    packer, unpacker = Packer(plan, buffers), Unpacker(plan, buffers)
+    found: dict[str, torch.Tensor] = {}
+    for index, _ in enumerate(packer.packing(iter(tensors))):
+        unpacker.load(index, lambda weights: found.update((name, tensor.clone()) for name, tensor in weights))
+    for meta, tensor in zip(metas, wanted, strict=True):
+        assert torch.equal(as_bytes(found[meta.name].contiguous()), as_bytes(tensor.contiguous())), meta.name

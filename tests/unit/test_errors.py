@@ -35,9 +35,13 @@ TREE: dict[str, tuple[tuple[type, ...], dict[str, object]]] = {
     "BackendUnavailableError": ((errors.WeightTransferError, RuntimeError), {**PROVIDER, "fix": "Install the driver."}),
     "LifecycleError": ((errors.WeightTransferError, RuntimeError), {"method": "send", "state": "closed"}),
     "TransferError": ((errors.WeightTransferError,), TRANSFER),
+    "SessionError": (
+        (errors.LifecycleError, errors.TransferError),
+        {**TRANSFER, "method": "start_weight_update", "state": "ready"},
+    ),
     "HandshakeError": ((errors.TransferError,), TRANSFER),
     "TransferTimeoutError": ((errors.TransferError, TimeoutError), TRANSFER),
-    "PeerLostError": ((errors.TransferError, ConnectionError), TRANSFER),
+    "PeerLostError": ((errors.TransferError, ConnectionError), {**TRANSFER, "permanent": True}),
     "ManifestMismatchError": ((errors.TransferError, ValueError), TRANSFER),
     "IntegrityError": (
         (errors.TransferError, ValueError),

@@ -9,7 +9,7 @@ from torch import nn
 
 from weight_transfer import ModuleSource
 from weight_transfer.export import Export, Exporter
-from weight_transfer.shared_memory import SharedMemory, map_read_only
+from weight_transfer.shared_memory import PrivateView, SharedMemory
 
 
 def _export(module: nn.Module, exporter: Exporter) -> tuple[ModuleSource, Export]:
@@ -20,7 +20,7 @@ def _export(module: nn.Module, exporter: Exporter) -> tuple[ModuleSource, Export
 
 def _mapped(export: Export, exporter: Exporter) -> dict[int, torch.Tensor]:
     return {
-        segment.id: map_read_only(os.dup(exporter.segment(segment.id).fd), segment.nbytes)
+        segment.id: PrivateView(os.dup(exporter.segment(segment.id).fd), segment.nbytes).data
         for segment in export.segments
     }
 

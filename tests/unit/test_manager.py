@@ -356,6 +356,26 @@ def test_an_engine_that_is_none_breaks_the_contract(acme: Callable[..., None], r
     assert "acme 1.0 [acme_plugin]" in str(caught.value)
 
 
+def test_an_info_that_takes_a_field_of_the_cores_breaks_the_contract(acme: Callable[..., None]) -> None:
+    """The core would overwrite it, or be overwritten."""
+    infos = """
+import attrs
+from weight_transfer.info import WeightTransferInitInfo
+
+@attrs.frozen(kw_only=True)
+class Info(WeightTransferInitInfo):
+    session: str
+    port: int
+
+Worker.init_info_cls = Info
+"""
+    acme(plugin(), f"{ENGINES}\n{infos}")
+    with pytest.raises(
+        BackendContractError, match="Info declares 'session', which the core's own infos have; rename it"
+    ):
+        load_backend("acme").create_worker_engine(CONFIG, PARALLEL)
+
+
 def test_a_trainers_engine_of_the_wrong_kind_breaks_the_contract(acme: Callable[..., None]) -> None:
     acme(plugin(trainer_engine="'acme_engine:Worker'"))
     with pytest.raises(

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from support.listeners import Recorder
+from support.scripted import INIT, NAMES, STATES, Served, Worker, breaks, to_ready, to_received, to_updating
 from weight_transfer import (
     ConfigError,
     HandshakeError,
@@ -36,62 +36,6 @@ from weight_transfer.loading import destinations_of
 
 pytestmark = pytest.mark.timeout(30)
 
-INIT = {"rank_offset": 1, "world_size": 2, "timeout": 10}
-NAMES = ("first", "second", "third")
-
-
-class Served(nn.Module):
-    """The model that serves: three parameters of one value."""
-
-    def __init__(self, value: float = 0.0) -> None:
-        super().__init__()
-        for name in NAMES:
-            self.register_parameter(name, nn.Parameter(torch.full((4, 3), value)))
-
-    @property
-    def values(self) -> list[float]:
-        """The value of each parameter; fails if one of them is mixed within itself."""
-        assert all((parameter == parameter.flatten()[0]).all() for parameter in self.parameters())
-        return [parameter.flatten()[0].item() for parameter in self.parameters()]
-
-
-class Worker:
-    """A receiver with its model, and a trainer that this test plays itself."""
-
-    def __init__(self, script: Any, timeout: float = 10, **arguments: Any) -> None:
-        self.script = script
-        self.model = Served()
-        self.receiver = WeightReceiver({"backend": "scripted", "timeout": timeout}, self.model, **arguments)
-
-    def init(self) -> None:
-        self.receiver.init_weight_transfer_engine(INIT)
-
-    def start(self) -> None:
-        self.receiver.start_weight_update()
-
-    def update(self, value: float, version: int | str | None = None, **fields: Any) -> None:
-        """Send three parameters of ``value``."""
-        self.script.weights = [(name, torch.full((4, 3), value)) for name in NAMES]
-        manifest = Manifest(ParamMeta(name, "float32", (4, 3)) for name in NAMES)
-        self.receiver.update_weights({"manifest": manifest.to_wire(), "timeout": 10, "version": version, **fields})
-
-    def finish(self, version: int | str | None = None) -> None:
-        self.receiver.finish_weight_update(version)
-
-    def deliver(self, value: float, version: int | str) -> None:
-        self.start()
-        self.update(value, version)
-        self.finish(version)
-
-    def resync(self, value: float, version: int | str) -> None:
-        """Do what a trainer does about a worker that failed."""
-        self.init()
-        self.deliver(value, version)
-
-    @property
-    def engine(self) -> Any:
-        return self.script.engines[-1]
-
 
 @pytest.fixture
 def new(script: Any) -> Iterator[Callable[..., Worker]]:
@@ -114,59 +58,6 @@ def worker(new: Callable[..., Worker]) -> Worker:
     return new()
 
 
-def breaks(worker: Worker, parameters: int, error: BaseException | None = None) -> None:
-    """Let the next update fail after that many parameters."""
-    good = worker.script.receive
-
-    def receive(_engine: Any, _info: Any, load_weights: Any) -> None:
-        worker.script.receive = good
-        for name, tensor in worker.script.weights[:parameters]:
-            load_weights([(name, tensor)])
-        raise error or OSError("the cable was pulled")
-
-    worker.script.receive = receive
-
-
-def to_created(worker: Worker) -> None:
-    assert worker.receiver.state is ReceiverState.CREATED
-
-
-def to_ready(worker: Worker) -> None:
-    worker.init()
-    worker.deliver(1.0, "old")
-
-
-def to_updating(worker: Worker) -> None:
-    to_ready(worker)
-    worker.start()
-
-
-def to_received(worker: Worker) -> None:
-    to_updating(worker)
-    worker.update(2.0, "new")
-
-
-def to_failed(worker: Worker) -> None:
-    to_updating(worker)
-    breaks(worker, 1)
-    with pytest.raises(TransferError):
-        worker.update(2.0, "new")
-
-
-def to_closed(worker: Worker) -> None:
-    to_ready(worker)
-    worker.receiver.close()
-
-
-State = Callable[[Worker], None]
-STATES: dict[str, State] = {
-    "created": to_created,
-    "ready": to_ready,
-    "updating": to_updating,
-    "received": to_received,
-    "failed": to_failed,
-    "closed": to_closed,
-}
 STATE_OF = {"received": "updating"}  # a receiver with all its bytes is still updating, to the outside
 
 
@@ -188,12 +79,16 @@ def test_versions_go_from_a_to_b_and_back_to_a(worker: Worker) -> None:
         assert worker.model.values == [value] * 3
 
 
-def test_the_version_that_finish_names_wins(worker: Worker) -> None:
+@pytest.mark.parametrize("other", ["one", 2, "1"])
+def test_finish_may_not_rename_the_version_that_was_announced(worker: Worker, other: int | str) -> None:
     worker.init()
     worker.start()
     worker.update(1.0, 1)
-    worker.finish("one")
-    assert worker.receiver.version == "one"
+    with pytest.raises(LifecycleError, match=f"announced as version 1, not {other!r}"):
+        worker.finish(other)
+    assert (worker.receiver.state, worker.receiver.version) == (ReceiverState.UPDATING, None)
+    worker.finish(1)
+    assert worker.receiver.version == 1
 
 
 def test_a_version_of_0_is_a_version(worker: Worker) -> None:
@@ -337,8 +232,8 @@ def test_a_second_call_while_one_is_under_way_is_refused(worker: Worker) -> None
     ("state", "after", "version"),
     [
         ("created", "created", None),
-        ("ready", "ready", "old"),
-        ("updating", "ready", "old"),
+        ("ready", "created", "old"),
+        ("updating", "created", "old"),
         ("received", "failed", None),
         ("failed", "failed", None),
         ("closed", "closed", "old"),
@@ -902,7 +797,7 @@ def test_a_receiver_closes_itself_at_the_end_of_a_with_block(worker: Worker) -> 
 def test_the_status_is_json_in_every_state(worker: Worker, state: str) -> None:
     STATES[state](worker)
     status = json.loads(json.dumps(worker.receiver.status()))
-    assert set(status) == {"state", "version", "backend", "workers", "error"}
+    assert set(status) == {"state", "version", "versions", "backend", "workers", "error", "id"}
     assert (status["state"], status["backend"], status["workers"]) == (STATE_OF.get(state, state), "scripted", 1)
     assert (status["error"] is not None) is (state == "failed")
 

@@ -83,6 +83,11 @@ class Worker:
 Make = Callable[..., Any]
 
 
+def session_of(worker: Worker) -> str | None:
+    """Return the session that a worker has joined."""
+    return worker.receiver._lifecycle.session
+
+
 @pytest.fixture
 def closing() -> Iterator[Callable[[Any], Any]]:
     """Close what is passed through it at the end of the test."""
@@ -227,8 +232,8 @@ def test_the_report_says_how_the_bytes_travelled_and_what_each_worker_warns_of(
         (second, "tcp", ("slow.", "lossy.")),
         (third, "", ()),
     ):
-        monkeypatch.setattr(receiver._engine, "transport", transport)
-        monkeypatch.setattr(receiver._engine, "warnings", warnings)
+        monkeypatch.setattr(receiver._joined.engine, "transport", transport)
+        monkeypatch.setattr(receiver._joined.engine, "warnings", warnings)
     report = sender.send(Small(4))
     assert report.transports == {"worker 0": "shm, tcp"}
     assert report.warnings == ("worker 0: slow.", "worker 0: lossy.")
@@ -585,6 +590,7 @@ def test_a_source_that_raises_midway_fails_the_update_and_the_next_send_recovers
     assert type(caught.value) is kind
     assert caught.value.cause == f"{type(raised).__name__}: {raised}"
     assert (caught.value.backend, caught.value.version) == ("loopback", 1)
+    assert (caught.value.peer, caught.value.phase) == ("trainer", "update")
     assert 1 not in [worker.receiver.version for worker in workers]
     sender.send(Small(2))
     assert [worker.serves for worker in workers] == [(1, digest(Small(2)))] * 2
@@ -620,7 +626,7 @@ def test_a_rank_that_does_not_send_runs_the_same_passes_and_talks_to_nobody(veri
     config = LOOPBACK | {"verify": verify}
     parallel = ParallelConfig(rank=1, world_size=2)
     with WeightSender(config, ["http://127.0.0.1:9"], parallel_config=parallel) as sender:
-        report = sender.send(source)
+        report = sender.send(source, version=0)
     assert (source.passes, source.yielded) == (passes, passes * count)
     assert (report.version, report.workers) == (0, ())
 
@@ -780,10 +786,18 @@ def test_a_bare_channel_may_front_several_workers_if_the_sender_is_told(new_work
 def test_a_replica_tells_its_status_as_one(new_worker: Make, new_sender: Make) -> None:
     workers = [new_worker(rank=rank, world_size=2) for rank in (0, 1)]
     channel = LocalChannel(*(worker.receiver for worker in workers))
-    assert channel.status() == {"state": "created", "version": None, "backend": "loopback", "workers": 2, "error": None}
+    assert channel.status() == {
+        "state": "created",
+        "version": None,
+        "versions": {"model": None},
+        "backend": "loopback",
+        "workers": 2,
+        "error": None,
+        "id": ",".join(worker.receiver.status()["id"] for worker in workers),
+    }
     new_sender([channel]).send(Small(1), version=4)
     assert (channel.status()["state"], channel.status()["version"]) == ("ready", 4)
-    workers[1].receiver.start_weight_update()
+    workers[1].receiver.start_weight_update(session_of(workers[1]))
     assert (channel.status()["state"], channel.status()["version"]) == ("mixed", None)
 
 
@@ -858,11 +872,11 @@ def test_a_closed_sender_refuses_and_its_workers_go_on_serving(pair: tuple[Weigh
 @pytest.mark.parametrize("config", [LOOPBACK, IPC], ids=["loopback", "ipc"])
 def test_a_new_sender_takes_the_workers_over(new_worker: Make, new_sender: Make, config: dict[str, Any]) -> None:
     workers = [new_worker(config), new_worker(config)]
-    for seed in (1, 2, 1):
+    for version, seed in enumerate((1, 2, 1)):
         sender = new_sender(workers, config)
         sender.send(Small(seed))
         sender.close()
-        assert [worker.serves for worker in workers] == [(0, digest(Small(seed)))] * 2
+        assert [worker.serves for worker in workers] == [(version, digest(Small(seed)))] * 2
 
 
 # Listeners.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from weight_transfer.errors import WeightTransferError
+from weight_transfer.dtypes import joint_answer
+from weight_transfer.errors import ConfigError, WeightTransferError
 from weight_transfer.report import WorkerReport
 
 if TYPE_CHECKING:
@@ -24,10 +26,14 @@ class ControlChannel(Protocol):
     own ``timeout`` in seconds. A method returns when all workers behind the channel have done it, and raises a
     `WeightTransferError` otherwise. A sender may call ``abort_weight_update`` while
     ``update_weights`` is under way in another thread. ``address`` (text) may be given as an attribute, for messages.
+
+    ``start_weight_update``, ``finish_weight_update`` and ``abort_weight_update`` should also take
+    ``session: str | None = None`` and hand it on to the receiver. If they all do, the sender names its session to the
+    worker, which then refuses the calls of trainers that it has not joined last. Otherwise it names none.
     """
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Join the trainer."""
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any] | None:
+        """Join the trainer; return the names of the model's weights by dtype, as ``{"dtypes": ...}``, if it asks."""
 
     def start_weight_update(self) -> None:
         """Begin an update."""
@@ -42,7 +48,24 @@ class ControlChannel(Protocol):
         """Give up a running update."""
 
     def status(self) -> dict[str, Any]:
-        """Return ``state``, ``version``, ``backend``, ``workers`` and ``error``."""
+        """Return ``state``, ``version``, ``backend``, ``workers``, ``error`` and, if there is one, ``id``."""
+
+
+def takes_session(channel: object) -> bool:
+    """Return whether the calls of a channel that may come too late all take a parameter ``session``."""
+    methods = ("start_weight_update", "finish_weight_update", "abort_weight_update")
+    return all(_takes_session(getattr(channel, method)) for method in methods if hasattr(channel, method))
+
+
+def _takes_session(method: Callable[..., object]) -> bool:
+    try:
+        return "session" in inspect.signature(method).parameters
+    except (TypeError, ValueError):  # it is not written in Python
+        return False
+
+
+def _common(versions: list[Version | None]) -> Version | None:
+    return versions[0] if len(set(versions)) == 1 else None
 
 
 class LocalChannel:
@@ -51,45 +74,63 @@ class LocalChannel:
     A worker's rank in the transfer group is ``rank_offset + receiver.parallel_config.rank``.
 
     Args:
-        receivers: called side by side, each on a thread of its own.
+        receivers: called side by side, each on a thread of its own; their ranks count from 0.
+
+    Raises:
+        ConfigError: there is no receiver, or their ranks are not 0, 1, 2, ...
     """
 
     def __init__(self, *receivers: WeightReceiver) -> None:
         if not receivers:
-            raise ValueError("LocalChannel needs at least one receiver")
+            raise ConfigError("LocalChannel needs at least one receiver.")
+        ranks = [receiver.parallel_config.rank for receiver in receivers]
+        if sorted(ranks) != [*range(len(receivers))]:
+            given, last = ", ".join(map(str, ranks)), len(receivers) - 1
+            raise ConfigError(
+                f"LocalChannel needs receivers of the ranks 0 to {last}, each once, got {given}; give each its "
+                f"parallel_config=ParallelConfig(rank=..., world_size={len(receivers)})."
+            )
         self._receivers = receivers
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._each(lambda receiver: receiver.init_weight_transfer_engine(init_info))
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any] | None:
+        return joint_answer(self._each(lambda receiver: receiver.init_weight_transfer_engine(init_info)))
 
-    def start_weight_update(self) -> None:
-        self._each(lambda receiver: receiver.start_weight_update())
+    def start_weight_update(self, session: str | None = None) -> None:
+        self._each(lambda receiver: receiver.start_weight_update(session))
 
     def update_weights(self, update_info: dict[str, Any]) -> dict[str, Any]:
-        answers = self._each(lambda receiver: receiver.update_weights(update_info), together=True)
+        def fail(other: WeightReceiver, reason: str) -> None:
+            other.abort_weight_update(reason, update_info.get("session"))
+
+        answers = self._each(lambda receiver: receiver.update_weights(update_info), fail)
         return WorkerReport.joint([WorkerReport.of(answer) for answer in answers]).to_dict()
 
-    def finish_weight_update(self, weight_version: Version | None = None) -> None:
-        self._each(lambda receiver: receiver.finish_weight_update(weight_version))
+    def finish_weight_update(self, weight_version: Version | None = None, session: str | None = None) -> None:
+        self._each(lambda receiver: receiver.finish_weight_update(weight_version, session))
 
-    def abort_weight_update(self, reason: str = "") -> None:
-        self._each(lambda receiver: receiver.abort_weight_update(reason))
+    def abort_weight_update(self, reason: str = "", session: str | None = None) -> None:
+        self._each(lambda receiver: receiver.abort_weight_update(reason, session))
 
     def status(self) -> dict[str, Any]:
-        """Return the first receiver's status; ``version`` is None unless all serve the same one."""
+        """Return the first receiver's status; a version is None unless all have the same one."""
         members = [receiver.status() for receiver in self._receivers]
         versions = {member["version"] for member in members}
         states = {member["state"] for member in members}
+        targets = dict.fromkeys(target for member in members for target in member["versions"])
         return {
             "state": states.pop() if len(states) == 1 else "mixed",
             "version": versions.pop() if len(versions) == 1 else None,
+            "versions": {target: _common([member["versions"].get(target) for member in members]) for target in targets},
             "backend": members[0]["backend"],
             "workers": len(members),
             "error": next((member["error"] for member in members if member["error"]), None),
+            "id": ",".join(member["id"] for member in members),
         }
 
-    def _each(self, call: Callable[[WeightReceiver], T], together: bool = False) -> list[T]:
-        """Call for each receiver and return the results; ``together``: a failure aborts the update of the others."""
+    def _each(
+        self, call: Callable[[WeightReceiver], T], fail: Callable[[WeightReceiver, str], None] | None = None
+    ) -> list[T]:
+        """Call for each receiver and return the results; after the first failure ``fail`` is called for the others."""
         if len(self._receivers) == 1:
             return [call(self._receivers[0])]
         errors: list[BaseException] = []
@@ -100,8 +141,11 @@ class LocalChannel:
                 results[receiver] = call(receiver)
             except BaseException as error:  # noqa: BLE001  (re-raised below, in the caller's thread)
                 errors.append(error)
-                if together and len(errors) == 1:
-                    self._abort_others(receiver, f"another worker of this replica failed: {error}")
+                if fail is not None and len(errors) == 1:
+                    for other in self._receivers:
+                        if other is not receiver:
+                            with suppress(WeightTransferError):  # the failure itself is what is reported
+                                fail(other, f"another worker of this replica failed: {error}")
 
         threads = [threading.Thread(target=run, args=(receiver,), daemon=True) for receiver in self._receivers]
         for thread in threads:
@@ -111,9 +155,3 @@ class LocalChannel:
         if errors:
             raise errors[0]
         return [results[receiver] for receiver in self._receivers]
-
-    def _abort_others(self, failed: WeightReceiver, reason: str) -> None:
-        for receiver in self._receivers:
-            if receiver is not failed:
-                with suppress(WeightTransferError):  # the failure itself is what is reported
-                    receiver.abort_weight_update(reason)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import ssl
 from typing import TYPE_CHECKING, Any
 
 try:
@@ -14,7 +16,6 @@ from weight_transfer.errors import ConfigError, HandshakeError, PeerLostError, T
 if TYPE_CHECKING:
     from weight_transfer.events import Version
 
-_CONNECT_TIMEOUT = 5.0  # seconds
 _MARGIN = 2.0  # seconds that an answer may take beyond the timeout that the request itself carries
 
 
@@ -25,21 +26,31 @@ class HttpChannel:
         address: base URL, such as ``http://127.0.0.1:8001``.
         token: bearer token, if the server demands one.
         timeout: seconds that a request without a timeout of its own may take.
+        connect_timeout: seconds that connecting may take.
+
+    Raises:
+        ConfigError: ``address`` is no URL.
     """
 
-    def __init__(self, address: str, *, token: str | None = None, timeout: float = 300.0) -> None:
+    def __init__(
+        self, address: str, *, token: str | None = None, timeout: float = 300.0, connect_timeout: float = 5.0
+    ) -> None:
         self.address = address.rstrip("/")
-        self._timeout = timeout
+        self._timeout, self._connect_timeout = timeout, connect_timeout
+        _require_url(self.address)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._client = httpx.Client(base_url=self.address, headers=headers, timeout=None, trust_env=False)
         for name in ("Accept", "Accept-Encoding", "User-Agent"):  # control traffic is counted in bytes
             self._client.headers.pop(name, None)
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._post("init_weight_transfer_engine", {"init_info": init_info}, init_info.get("timeout"))
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any] | None:
+        answer: dict[str, Any] | None = self._post(
+            "init_weight_transfer_engine", {"init_info": init_info}, init_info.get("timeout")
+        )
+        return answer
 
-    def start_weight_update(self) -> None:
-        self._post("start_weight_update", {})
+    def start_weight_update(self, session: str | None = None) -> None:
+        self._post("start_weight_update", _with(session))
 
     def update_weights(self, update_info: dict[str, Any]) -> dict[str, Any] | None:
         report: dict[str, Any] | None = self._post(
@@ -47,11 +58,11 @@ class HttpChannel:
         )
         return report
 
-    def finish_weight_update(self, weight_version: Version | None = None) -> None:
-        self._post("finish_weight_update", {"weight_version": weight_version})
+    def finish_weight_update(self, weight_version: Version | None = None, session: str | None = None) -> None:
+        self._post("finish_weight_update", {"weight_version": weight_version} | _with(session))
 
-    def abort_weight_update(self, reason: str = "") -> None:
-        self._post("abort_weight_update", {"reason": reason})
+    def abort_weight_update(self, reason: str = "", session: str | None = None) -> None:
+        self._post("abort_weight_update", {"reason": reason} | _with(session))
 
     def status(self) -> dict[str, Any]:
         status: dict[str, Any] = self._request("GET", "status", None, None)
@@ -72,15 +83,14 @@ class HttpChannel:
 
     def _request(self, method: str, route: str, body: dict[str, Any] | None, timeout: float | None) -> Any:
         seconds = (timeout or self._timeout) + _MARGIN
-        limits = httpx.Timeout(seconds, connect=min(seconds, _CONNECT_TIMEOUT))
-        where = {"peer": self.address, "phase": route.partition("_")[0]}
+        limits = httpx.Timeout(seconds, connect=min(seconds, self._connect_timeout))
+        where: dict[str, Any] = {"peer": self.address, "phase": route.partition("_")[0]}
         try:
             response = self._client.request(method, f"/{route}", json=body, timeout=limits)
         except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.LocalProtocolError) as error:
-            message = (
-                f"{self.address!r} is not a worker's URL such as 'http://127.0.0.1:8001', or the token is malformed."
-            )
-            raise ConfigError(message, cause=_text(error)) from error
+            raise ConfigError(f"A request to {self.address} is malformed.", cause=_text(error)) from error
+        except httpx.ConnectError as error:
+            raise _unconnected(error, where) from error
         except httpx.ConnectTimeout as error:
             raise PeerLostError("The worker cannot be reached.", cause=_text(error), **where) from error
         except httpx.TimeoutException as error:
@@ -90,7 +100,7 @@ class HttpChannel:
             raise PeerLostError("The worker cannot be reached, or went away.", cause=_text(error), **where) from error
         return self._answer(response, route, where)
 
-    def _answer(self, response: httpx.Response, route: str, where: dict[str, str]) -> Any:
+    def _answer(self, response: httpx.Response, route: str, where: dict[str, Any]) -> Any:
         try:
             answer = response.json() if response.content else None
         except ValueError as error:
@@ -104,6 +114,37 @@ class HttpChannel:
         raise HandshakeError(
             f"/{route} answered with HTTP status {response.status_code}; is this the worker's URL?", **where
         )
+
+
+def _require_url(address: str) -> None:
+    try:
+        url = httpx.URL(address)
+        if url.scheme in ("http", "https") and url.host and (url.port or 0) < 2**16:
+            return
+        cause = None
+    except httpx.InvalidURL as error:
+        cause = _text(error)
+    raise ConfigError(f"{address!r} is not a worker's URL such as 'http://127.0.0.1:8001'.", cause=cause)
+
+
+def _unconnected(error: httpx.ConnectError, where: dict[str, Any]) -> HandshakeError | PeerLostError:
+    """Tell what asking again cannot mend from a worker that is not up yet."""
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    if any(isinstance(cause, ssl.SSLError) for cause in causes):
+        message = "The worker does not answer in HTTPS, or its certificate is not trusted; is it an http:// address?"
+        return HandshakeError(message, cause=_text(error), **where)
+    if any(isinstance(cause, socket.gaierror) and cause.errno != socket.EAI_AGAIN for cause in causes):
+        message = "The worker cannot be reached: nobody knows its host's name; correct the URL."
+        return PeerLostError(message, cause=_text(error), permanent=True, **where)
+    return PeerLostError("The worker cannot be reached.", cause=_text(error), **where)
+
+
+def _with(session: str | None) -> dict[str, str]:
+    return {} if session is None else {"session": session}
 
 
 def _text(error: Exception) -> str:

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import hmac
-import ipaddress
 import json
+import math
 import socket
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
 try:
+    import anyio
+    import anyio.to_thread
     import uvicorn
     from starlette.applications import Starlette
-    from starlette.concurrency import run_in_threadpool
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 except ImportError as error:  # pragma: no cover
     raise ImportError("Serving over HTTP needs its extra: pip install 'weight-transfer[http]'") from error
 
+from weight_transfer.control.channel import takes_session
+from weight_transfer.control.guard import Guard, Refusal, is_loopback
 from weight_transfer.errors import (
     ConfigError,
     HandshakeError,
@@ -33,6 +37,7 @@ from weight_transfer.info import (
     WeightTransferAbortRequest,
     WeightTransferFinishRequest,
     WeightTransferInitRequest,
+    WeightTransferStartRequest,
     WeightTransferUpdateRequest,
 )
 from weight_transfer.structuring import structure
@@ -46,7 +51,7 @@ if TYPE_CHECKING:
 _START_TIMEOUT = 30.0  # seconds
 _KEEP_ALIVE = 3600  # seconds that an idle connection between two updates stays open
 _STATUS = (
-    (HandshakeError, 401),
+    (HandshakeError, 403),
     (ConfigError, 400),
     (LifecycleError, 409),
     (ManifestMismatchError, 409),
@@ -54,34 +59,42 @@ _STATUS = (
 )
 
 
-def create_app(channel: ControlChannel, token: str | None = None) -> Starlette:
+def create_app(channel: ControlChannel, token: str | None = None, *, hosts: Sequence[str] | None = None) -> Starlette:
     """Return the ASGI app of a worker, to be mounted in a server of your own.
 
     Routes: ``POST /init_weight_transfer_engine``, ``/start_weight_update``, ``/update_weights``,
-    ``/finish_weight_update``, ``/abort_weight_update``, ``GET /status``, and ``GET /healthz`` without a token.
+    ``/finish_weight_update``, ``/abort_weight_update``, ``GET /status``, and ``GET /healthz``, which anyone may call.
+
+    Calls run on threads of their own, so that requests of yours that wait for a version keep none of them waiting. If
+    the trainer's connection closes while it waits to join, to start or to update, that is aborted.
 
     Args:
         channel: a `WeightReceiver`, a `LocalChannel`, or any other.
-        token: bearer token that every request but ``/healthz`` must carry.
+        token: bearer token that every request must carry.
+        hosts: names by which this server may be called, such as ``["worker-3.cluster"]``; loopback always may.
+            Default: any if there is a token, else loopback and the address that a request came in on. Pages of other
+            origins are refused in any case.
     """
+    guard = Guard(token, hosts)
+    calls = _Calls(channel)
 
-    def route(path: str, call: Callable[..., Any], body: type) -> Route:
+    def route(path: str, call: Callable[..., Any], body: type, aborts: bool = False) -> Route:
         async def endpoint(request: Request) -> Response:
-            return await _answer(request, call, body, token)
+            return await _answer(request, guard, calls, call, body, aborts)
 
         return Route(f"/{path}", endpoint, methods=["POST"])
 
     async def status(request: Request) -> Response:
-        return await _answer(request, channel.status, None, token)
+        return await _answer(request, guard, calls, channel.status, None)
 
     async def healthz(_request: Request) -> Response:
         return JSONResponse({"ok": True})
 
     return Starlette(
         routes=[
-            route("init_weight_transfer_engine", channel.init_weight_transfer_engine, WeightTransferInitRequest),
-            route("start_weight_update", channel.start_weight_update, _Empty),
-            route("update_weights", channel.update_weights, WeightTransferUpdateRequest),
+            route("init_weight_transfer_engine", channel.init_weight_transfer_engine, WeightTransferInitRequest, True),
+            route("start_weight_update", channel.start_weight_update, WeightTransferStartRequest, True),
+            route("update_weights", channel.update_weights, WeightTransferUpdateRequest, True),
             route("finish_weight_update", channel.finish_weight_update, WeightTransferFinishRequest),
             route("abort_weight_update", channel.abort_weight_update, WeightTransferAbortRequest),
             Route("/status", status, methods=["GET"]),
@@ -90,26 +103,78 @@ def create_app(channel: ControlChannel, token: str | None = None) -> Starlette:
     )
 
 
+class _Calls:
+    """Calls a channel on threads, without the session if the channel does not carry it."""
+
+    def __init__(self, channel: ControlChannel) -> None:
+        self._channel = channel
+        self._carries = takes_session(channel)
+        self._limiter: anyio.CapacityLimiter | None = None
+
+    async def run(self, call: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Call, and return the result, or raise."""
+        if not self._carries:
+            arguments = {name: _without_session(value) for name, value in arguments.items() if name != "session"}
+        if self._limiter is None:  # as many threads as there are calls, and none of those that the application shares
+            self._limiter = anyio.CapacityLimiter(math.inf)
+        return await anyio.to_thread.run_sync(partial(_outcome, call, arguments), limiter=self._limiter)
+
+    async def run_unless_left(self, request: Request, call: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Call, and abort that if the client closes its connection meanwhile."""
+        result: Any = None
+        async with anyio.create_task_group() as tasks:
+
+            async def watch() -> None:
+                while (await request.receive())["type"] != "http.disconnect":
+                    pass
+                abort: Callable[..., None] = self._channel.abort_weight_update
+                reason = {"reason": "the trainer closed its connection"}
+                await self.run(abort, reason | _session_of(arguments))
+
+            tasks.start_soon(watch)
+            result = await self.run(call, arguments)
+            tasks.cancel_scope.cancel()
+        return result
+
+
 @attrs.frozen
-class _Empty:
-    """A request without arguments."""
+class _Failed:
+    """What a call raised; a loader may raise even what would end the server."""
+
+    error: BaseException
 
 
-async def _answer(request: Request, call: Callable[..., Any], body: type | None, token: str | None) -> Response:
+def _outcome(call: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     try:
-        _authorise(request, token)
+        return call(**arguments)
+    except BaseException as error:  # noqa: BLE001  (it becomes the answer)
+        return _Failed(error)
+
+
+def _session_of(arguments: dict[str, Any]) -> dict[str, Any]:
+    found = [value.get("session") for value in arguments.values() if isinstance(value, dict)]
+    return {"session": next((session for session in [arguments.get("session"), *found] if session is not None), None)}
+
+
+def _without_session(value: Any) -> Any:
+    return {name: item for name, item in value.items() if name != "session"} if isinstance(value, dict) else value
+
+
+async def _answer(
+    request: Request, guard: Guard, calls: _Calls, call: Callable[..., Any], body: type | None, aborts: bool = False
+) -> Response:
+    try:
+        guard.check(request)
         arguments = {} if body is None else _arguments(await request.body(), body, request.url.path)
-        result = await run_in_threadpool(call, **arguments)
-    except Exception as error:  # noqa: BLE001  (the boundary: every failure becomes an answer with its class and sentence)
-        code = next((code for kind, code in _STATUS if isinstance(error, kind)), 500)
-        return JSONResponse({"error": error_to_dict(error)}, status_code=code)
+        result = await (calls.run_unless_left(request, call, arguments) if aborts else calls.run(call, arguments))
+    except Refusal as refusal:
+        return JSONResponse({"error": error_to_dict(refusal.error)}, status_code=refusal.status)
+    except ConfigError as error:
+        result = _Failed(error)
+    if isinstance(result, _Failed):
+        code = next((code for kind, code in _STATUS if isinstance(result.error, kind)), 500)
+        return JSONResponse({"error": error_to_dict(result.error)}, status_code=code)
     return JSONResponse(result) if result is not None else Response(status_code=204)
-
-
-def _authorise(request: Request, token: str | None) -> None:
-    given = request.headers.get("authorization", "")
-    if token is not None and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-        raise HandshakeError("The bearer token is missing or wrong; set the same token on both sides.")
 
 
 def _arguments(body: bytes, cls: type, path: str) -> dict[str, Any]:
@@ -150,9 +215,10 @@ class Server:
             )
 
     def wait(self) -> None:
-        """Block until the server ends."""
-        while self._thread.is_alive():
-            self._thread.join(1.0)  # in slices, so that Ctrl-C is seen
+        """Block until the server ends, or until Ctrl-C, after which it still runs: close it."""
+        with suppress(KeyboardInterrupt):
+            while self._thread.is_alive():
+                self._thread.join(1.0)  # in slices, so that Ctrl-C is seen
 
     def close(self) -> None:
         """Stop listening and end the thread. The receiver stays as it is."""
@@ -165,6 +231,9 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __repr__(self) -> str:
+        return f"<Server {self.url}{'' if self._thread.is_alive() else ', closed'}>"
 
     def _run(self) -> None:
         self._uvicorn.run(sockets=[self._socket])
@@ -181,7 +250,12 @@ class _Uvicorn(uvicorn.Server):
 
 
 def serve(
-    receiver: WeightReceiver | ControlChannel, *, host: str = "127.0.0.1", port: int = 0, token: str | None = None
+    receiver: WeightReceiver | ControlChannel,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    token: str | None = None,
+    hosts: Sequence[str] | None = None,
 ) -> Server:
     """Serve a receiver's control channel over HTTP, on a thread of its own, and return at once.
 
@@ -190,24 +264,18 @@ def serve(
         host: address to listen on; anything but a loopback address demands a token.
         port: TCP port; 0 takes a free one, which ``Server.url`` then tells.
         token: bearer token; default is the receiver's ``config.token``.
+        hosts: see `create_app`.
 
     Raises:
         ConfigError: the address is not loopback and there is no token, or it cannot be listened on.
     """
     config = getattr(receiver, "config", None)
     token = token or getattr(config, "token", None)
-    if not _is_loopback(host) and not token:
+    if not is_loopback(host) and not token:
         raise ConfigError(
             f"Listening on {host}, beyond loopback, needs a token: set token in the config on both sides."
         )
-    return Server(create_app(receiver, token), host, port)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return Server(create_app(receiver, token, hosts=hosts), host, port)
 
 
 def _bind(host: str, port: int) -> socket.socket:

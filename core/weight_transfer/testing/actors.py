@@ -31,6 +31,7 @@ _CONTEXT.set_forkserver_preload(
         "weight_transfer.control.http_server",
         "weight_transfer.receiver",
         "weight_transfer.sender",
+        "weight_transfer.testing.inviter",
         "weight_transfer.testing.trainer",
         "weight_transfer.testing.worker",
     ]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Literal
 
 import torch
 from torch import nn
@@ -82,6 +84,21 @@ def randomise(module: nn.Module, seed: int) -> None:
             tensor.copy_(noise.view(tensor.dtype).view(tensor.shape))
 
 
+def inference_tensors(module: nn.Module) -> list[str]:
+    """Return the names of the weights that are inference tensors, which can be changed in inference mode only."""
+    return [name for name, tensor in module.state_dict(keep_vars=True).items() if tensor.is_inference()]
+
+
+def cast(module: nn.Module, weights: Iterable[Weight]) -> Model:
+    """Return a model of these weights, with the values of ``module`` by ``tensor.to`` of their dtypes."""
+    state = module.state_dict()
+    model = Model(weights, 0, str(next(iter(state.values())).device))
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(state[name].to(tensor.dtype))
+    return model
+
+
 def raw_bytes(tensor: torch.Tensor) -> bytes:
     """Return the bytes of a tensor's elements in logical order, read from memory."""
     flat = tensor.detach().cpu().contiguous()
@@ -112,11 +129,19 @@ class PassingSource(WeightSource):
     Args:
         module: whose weights.
         before_each: called with the index of a weight before it is yielded.
+        memory: what becomes of a copy once the next one is asked for: it is ``"kept"`` while somebody refers to it, its
+            memory is ``"reused"`` for the next one, or ``"freed"``.
     """
 
-    def __init__(self, module: nn.Module, before_each: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        before_each: Callable[[int], None],
+        memory: Literal["kept", "reused", "freed"] = "kept",
+    ) -> None:
         self._module = module
         self._before_each = before_each
+        self._memory = memory
         self._manifest: Manifest | None = None
 
     def manifest(self) -> Manifest:
@@ -130,7 +155,29 @@ class PassingSource(WeightSource):
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for index, (name, tensor) in enumerate(self._weights().items()):
             self._before_each(index)
-            yield name, tensor.detach().clone()
+            yield from self._passing(name, tensor.detach())
+
+    def _passing(self, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        if self._memory == "reused":
+            nbytes = tensor.numel() * tensor.element_size()
+            copy = self._buffer[:nbytes].view(tensor.dtype).view(tensor.shape)
+            copy.copy_(tensor)
+            yield name, copy
+            self._buffer.fill_(0xA5)
+        else:
+            copy = tensor.clone()
+            yield name, copy
+            if self._memory == "freed":
+                copy.untyped_storage().resize_(0)
+
+    @functools.cached_property
+    def _buffer(self) -> torch.Tensor:
+        largest = max(tensor.numel() * tensor.element_size() for tensor in self._weights().values())
+        return torch.empty(largest, dtype=torch.uint8, device=self.device)
+
+    @property
+    def reuses_memory(self) -> bool:
+        return self._memory != "kept"
 
     @property
     def device(self) -> str:

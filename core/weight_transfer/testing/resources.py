@@ -7,8 +7,14 @@ import gc
 import os
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
+from weakref import ref
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _OF_THE_CONTROL_CHANNEL = ("AnyIO worker thread", "asyncio_", "weight-transfer ")
 _SHARED_MEMORY = "/dev/shm"  # noqa: S108  (looked at, not written to)
@@ -47,6 +53,28 @@ def abandoned(folder: str = _SHARED_MEMORY) -> set[str]:
     processes = [entry for entry in os.listdir("/proc") if entry.isdigit()] if files else []
     used = set().union(*(_in_use(Path("/proc", process)) for process in processes))
     return {name for name, identity in files.items() if identity not in used and Path(folder, name).exists()}
+
+
+class Watch:
+    """Sees which weights of a module are still held when it is gone.
+
+    Args:
+        module: of which it holds nothing.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._tensors = {
+            name: (ref(tensor), StorageWeakRef(tensor.untyped_storage()))
+            for name, tensor in module.state_dict(keep_vars=True).items()
+            if tensor.numel()
+        }
+
+    def remaining(self, *_: object) -> list[str]:
+        """Return the names of the weights that live, as tensors or as memory, while the arguments do."""
+        gc.collect()
+        return [
+            name for name, (tensor, storage) in self._tensors.items() if tensor() is not None or not storage.expired()
+        ]
 
 
 def _in_use(process: Path) -> set[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import ctypes
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -10,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from weight_transfer.control.http_server import serve
-from weight_transfer.errors import TransferTimeoutError, WeightTransferError
+from weight_transfer.errors import TransferTimeoutError, WeightTransferError, error_to_dict
 from weight_transfer.receiver import WeightReceiver
 from weight_transfer.testing.actors import PATIENCE
+from weight_transfer.testing.forked import Family
 from weight_transfer.testing.models import Model, Weight, digest, hashes, raw_bytes
-from weight_transfer.testing.resources import MemoryMark, held
+from weight_transfer.testing.resources import MemoryMark, Watch, held
 from weight_transfer.testing.unpickling import watched_unpickling
 
 if TYPE_CHECKING:
@@ -22,13 +25,20 @@ if TYPE_CHECKING:
 
 
 class Loader:
-    """Copies by name; at call ``block_at`` it says so and waits until it is released, at call ``fail_at`` it fails."""
+    """Copies by name; at call ``block_at`` it says so and waits until it is released, at call ``fail_at`` it fails.
 
-    def __init__(self, model: torch.nn.Module, stage: Stage) -> None:
+    Args:
+        habit: ``"scribble"`` over what it is given once it has copied it, or ``"keep"`` it; None for neither.
+    """
+
+    def __init__(self, model: torch.nn.Module, stage: Stage, habit: str | None = None) -> None:
+        self._habit = habit
+        self._kept: list[torch.Tensor] = []
         self._targets = dict(model.state_dict(keep_vars=True))
         self._stage = stage
         self._block_at: int | None = None
         self._fail_at: int | None = None
+        self._error = "RuntimeError"
         self._released = threading.Event()
         self.calls = 0
 
@@ -37,20 +47,66 @@ class Loader:
         for index, (name, tensor) in enumerate(weights):
             with torch.no_grad():
                 self._targets[name].copy_(tensor)
+                if self._habit == "scribble":
+                    _scribble(tensor)
+            if self._habit == "keep":
+                self._kept.append(tensor)
             if self.calls == self._block_at and index == 0:
                 self._stage.say("blocked")
                 self._released.wait()
             if self.calls == self._fail_at and index == 0:
-                raise RuntimeError("the loader was told to fail")
+                raise vars(builtins)[self._error]("the loader was told to fail")
 
-    def arm(self, block_at: int | None = None, fail_at: int | None = None) -> None:
-        """Choose the call that goes wrong; None for no call."""
-        self._block_at, self._fail_at, self.calls = block_at, fail_at, 0
+    def arm(self, block_at: int | None = None, fail_at: int | None = None, error: str = "RuntimeError") -> None:
+        """Choose the call that goes wrong; None for no call. ``error`` is the name of a built-in exception."""
+        self._block_at, self._fail_at, self._error, self.calls = block_at, fail_at, error, 0
         self._released.clear()
 
     def release(self) -> None:
         """Let a blocked call go on."""
         self._released.set()
+
+
+def _scribble(tensor: torch.Tensor) -> None:
+    """Write into a tensor; in host memory behind torch's back, as a foreign kernel does."""
+    if tensor.device.type == "cpu" and tensor.is_contiguous():
+        ctypes.memset(tensor.data_ptr(), 0x55, tensor.nbytes)
+    else:
+        tensor.zero_()
+
+
+class Receiver(WeightReceiver):
+    """Says when it is told of an update, and keeps the error of one that failed: the trainer may not be there any more.
+
+    Attributes:
+        told: whether an update is under way.
+        failure: of the last one.
+        session: of the trainer that has joined last.
+    """
+
+    failure: WeightTransferError | None = None
+    session: str | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.told = threading.Event()
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any] | None:
+        self.session = init_info.get("session")
+        return super().init_weight_transfer_engine(init_info)
+
+    def start_weight_update(self, session: str | None = None) -> None:
+        self.told.clear()
+        self.failure = None
+        super().start_weight_update(session)
+
+    def update_weights(self, update_info: dict[str, Any]) -> dict[str, Any]:
+        self.told.set()
+        try:
+            return super().update_weights(update_info)
+        except WeightTransferError as error:
+            self.failure = error
+            raise
 
 
 class Worker:
@@ -66,13 +122,16 @@ class Worker:
         device: str = "cpu",
         in_place: bool = False,
         port: int = 0,
+        inference: bool = False,
+        habit: str | None = None,
     ) -> None:
-        self.model = Model(weights, seed, device)
-        self.loader = Loader(self.model, stage)
+        with torch.inference_mode(inference):
+            self.model = Model(weights, seed, device)
+        self.family = Family(self.model)
+        self.loader = Loader(self.model, stage, habit)
         self._open = ExitStack()
-        self.receiver = self._open.enter_context(
-            WeightReceiver(config, self.model, load_weights=None if in_place else self.loader)
-        )
+        self.receiver = Receiver(config, self.model, load_weights=None if in_place else self.loader)
+        self._open.callback(self.receiver.close)
         self.url = self._open.enter_context(serve(self.receiver, port=port)).url
         self._left: list[tuple[str, torch.Tensor, bytes]] = []
         self._reading = threading.Event()
@@ -118,8 +177,22 @@ class Worker:
                     self._read.setdefault(version, set()).add(seen)
                     self._has_read.notify_all()
 
+    def remains(self) -> list[str]:
+        """Close, let go of everything but the engine, and return the weights that are still held."""
+        joined, watch = self.receiver._joined, Watch(self.model)  # noqa: SLF001  (what it holds is the question)
+        assert joined is not None
+        engine = joined.engine
+        self.close()
+        vars(self).clear()
+        return watch.remaining(engine)
+
+    def abort(self) -> None:
+        """Give up the update, as the trainer would have it."""
+        self.receiver.abort_weight_update("the test aborted it", self.receiver.session)
+
     def close(self) -> None:
-        """End the reader, the server and the receiver."""
+        """End the children, the reader, the server and the receiver."""
+        self.family.end()
         self.loader.release()
         self._reading.clear()
         self._open.close()
@@ -136,6 +209,10 @@ def main(stage: Stage, threads: int | None = None) -> None:
         workers[name] = Worker(stage, **spec)
         return workers[name].url
 
+    def failure(name: str) -> dict[str, Any] | None:
+        error = workers[name].receiver.failure
+        return None if error is None else error_to_dict(error)
+
     with watched_unpickling() as unpickled:
         stage.say("ready")
         stage.serve(
@@ -143,9 +220,15 @@ def main(stage: Stage, threads: int | None = None) -> None:
                 "open": open_,
                 "close": lambda name: workers.pop(name).close(),
                 "hashes": lambda name: hashes(workers[name].model),
+                "fork": lambda name, child: workers[name].family.fork(child),
+                "child": lambda name, **order: workers[name].family.ask(**order),
+                "remains": lambda name: workers.pop(name).remains(),
                 "strays": lambda name: workers[name].model.strays(),
                 "status": lambda name: workers[name].receiver.status(),
+                "failure": failure,
                 "init": lambda name, info: workers[name].receiver.init_weight_transfer_engine(info),
+                "await_update": lambda name, seconds: workers[name].receiver.told.wait(seconds),
+                "abort": lambda name: workers[name].abort(),
                 "arm": lambda name, **at: workers[name].loader.arm(**at),
                 "release": lambda name: workers[name].loader.release(),
                 "move": lambda name, weight: workers[name].move(weight),

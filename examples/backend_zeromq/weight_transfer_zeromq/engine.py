@@ -180,6 +180,8 @@ class ZeroMqTrainerEngine(TrainerWeightTransferEngine[ZeroMqInitInfo, ZeroMqUpda
             for slot in slots:
                 if not slot.start:
                     weight = as_bytes(next(weights).contiguous())
+                    if source.reuses_memory:  # the frames are read when the next weight has been asked for
+                        weight = weight.clone()
                 frames.append(weight[slot.start : slot.start + slot.nbytes].numpy())
             for identity, name in self._workers.items():
                 self._port.send([identity, *frames], name)

@@ -10,7 +10,7 @@ import pytest
 
 from weight_transfer import HandshakeError, PeerLostError, TransferTimeoutError
 from weight_transfer.deadline import Deadline
-from weight_transfer.shared_memory import SharedMemory, map_read_only
+from weight_transfer.shared_memory import PrivateView, SharedMemory
 from weight_transfer_ipc.connection import Connection, Listener
 
 
@@ -37,13 +37,13 @@ def test_messages_carry_file_descriptors(pair: tuple[Connection, Connection]) ->
     trainer.send({"segment": 1}, [memory.fd], Deadline(5))
     message, fds = worker.receive(Deadline(5))
     assert message == {"segment": 1}
-    assert map_read_only(fds[0], 4096).tolist() == [7] * 4096
+    assert PrivateView(fds[0], 4096).data.tolist() == [7] * 4096
 
 
 def test_a_segment_that_is_smaller_than_announced_is_refused() -> None:
     memory = SharedMemory(4096)
     with pytest.raises(OSError, match="4096 bytes, 8192 were announced"):
-        map_read_only(os.dup(memory.fd), 8192)
+        PrivateView(os.dup(memory.fd), 8192)
 
 
 def test_a_wrong_token_is_turned_away() -> None:

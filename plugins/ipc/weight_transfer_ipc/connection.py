@@ -38,7 +38,10 @@ class Connection:
 
     Attributes:
         pid: the other end's process id, as this process sees it; 0 in another container.
+        gpu: UUID of a worker's GPU as hexadecimal text, None if its weights lie in host memory.
     """
+
+    gpu: object = None
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
         self._socket = sock
@@ -230,11 +233,17 @@ class Listener:
         if not hmac.compare_digest(str(hello.get("token")), self.token) or not isinstance(hello.get("rank"), int):
             connection.close()
             return None
+        connection.gpu = hello.get("gpu")
         return hello["rank"], connection
 
     def interrupt(self) -> None:
         """End a running `accept`, and all later ones."""
         self._interrupted.set()
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether it is of no more use."""
+        return self._interrupted.is_set()
 
     def _next(self, deadline: Deadline, wanted: Callable[[], bool]) -> socket.socket | None:
         self._socket.settimeout(_ACCEPT_INTERVAL)

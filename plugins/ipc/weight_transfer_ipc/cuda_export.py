@@ -16,6 +16,7 @@ from torch import Tensor
 
 from weight_transfer.errors import BackendUnavailableError
 from weight_transfer.export import Export, Segment
+from weight_transfer.manifest import dtype_name
 from weight_transfer_ipc import cuda
 from weight_transfer_ipc.infos import Allocation
 
@@ -60,7 +61,7 @@ class CudaExporter:
         """
         if resident is not self._resident:
             self._resident, self._tensors = resident, tuple(resident.values())
-        signature = manifest.digest, layouts(self._tensors)
+        signature = manifest.digest, layouts(self._tensors), [tensor.dtype for tensor in self._tensors]
         if signature != self._signature:
             self._export = self._describe(manifest, resident)
             self._signature = signature
@@ -80,7 +81,7 @@ class CudaExporter:
     def _describe(self, manifest: Manifest, resident: Mapping[str, Tensor]) -> Export:
         known = {(allocation.gpu, allocation.handle): allocation for allocation in self.allocations}
         used: dict[tuple[int, int], Allocation] = {}
-        ids, offsets, strides, stuck = [], [], {}, []
+        ids, offsets, strides, dtypes, stuck = [], [], {}, {}, []
         held = []
         for index, param in enumerate(manifest.params):
             tensor = resident.get(param.name)
@@ -95,6 +96,8 @@ class CudaExporter:
                 held.append(tensor.untyped_storage())
                 if not tensor.is_contiguous():
                     strides[str(index)] = tensor.stride()
+                if dtype_name(tensor.dtype) != param.dtype:
+                    dtypes[str(index)] = dtype_name(tensor.dtype)
         if stuck:
             self._complain(stuck, len(manifest.params))
         self._retired += self._held
@@ -102,7 +105,7 @@ class CudaExporter:
         self.allocations = tuple(used.values())
         self.devices = tuple(sorted({device for device, _ in used}))
         segments = tuple(Segment(allocation.id, allocation.nbytes) for allocation in self.allocations)
-        return Export(segments, tuple(ids), tuple(offsets), strides)
+        return Export(segments, tuple(ids), tuple(offsets), strides, dtypes)
 
     def _allocation(
         self,

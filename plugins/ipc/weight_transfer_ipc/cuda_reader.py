@@ -11,8 +11,10 @@ import attrs
 import torch
 
 from weight_transfer.errors import HandshakeError, ManifestMismatchError, TransferError
+from weight_transfer.lending import private_copies
 from weight_transfer.loading import destinations_of
 from weight_transfer_ipc import cuda
+from weight_transfer_ipc.conversion import load_converted, split
 from weight_transfer_ipc.copies import Copies, Spans, has_kernel
 from weight_transfer_ipc.cuda_export import layouts
 from weight_transfer_ipc.cuda_ring import POLL, CudaRingReader
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from weight_transfer_ipc.infos import DeviceMemory, IpcUpdateInfo
 
 _CHUNK = 512 * 2**20  # bytes that a loader is given at a time
+_COPIED = 128 * 2**20  # the same for a loader that may write into what it is given, and so is given copies
 _PART = 1024  # tensors whose places are compared before their copies are queued
 
 
@@ -125,6 +128,7 @@ class CudaReader:
         self._device_memory: DeviceMemory | None = None
         self._manifest: Manifest | None = None
         self._views: Views | None = None
+        self._masters: Views = []
         self._chunks: list[Views] | None = None
         self._in_place: _InPlace | None = None
         self._ring: CudaRingReader | None = None
@@ -173,11 +177,17 @@ class CudaReader:
                 load_weights(work.written)  # checks and counts them, while the GPU copies
             parts = work.rest
         else:
-            parts = self._chunks = self._chunks or chunks(self._all_views(), _CHUNK)
+            nbytes = _CHUNK if destinations is not None else _COPIED
+            parts = self._chunks = self._chunks or chunks(self._all_views(), nbytes)
         for part in parts:
             deadline.check("copying from the trainer's memory", backend="ipc", phase="update")
             trainer.check_alive()
-            load_weights(part)
+            load_weights(part if destinations is not None else private_copies(part))
+        for part in chunks(self._masters, _CHUNK):
+            deadline.check("copying from the trainer's memory", backend="ipc", phase="update")
+            trainer.check_alive()
+            assert self._manifest is not None
+            load_converted(part, self._manifest, load_weights)
 
     def _await_weights(self, trainer: Connection, deadline: Deadline) -> None:
         """Wait, on the host, until the trainer's streams have come to where `send` was called.
@@ -253,6 +263,7 @@ class CudaReader:
 
     def _forget(self) -> None:
         self._views, self._chunks, self._in_place, self._ring = None, None, None, None
+        self._masters = []
         self._export, self._device_memory, self._manifest = None, None, None
         self._ready = {}
 
@@ -260,7 +271,7 @@ class CudaReader:
         if self._views is None:
             assert self._export is not None and self._manifest is not None
             memory = {key: mapped.memory for key, mapped in self._mapped.items()}
-            self._views = views_of(self._export, self._manifest, memory)
+            self._views, self._masters = split(views_of(self._export, self._manifest, memory), self._manifest)
         return self._views
 
     def _copy_in_place(self, destinations: Mapping[str, torch.Tensor], load_weights: LoadWeights) -> _InPlace:

@@ -137,7 +137,7 @@ class CudaRingReader:
 
     def __init__(self, layout: RingLayout, memory: torch.Tensor, staged: Manifest) -> None:
         self._plan = plan_buckets(staged.params, layout.bucket_bytes)
-        self._unpacker = Unpacker(self._plan, layout.buffers(memory))
+        self._unpacker = Unpacker(self._plan, layout.buffers(memory), shared=True)
 
     def read(self, load_weights: LoadWeights, trainer: Connection, deadline: Deadline) -> None:
         """Load every bucket on the current stream."""

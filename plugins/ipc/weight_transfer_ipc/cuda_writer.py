@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from weight_transfer.staging import staged_tensors
+from weight_transfer_ipc import cuda
 from weight_transfer_ipc.cuda_export import CudaExporter, Readiness
 from weight_transfer_ipc.cuda_ring import CudaRingWriter
 from weight_transfer_ipc.infos import DeviceMemory
-from weight_transfer_ipc.ring import RingLayout, staged_tensors
+from weight_transfer_ipc.ring import RingLayout
 
 if TYPE_CHECKING:
     import torch
@@ -41,18 +43,20 @@ class CudaWriter:
         self._memory: DeviceMemory | None = None
         self._ring: CudaRingWriter | None = None
         self._old_rings: list[CudaRingWriter] = []
+        self._gpus: dict[int, object] = {}
 
     @property
     def extra_memory(self) -> int:
         """Bytes of the ring."""
         return self._ring.layout.nbytes if self._ring is not None else 0
 
-    def welcome(self, rank: int) -> None:
-        """A worker has joined: whatever it needs comes with the update info."""
+    def welcome(self, rank: int, gpu: object) -> None:
+        """A worker of this GPU has joined: whatever it needs comes with the update info."""
+        self._gpus[rank] = gpu
 
     def describe(self, source: WeightSource, manifest: Manifest) -> dict[str, Any]:
         """Return the fields of the update info; orders the update after the caller's current stream."""
-        export = self._exporter.refresh(manifest, source.resident())
+        export = self._exporter.refresh(manifest, self._readable(source))
         if export is not self._export:
             self._export, self._staged = export, export.staged(manifest)
             self._fit_ring(self._staged)
@@ -78,9 +82,16 @@ class CudaWriter:
         """Send what is staged; the workers fetch the rest by themselves."""
         if self._ring is not None:
             assert self._staged is not None
-            tensors = staged_tensors(source, self._staged)
+            tensors = staged_tensors(source, self._staged.params)
             kept = not source.reuses_memory
             self._ring.write(self._staged, tensors, list(workers.values()), deadline, progress, kept)
+
+    def _readable(self, source: WeightSource) -> Mapping[str, torch.Tensor]:
+        """Return what workers may read in place: masters, too, if no larger bytes than the cast ones leave the GPU."""
+        masters, resident = source.masters(), source.resident()
+        if not masters or any(gpu != cuda.uuid_of(self._device.index) for gpu in self._gpus.values()):
+            return resident
+        return {**resident, **{name: tensor for name, tensor in masters.items() if tensor.device == self._device}}
 
     def release(self) -> None:
         """No worker maps old memory any more, or, if so configured, any."""

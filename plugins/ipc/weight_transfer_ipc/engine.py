@@ -52,6 +52,9 @@ class IpcTrainerEngine(TrainerWeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
         self._workers: dict[int, Connection] = {}
 
     def open_endpoint(self, slots: Sequence[WorkerSlot], deadline: Deadline) -> list[dict[str, Any]]:
+        if self._listener is not None and self._listener.interrupted:  # an earlier join was given up
+            self._listener.close()
+            self._listener = None
         self._listener = self._listener or Listener()
         self._joining = {slot.rank_offset + i: slot.peer for slot in slots for i in range(slot.count)}
         info = {"address": self._listener.address, "token": self._listener.token, "gpu": self._gpu}
@@ -77,7 +80,7 @@ class IpcTrainerEngine(TrainerWeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
             if rank in self._workers:
                 self._workers[rank].close()
             self._workers[rank] = connection
-            self._writer.welcome(rank)
+            self._writer.welcome(rank, connection.gpu)
 
     def describe_update(self, source: WeightSource, manifest: Manifest, deadline: Deadline) -> dict[str, Any]:
         return self._writer.describe(source, manifest)
@@ -135,6 +138,7 @@ class IpcWorkerEngine(WeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
         self._reading = threading.Lock()
         self._trainer: Connection | None = None
         self._watch: threading.Thread | None = None
+        self._ended = threading.Event()
 
     def init_transfer_engine(self, init_info: IpcInitInfo) -> None:
         deadline = Deadline(init_info.timeout)
@@ -142,7 +146,8 @@ class IpcWorkerEngine(WeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
         self.transport = "CUDA IPC" if init_info.gpu else "shared memory"
         self._trainer = Connection.connect(init_info.address, deadline)
         rank = init_info.rank_offset + self.parallel_config.rank
-        self._trainer.send({"token": init_info.token, "rank": rank}, [], deadline)
+        gpu = cuda.uuid_of(self._device.index) if self._device.type == "cuda" else None
+        self._trainer.send({"token": init_info.token, "rank": rank, "gpu": gpu}, [], deadline)
         welcome, _ = self._trainer.receive(deadline)
         if welcome != {"welcome": rank}:
             raise HandshakeError(
@@ -173,12 +178,17 @@ class IpcWorkerEngine(WeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
         self._reader.close()
 
     @property
+    def lost(self) -> bool:
+        return self._ended.is_set()
+
+    @property
     def extra_memory(self) -> int:
         return self._reader.extra_memory
 
     def _let_go_in_the_end(self, trainer: Connection) -> None:
         """Unmap the trainer's memory as soon as it shuts down or dies: mapped memory stays taken."""
         trainer.await_end()
+        self._ended.set()
         with self._reading:
             self._reader.close()
         trainer.interrupt()

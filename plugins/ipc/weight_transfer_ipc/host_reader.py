@@ -6,13 +6,13 @@ import os
 from typing import TYPE_CHECKING
 
 from weight_transfer.errors import HandshakeError, ManifestMismatchError
-from weight_transfer.shared_memory import map_read_only
+from weight_transfer.loading import destinations_of
+from weight_transfer.shared_memory import PrivateView
+from weight_transfer_ipc.conversion import load_converted, split
 from weight_transfer_ipc.ring import RING, RingReader
-from weight_transfer_ipc.views import chunks, views_of
+from weight_transfer_ipc.views import Views, chunks, views_of
 
 if TYPE_CHECKING:
-    import torch
-
     from weight_transfer.deadline import Deadline
     from weight_transfer.engine import LoadWeights
     from weight_transfer.export import Export
@@ -29,10 +29,11 @@ class HostReader:
     extra_memory = 0
 
     def __init__(self) -> None:
-        self._memory: dict[int, torch.Tensor] = {}
+        self._memory: dict[int, PrivateView] = {}
         self._export: Export | None = None
         self._manifest: Manifest | None = None
-        self._chunks: list[list[tuple[str, torch.Tensor]]] = []
+        self._chunks: list[Views] = []
+        self._masters: list[Views] = []
         self._ring: RingReader | None = None
 
     def read(self, info: IpcUpdateInfo, load_weights: LoadWeights, trainer: Connection, deadline: Deadline) -> None:
@@ -43,12 +44,19 @@ class HostReader:
             deadline.check("copying from shared memory", backend="ipc", phase="update")
             trainer.check_alive()
             load_weights(chunk)
+        for chunk in self._masters:
+            deadline.check("copying from shared memory", backend="ipc", phase="update")
+            trainer.check_alive()
+            load_converted(chunk, info.manifest, load_weights)
+        if destinations_of(load_weights) is None:  # a loader of the user's may have written into what it was given
+            for memory in self._memory.values():
+                memory.renew()
         if self._ring is not None:
             self._ring.read(load_weights, trainer, deadline)
 
     def close(self) -> None:
         """Unmap everything."""
-        self._chunks, self._ring, self._export, self._manifest = [], None, None, None
+        self._chunks, self._masters, self._ring, self._export, self._manifest = [], [], None, None, None
         self._memory.clear()
 
     def _map(self, info: IpcUpdateInfo, trainer: Connection, deadline: Deadline) -> None:
@@ -58,11 +66,13 @@ class HostReader:
         sizes = {segment.id: segment.nbytes for segment in info.export.segments}
         if info.ring is not None:
             sizes[RING] = info.ring.nbytes
-        self._chunks, self._ring = [], None
+        self._chunks, self._masters, self._ring = [], [], None
         self._memory = {segment: memory for segment, memory in self._memory.items() if segment in sizes}
         while self._memory.keys() != sizes.keys():
             self._receive_segment(sizes, trainer, deadline)
-        self._chunks = chunks(views_of(info.export, info.manifest, self._memory), _CHUNK)
+        memory = {segment: view.data for segment, view in self._memory.items()}
+        exact, masters = split(views_of(info.export, info.manifest, memory), info.manifest)
+        self._chunks, self._masters = chunks(exact, _CHUNK), chunks(masters, _CHUNK)
         if info.ring is not None:
             self._ring = RingReader(info.ring, self._memory[RING], info.export.staged(info.manifest))
         self._export, self._manifest = info.export, info.manifest
@@ -76,4 +86,4 @@ class HostReader:
             raise HandshakeError(
                 f"The trainer sent segment {segment!r}, which was not announced.", backend="ipc", peer="trainer"
             )
-        self._memory[segment] = map_read_only(fds[0], sizes[segment])
+        self._memory[segment] = PrivateView(fds[0], sizes[segment])

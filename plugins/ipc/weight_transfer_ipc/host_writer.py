@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from weight_transfer.errors import PeerLostError
 from weight_transfer.export import Export, Exporter
-from weight_transfer_ipc.ring import RING, RingLayout, RingWriter, staged_tensors
+from weight_transfer.staging import staged_tensors
+from weight_transfer_ipc.ring import RING, RingLayout, RingWriter
 
 if TYPE_CHECKING:
     from weight_transfer.config import WeightTransferConfig
@@ -33,13 +34,14 @@ class HostWriter:
         """Bytes of the ring."""
         return self._ring.layout.nbytes if self._ring is not None else 0
 
-    def welcome(self, rank: int) -> None:
+    def welcome(self, rank: int, _gpu: object) -> None:
         """A worker has joined: it has no segment yet."""
         self._sent[rank] = set()
 
     def describe(self, source: WeightSource, manifest: Manifest) -> dict[str, Any]:
         """Return the fields of the update info."""
-        export = self._exporter.refresh(manifest, source.resident())
+        masters, resident = source.masters(), source.resident()
+        export = self._exporter.refresh(manifest, {**resident, **masters} if masters else resident)
         if export is not self._export:
             self._export, self._staged = export, export.staged(manifest)
         assert self._staged is not None
@@ -62,7 +64,7 @@ class HostWriter:
             except PeerLostError:  # the worker's own answer will say so; the others go on
                 workers.pop(rank).close()
         if self._staged.params and self._ring is not None:
-            tensors = staged_tensors(source, self._staged)
+            tensors = staged_tensors(source, self._staged.params)
             self._ring.write(self._staged, tensors, list(workers.values()), deadline, progress)
 
     def release(self) -> None:

@@ -13,7 +13,8 @@ import attrs
 
 from weight_transfer.buckets import ALIGNMENT, Packer, Unpacker, plan_buckets
 from weight_transfer.errors import PeerLostError
-from weight_transfer.shared_memory import SharedMemory
+from weight_transfer.loading import destinations_of
+from weight_transfer.shared_memory import PrivateView, SharedMemory
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from weight_transfer.deadline import Deadline
     from weight_transfer.engine import LoadWeights
     from weight_transfer.manifest import Manifest
-    from weight_transfer.source import WeightSource
     from weight_transfer_ipc.connection import Connection
 
 RING = 0
@@ -49,15 +49,13 @@ class RingLayout:
         """Return the buckets of a segment (uint8 ``[nbytes]``); each begins at a multiple of the alignment."""
         return list(memory[: self.nbytes].split(self._stride))
 
+    def span(self, index: int) -> tuple[int, int]:
+        """Return where bucket ``index`` of an update begins in the segment, and its size, in bytes."""
+        return index % self.buckets * self._stride, self._stride
+
     @property
     def _stride(self) -> int:
         return -(-self.bucket_bytes // ALIGNMENT) * ALIGNMENT
-
-
-def staged_tensors(source: WeightSource, staged: Manifest) -> Iterator[torch.Tensor]:
-    """Yield the tensors of ``staged``, in its order."""
-    wanted = staged.by_name
-    return (tensor for name, tensor in source if name in wanted)
 
 
 class RingWriter:
@@ -112,17 +110,21 @@ class RingReader:
 
     Args:
         layout: of the trainer's ring.
-        memory: its bytes, uint8, mapped read-only.
+        memory: the ring.
         staged: what goes through it.
     """
 
-    def __init__(self, layout: RingLayout, memory: torch.Tensor, staged: Manifest) -> None:
+    def __init__(self, layout: RingLayout, memory: PrivateView, staged: Manifest) -> None:
         self._plan = plan_buckets(staged.params, layout.bucket_bytes)
-        self._unpacker = Unpacker(self._plan, layout.buffers(memory))
+        self._unpacker = Unpacker(self._plan, layout.buffers(memory.data))
+        self._layout, self._memory = layout, memory
 
     def read(self, load_weights: LoadWeights, trainer: Connection, deadline: Deadline) -> None:
         """Load every bucket."""
+        foreign = destinations_of(load_weights) is None
         for index in range(len(self._plan.buckets)):
             trainer.await_signal(deadline)
             self._unpacker.load(index, load_weights)
+            if foreign:  # the loader is the user's, and may have written into what it was given
+                self._memory.renew(*self._layout.span(index))
             trainer.signal(deadline)

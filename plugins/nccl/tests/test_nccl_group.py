@@ -11,7 +11,8 @@ import torch.distributed as dist
 from weight_transfer import ConfigError, HandshakeError, PeerLostError, TransferTimeoutError, load_backend, load_config
 from weight_transfer.config import ParallelConfig
 from weight_transfer.deadline import Deadline
-from weight_transfer_nccl.group import Group, Rendezvous, new_secret, open_store, reach_store
+from weight_transfer_nccl.group import Group
+from weight_transfer_nccl.rendezvous import Rendezvous, new_secret, open_store, reach_store
 
 CPU = torch.device("cpu")
 

@@ -12,9 +12,10 @@ from weight_transfer.deadline import Deadline
 from weight_transfer.engine import LoadWeights, TrainerWeightTransferEngine, WeightTransferEngine, WorkerSlot
 from weight_transfer.errors import ConfigError, HandshakeError, ManifestMismatchError
 from weight_transfer.info import WeightTransferInitInfo, WeightTransferUpdateInfo
-from weight_transfer_nccl.group import Group, Rendezvous, new_secret, open_store, reach_store
+from weight_transfer_nccl.group import Group
 from weight_transfer_nccl.plan import Layout, Plan, make_plan
 from weight_transfer_nccl.receiving import Receiving
+from weight_transfer_nccl.rendezvous import Rendezvous, new_secret, open_store
 from weight_transfer_nccl.sending import Sending
 
 if TYPE_CHECKING:
@@ -120,8 +121,7 @@ class NcclWorkerEngine(WeightTransferEngine[NcclInitInfo, NcclUpdateInfo]):
         self.transport = meeting.transport
         self._layout = init_info.layout
         rank = init_info.rank_offset + self.parallel_config.rank
-        store = reach_store(meeting, deadline)
-        self._group = Group(store, meeting, rank, init_info.world_size, self._device)
+        self._group = Group(None, meeting, rank, init_info.world_size, self._device)
         self._group.join(deadline, lambda rank: "the trainer" if rank == 0 else f"rank {rank}")
 
     def receive_weights(self, update_info: NcclUpdateInfo, load_weights: LoadWeights) -> None:

@@ -7,86 +7,31 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import secrets
-import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-import attrs
 import torch
-import torch.distributed
 
-from weight_transfer.errors import HandshakeError, PeerLostError, TransferError, WeightTransferError
+from weight_transfer.errors import PeerLostError, TransferError, WeightTransferError
+from weight_transfer_nccl.rendezvous import Rendezvous, dist, first_line, reach_store
+from weight_transfer_nccl.sockets import End, break_connections, published_end
 
 if TYPE_CHECKING:
     from weight_transfer.deadline import Deadline
 
-dist: Any = torch.distributed  # what it holds depends on the build, so type checkers see half of it
-
 _POLL = 0.02  # seconds between two looks at the store
+_GRACE = 0.5  # seconds in which a thread may say why it failed at its deadline
+_MARGIN = 0.01  # seconds by which gloo's timeout, in whole milliseconds, comes after the deadline
 _ABORT_WAIT = 3.0  # seconds
 _STORE_TIMEOUT = timedelta(seconds=2)
 _LAST_WORKS = 64  # more than are under way: those before have been waited for
+_FIRST_CONTEXT = 0  # the number under which gloo publishes the addresses of a group's first connections
 _NEVER = timedelta(days=365)  # NCCL's own watchdog would end the process: deadlines are ours
-
-
-@attrs.frozen(kw_only=True)
-class Rendezvous:
-    """Where and how the members meet.
-
-    Attributes:
-        address: the trainer's address.
-        port: of its store.
-        secret: prefix of all keys in the store; without it nobody can join.
-        transport: ``"nccl"`` or ``"gloo"``.
-        interface: for gloo.
-    """
-
-    address: str
-    port: int
-    secret: str = attrs.field(repr=False)
-    transport: str
-    interface: str | None = None
-
-
-def open_store(address: str, port: int) -> tuple[Any, int]:
-    """Open the trainer's store on ``address`` alone, not on all interfaces as torch does; return it and its port."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.bind((address, port))
-        listener.listen(256)
-    except OSError as error:
-        listener.close()
-        raise HandshakeError(
-            f"The trainer cannot open its rendezvous on {address} port {port}; see [weight_transfer.nccl].",
-            backend="nccl",
-            phase="init",
-            cause=str(error),
-        ) from error
-    bound = listener.getsockname()[1]
-    store = dist.TCPStore(address, bound, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
-    return store, bound
-
-
-def reach_store(meeting: Rendezvous, deadline: Deadline) -> Any:
-    """Connect to the trainer's store."""
-    timeout = timedelta(seconds=max(deadline.remaining(), 1e-3))
-    try:
-        return dist.TCPStore(meeting.address, meeting.port, is_master=False, timeout=timeout)
-    except RuntimeError as error:
-        message = f"The trainer's rendezvous at {meeting.address} port {meeting.port} cannot be reached."
-        raise PeerLostError(message, backend="nccl", phase="init", peer="trainer", cause=_first_line(error)) from error
-
-
-def new_secret() -> str:
-    """Return 128 random bits as text."""
-    return secrets.token_hex(16)
 
 
 class Work:
@@ -94,10 +39,16 @@ class Work:
 
     It can let go of torch's own objects, which keep gloo's connections open as long as anything refers to them, be it
     the frames of a traceback.
+
+    Args:
+        deadline: when they must have ended.
+        doing: for messages.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, deadline: Deadline, doing: str) -> None:
         self._works: list[Any] | None = []
+        self._deadline = deadline
+        self._doing = doing
 
     def add(self, work: Any) -> None:
         """Add one more."""
@@ -105,11 +56,17 @@ class Work:
             self._works.append(work)
 
     def wait(self) -> None:
-        """Wait for their end: on the host for gloo, on the current stream for NCCL."""
+        """Wait for their end: on the host for gloo, on the current stream for NCCL.
+
+        Raises:
+            TransferTimeoutError: the deadline passed.
+            PeerLostError: a member of the group died, or the group was aborted.
+        """
         if self._works is None:
-            raise PeerLostError("The communicator was aborted.", backend="nccl", phase="update")
-        for index in range(len(self._works)):  # no name for a work: a traceback would keep it
-            self._works[index].wait()
+            raise _aborted(self._deadline, self._doing)
+        with _errors_of_torch(self._deadline, self._doing):
+            for index in range(len(self._works)):  # no name for a work: a traceback would keep it
+                self._works[index].wait()
 
     def drain(self) -> None:
         """Wait until each has ended, well or not, and forget them."""
@@ -122,21 +79,30 @@ class Work:
 class Group:
     """A process group of the trainer (rank 0) and its workers.
 
-    Attributes:
+    Args:
+        store: the trainer's; None: it is reached by `join`.
+        meeting: where the members meet.
+        rank: of this one.
+        world_size: their number.
         device: of the tensors that it moves.
     """
 
-    def __init__(self, store: Any, meeting: Rendezvous, rank: int, world_size: int, device: torch.device) -> None:
+    def __init__(
+        self, store: Any | None, meeting: Rendezvous, rank: int, world_size: int, device: torch.device
+    ) -> None:
         self.device = device
-        self._store = dist.PrefixStore(meeting.secret, store)
+        self._store: Any = store and dist.PrefixStore(meeting.secret, store)
         self._meeting = meeting
         self._rank = rank
         self._world_size = world_size
+        self._doing = "receiving the weights" if rank else "broadcasting the weights"
         self._backend: Any = None
         self._options = dist.BroadcastOptions()
         self._options.rootRank = 0
         self._options.rootTensor = 0
         self._aborted = threading.Event()
+        self._building = threading.Lock()
+        self._ends: Set[End] = frozenset()
         self._works: deque[Work] = deque(maxlen=_LAST_WORKS)
 
     def join(self, deadline: Deadline, name_of: Callable[[int], str]) -> None:
@@ -147,33 +113,39 @@ class Group:
             name_of: how messages call the member of a rank.
 
         Raises:
-            TransferTimeoutError: members are missing; they are named.
+            TransferTimeoutError: members are missing, and named; or the trainer stands still.
             PeerLostError: one died meanwhile.
+            TransferError: joining was aborted.
         """
-        self._store.set(f"here/{self._rank}", "1")
-        self._await_members(deadline, name_of)
-        answer: list[BaseException | None] = []
+        outcome: list[Exception | None] = []
         done = threading.Event()
 
-        def build() -> None:
+        def meet() -> None:
             try:
-                self._backend = self._build(deadline)
-                self._warm_up(deadline)
-                answer.append(None)
+                self._meet(deadline, name_of)
+                outcome.append(None)
             except Exception as error:  # noqa: BLE001  (raised below, in the caller's thread)
-                answer.append(error)
+                outcome.append(error)
             done.set()
 
-        threading.Thread(target=build, name="weight-transfer nccl join", daemon=True).start()
+        # torch asks a store whose host stands still for ever: that costs a thread, not this one.
+        threading.Thread(target=meet, name="weight-transfer nccl join", daemon=True).start()
         while not done.wait(_POLL):
-            if self._aborted.is_set():
-                raise TransferError("Joining was aborted.", backend="nccl", phase="init")
-            deadline.check("building the communicator", backend="nccl", phase="init")
-        self._store.set_timeout(_STORE_TIMEOUT)  # its host may stand still when torch asks it
-        if answer[0] is not None:
-            raise PeerLostError(
-                "The communicator could not be built.", backend="nccl", phase="init", cause=_first_line(answer[0])
-            ) from answer[0]
+            self._require_joining()
+            if deadline.expired and not done.wait(_GRACE):
+                self.abort()
+                raise deadline.timeout("building the communicator", backend="nccl", phase="init")
+        if isinstance(outcome[0], WeightTransferError):
+            raise outcome[0]
+        if outcome[0] is not None:
+            if deadline.expired:
+                raise deadline.timeout("building the communicator", backend="nccl", phase="init") from outcome[0]
+            message, cause = "The communicator could not be built.", first_line(outcome[0])
+            raise PeerLostError(message, backend="nccl", phase="init", cause=cause) from outcome[0]
+
+    def begin(self, deadline: Deadline) -> Work:
+        """Begin an update: the trainer says so to all workers. One whose work has ended knows that bytes follow."""
+        return self.broadcast([self._token], deadline)
 
     def broadcast(self, data: Sequence[torch.Tensor], deadline: Deadline) -> Work:
         """Start to broadcast tensors from rank 0 to all; returns a work to wait for.
@@ -181,47 +153,48 @@ class Group:
         Args:
             data: uint8, of the same sizes on all ranks. NCCL broadcasts them in one launch.
             deadline: when they must have arrived.
+
+        Raises:
+            PeerLostError: a member of the group died, or the group was aborted.
+            TransferTimeoutError: it was aborted because the deadline has passed.
         """
         backend = self._backend
         if self._aborted.is_set() or backend is None:
-            raise PeerLostError("The communicator was aborted.", backend="nccl", phase="update")
+            raise _aborted(deadline, self._doing)
         if self._meeting.transport == "gloo":  # the operation itself must end: only then is its memory quiet
-            self._options.timeout = timedelta(seconds=max(deadline.remaining(), 1e-3))
-        work = Work()
+            self._options.timeout = timedelta(seconds=deadline.remaining() + _MARGIN)
+        work = Work(deadline, self._doing)
         self._works.append(work)
         together = len(data) > 1 and backend.supports_coalescing
-        try:
-            if together:
-                backend._start_coalescing()  # noqa: SLF001  (its only name)
-            for tensor in data:
-                launched = backend.broadcast([tensor], self._options)
-                if not together:
-                    work.add(launched)
-        finally:
-            if together:  # also after an error: NCCL counts the launches that a thread has opened
-                launched = backend._end_coalescing()  # noqa: SLF001
-                if launched is not None:
-                    work.add(launched)
-            launched = backend = None  # a traceback would keep them
+        with _errors_of_torch(deadline, self._doing):
+            try:
+                if together:
+                    backend._start_coalescing()  # noqa: SLF001  (its only name)
+                for tensor in data:
+                    launched = backend.broadcast([tensor], self._options)
+                    if not together:
+                        work.add(launched)
+            finally:
+                if together:  # also after an error: NCCL counts the launches that a thread has opened
+                    launched = backend._end_coalescing()  # noqa: SLF001
+                    if launched is not None:
+                        work.add(launched)
+                launched = backend = None  # a traceback would keep them
         return work
 
     @contextmanager
-    def guard(self, deadline: Deadline, what: str) -> Iterator[None]:
-        """End whatever blocks inside when the deadline passes, and name what went wrong."""
+    def guard(self, deadline: Deadline) -> Iterator[None]:
+        """End whatever blocks inside when the deadline passes; once an error leaves it, nothing moves any more.
+
+        What is raised inside is raised: the source's and the loader's errors are their own.
+        """
         timer = threading.Timer(deadline.remaining(), self.abort)
         timer.daemon = True
         timer.start()
         try:
             yield
-        except WeightTransferError:
-            self._quiet()
-            raise
-        except RuntimeError as error:  # what torch.distributed raises
-            self._quiet()
-            if deadline.expired:
-                raise deadline.timeout(what, backend="nccl", phase="update") from error
-            message = f"A member of the group died or closed its connection while {what}."
-            raise PeerLostError(message, backend="nccl", phase="update", cause=_first_line(error)) from error
+            if self.aborted:  # NCCL's kernels end without an error
+                raise _aborted(deadline, self._doing)
         except BaseException:
             self._quiet()
             raise
@@ -243,51 +216,97 @@ class Group:
 
     def abort(self) -> None:
         """End all operations and connections; callable from any thread, and twice."""
-        if self._aborted.is_set():
-            return
         self._aborted.set()
-        backend, self._backend = self._backend, None
+        with self._building:
+            backend, self._backend = self._backend, None
         if backend is None:
             return
         # NCCL's abort ends the running kernels and then waits for its peers, for ever if one of them is stopped.
-        # gloo has no abort: its connections close with the last reference, after the running operations, which end by
-        # their own timeouts. A group that is being torn down when the interpreter ends would abort the process.
+        # gloo has none: its operations end with their connections, or else by their own timeouts. A group that is being
+        # torn down when the interpreter ends would abort the process.
+        break_connections(self._ends)
         closing = threading.Thread(target=_close, args=([backend], self._meeting.transport), daemon=True)
         del backend
         closing.start()
         closing.join(_ABORT_WAIT)
 
-    def _await_members(self, deadline: Deadline, name_of: Callable[[int], str]) -> None:
+    def _meet(self, deadline: Deadline, name_of: Callable[[int], str]) -> None:
+        """Meet the other members, for as long as it takes."""
+        store = self._store or dist.PrefixStore(self._meeting.secret, reach_store(self._meeting, deadline))
+        store.set(f"here/{self._rank}", "")
+        self._await_members(store, deadline, name_of)
+        built = [self._build(store, deadline)]
+        ends = self._published(store)
+        with self._building:
+            if not self._aborted.is_set():
+                self._store, self._backend, self._ends = store, built.pop(), ends
+        if built:  # nobody waits for it any more
+            _close(built, self._meeting.transport)
+            return
+        self._token = torch.zeros(1, dtype=torch.uint8, device=self.device)
+        self._warm_up(deadline)
+        store.set_timeout(_STORE_TIMEOUT)  # its host may stand still when torch asks it
+
+    def _await_members(self, store: Any, deadline: Deadline, name_of: Callable[[int], str]) -> None:
         missing = [rank for rank in range(self._world_size) if rank != self._rank]
         while True:
-            missing = [rank for rank in missing if not self._store.check([f"here/{rank}"])]
+            missing = [rank for rank in missing if not store.check([f"here/{rank}"])]
             if not missing:
                 return
-            if self._aborted.is_set():
-                raise TransferError("Joining was aborted.", backend="nccl", phase="init")
+            self._require_joining()
             if deadline.expired:
                 names = ", ".join(name_of(rank) for rank in missing)
                 raise deadline.timeout(f"waiting for {names} to join", backend="nccl", phase="init", peer=names)
             time.sleep(_POLL)
 
-    def _build(self, deadline: Deadline) -> Any:
+    def _published(self, store: Any) -> Set[End]:
+        """Return where the members of a gloo group listen; those that cannot be found out are left out."""
+        keys = [f"{_FIRST_CONTEXT}/{rank}" for rank in range(self._world_size)]
+        found = {published_end(store.get(key)) for key in keys if store.check([key])}
+        return {end for end in found if end is not None}
+
+    def _require_joining(self) -> None:
+        if self._aborted.is_set():
+            raise TransferError("Joining was aborted.", backend="nccl", phase="init")
+
+    def _build(self, store: Any, deadline: Deadline) -> Any:
         if self._meeting.transport == "nccl":
             torch.cuda.set_device(self.device)
             options: Any = dist.ProcessGroupNCCL.Options()
             options._timeout = _NEVER  # noqa: SLF001  (its only name)
             with _without_watchdog():
-                return dist.ProcessGroupNCCL(self._store, self._rank, self._world_size, options)
+                return dist.ProcessGroupNCCL(store, self._rank, self._world_size, options)
         options = dist.ProcessGroupGloo._Options()  # noqa: SLF001  (its only name)
         options._timeout = timedelta(seconds=max(deadline.remaining(), 1e-3))  # noqa: SLF001
         options._devices = [_gloo_device(self._meeting)]  # noqa: SLF001
-        return dist.ProcessGroupGloo(self._store, self._rank, self._world_size, options)
+        return dist.ProcessGroupGloo(store, self._rank, self._world_size, options)
 
     def _warm_up(self, deadline: Deadline) -> None:
         """Connect now, so that the first update does not pay for it."""
-        token = torch.zeros(1, dtype=torch.uint8, device=self.device)
-        self.broadcast([token], deadline).wait()
+        self.broadcast([self._token], deadline).wait()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+@contextmanager
+def _errors_of_torch(deadline: Deadline, doing: str) -> Iterator[None]:
+    """Map the errors of torch.distributed, whose operations are all that may stand inside."""
+    try:
+        yield
+    except WeightTransferError:
+        raise
+    except RuntimeError as error:
+        if deadline.expired:
+            raise deadline.timeout(doing, backend="nccl", phase="update") from error
+        message = f"A member of the group died or closed its connection while {doing}."
+        raise PeerLostError(message, backend="nccl", phase="update", cause=first_line(error)) from error
+
+
+def _aborted(deadline: Deadline, doing: str) -> TransferError:
+    """Return the error of a group that was aborted, be it by its deadline."""
+    if deadline.expired:
+        return deadline.timeout(doing, backend="nccl", phase="update")
+    return PeerLostError("The communicator was aborted.", backend="nccl", phase="update")
 
 
 def _gloo_device(meeting: Rendezvous) -> Any:
@@ -334,7 +353,3 @@ def _close(last_reference: list[Any], transport: str) -> None:
     if transport == "nccl":
         last_reference[0].abort()
     last_reference.clear()
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -6,12 +6,15 @@ import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from weight_transfer.buckets import Slot, as_bytes
+from weight_transfer.buckets import Slot, as_bytes, copy_converted
+from weight_transfer.manifest import torch_dtype
 
 if TYPE_CHECKING:
     import torch
 
+    from weight_transfer.manifest import Manifest
     from weight_transfer.source import WeightSource
+    from weight_transfer_nccl.plan import Batch
 
 _address = operator.methodcaller("data_ptr")
 _strides = operator.methodcaller("stride")
@@ -43,11 +46,15 @@ def piece_of(tensor: torch.Tensor, slot: Slot) -> torch.Tensor:
 
 
 class StreamedBytes:
-    """The bytes of a source that is iterated: a tensor is kept until its last byte was asked for."""
+    """The bytes of a source that is iterated: a tensor is kept until its last byte was asked for.
+
+    What the source may change or free once the next tensor is asked for is copied before.
+    """
 
     def __init__(self, source: WeightSource, device: torch.device) -> None:
         self._tensors: Iterator[tuple[str, torch.Tensor]] = iter(source)
         self._device = device
+        self._copies = source.reuses_memory
         self._held: dict[int, torch.Tensor] = {}
         self._read = 0
 
@@ -57,12 +64,32 @@ class StreamedBytes:
         for slot in slots:
             while self._read <= slot.param:
                 _, tensor = next(self._tensors)
-                self._held[self._read] = tensor.to(self._device).contiguous()
+                kept = tensor.to(self._device).contiguous()
+                self._held[self._read] = kept.clone() if self._copies and kept is tensor else kept
                 self._read += 1
             pieces.append(piece_of(self._held[slot.param], slot))
             if slot.last:
                 del self._held[slot.param]
         return pieces
+
+
+class Masters:
+    """Tensors that are converted on their way into a bucket, in the manifest's order."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._tensors = tensors
+        self._held: dict[int, torch.Tensor] = {}
+
+    def convert(self, batch: Batch, manifest: Manifest, views: Sequence[torch.Tensor]) -> None:
+        """Fill a batch's places in its bucket (uint8), the small tensors' first."""
+        for slot, view in zip((*batch.packed, *batch.direct), views, strict=True):
+            tensor = self._held.get(slot.param)
+            if tensor is None:
+                tensor = self._held[slot.param] = self._tensors[slot.param].contiguous()
+            if slot.nbytes:
+                copy_converted(tensor, slot, torch_dtype(manifest.params[slot.param].dtype), view)
+            if slot.last:
+                del self._held[slot.param]
 
 
 def _all_equal(found: Iterable[Any], expected: Iterable[Any]) -> bool:

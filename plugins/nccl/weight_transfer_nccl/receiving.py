@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -37,6 +37,7 @@ class _Landing:
         bucket: number of the bucket that holds some of them; None: all arrive in the worker's own tensors.
         whole: the parameters that are complete once it has arrived.
         parts: pieces of others, in the bucket.
+        in_place: whether bytes arrive in the worker's own tensors.
         places: of the worker's own tensors in it.
     """
 
@@ -44,6 +45,7 @@ class _Landing:
     bucket: int | None
     whole: Weights
     parts: list[tuple[Slot, torch.Tensor]]
+    in_place: bool
     places: Places
 
 
@@ -72,16 +74,18 @@ class Receiving:
         destinations = destinations_of(load_weights)
         if self._plan is not plan or self._destinations is not destinations:
             self._prepare(plan, destinations)
-        write_in_place: Callable[[], None] | None = getattr(load_weights, "write_in_place", None)
         posted: deque[tuple[_Landing, Work]] = deque()
         self._partial = {}
 
         def load_next() -> None:
             self._load(*posted.popleft(), plan.manifest, load_weights)
 
-        with group.guard(deadline, _WHAT):
+        with group.guard(deadline):
             self._arriving.after_caller()
             self._loading.after_caller()
+            with self._arriving:
+                group.begin(deadline).wait()
+            self._arriving.finish(deadline, _WHAT)  # until here no byte can have come
             for index in range(len(plan.batches)):
                 if not self._landings[index].places.unchanged:
                     while posted:
@@ -91,8 +95,8 @@ class Receiving:
                 landing = self._landings[index]
                 while _is_full(posted, landing.bucket):
                     load_next()
-                if destinations is not None and write_in_place is not None:
-                    write_in_place()
+                if landing.in_place:
+                    load_weights.write_in_place()  # type: ignore[attr-defined]  # whoever has destinations has this
                 if landing.bucket is not None:
                     self._arriving.after(self._loaded.get(landing.bucket))
                 with self._arriving:
@@ -166,8 +170,8 @@ def _land(
             whole.append((meta.name, typed_view(view, meta)))
         else:
             parts.append((slot, view))
-    places = Places([tensor for tensor in own if tensor is not None])
-    return _Landing(data, bucket, whole, parts, places)
+    owned = [tensor for tensor in own if tensor is not None]
+    return _Landing(data, bucket, whole, parts, bool(owned), Places(owned))
 
 
 def _is_full(posted: deque[tuple[_Landing, Work]], bucket: int | None) -> bool:

@@ -11,18 +11,17 @@ import attrs
 import torch
 
 from weight_transfer.buckets import bucket_views
+from weight_transfer.staging import uncast_tensors
 from weight_transfer_nccl.buffers import WINDOW, Buffers
 from weight_transfer_nccl.group import Work
 from weight_transfer_nccl.lanes import Lane
-from weight_transfer_nccl.pieces import Places, StreamedBytes, piece_of
+from weight_transfer_nccl.pieces import Masters, Places, StreamedBytes, piece_of
 
 if TYPE_CHECKING:
     from weight_transfer.deadline import Deadline
     from weight_transfer.source import WeightSource
     from weight_transfer_nccl.group import Group
     from weight_transfer_nccl.plan import Batch, Layout, Plan
-
-_WHAT = "broadcasting the weights"
 
 
 @attrs.frozen
@@ -33,11 +32,13 @@ class _Packing:
         bucket: number of the bucket.
         data: what is broadcast of it, uint8.
         views: the place of each tensor.
+        direct: the place of each piece of a large tensor, if these are converted and so have one.
     """
 
     bucket: int
     data: torch.Tensor
     views: list[torch.Tensor]
+    direct: list[torch.Tensor]
 
 
 @attrs.frozen
@@ -45,7 +46,7 @@ class _Cut:
     """The bytes of a batch.
 
     Attributes:
-        packed: of each small tensor.
+        packed: of each small tensor that is not packed yet.
         direct: of each piece of a large one.
         temporary: whether they are copies, which take memory until they have left.
     """
@@ -97,6 +98,7 @@ class Sending:
         self._device = device
         self._lane = Lane(device)
         self._plan: Plan | None = None
+        self._converts = False
         self._buffers: Buffers | None = None
         self._packings: list[_Packing | None] = []
         self._resident: Mapping[str, torch.Tensor] | None = None
@@ -111,27 +113,37 @@ class Sending:
         self, group: Group, plan: Plan, source: WeightSource, deadline: Deadline, progress: Callable[[int], None]
     ) -> None:
         """Broadcast every byte of ``source``; returns when all of them have left."""
-        if self._plan is not plan:
-            self._prepare(plan)
+        masters = uncast_tensors(source, plan.manifest.params)
+        converts = masters is not None
+        if self._plan is not plan or self._converts is not converts:
+            self._prepare(plan, converts)
         running: deque[_Running] = deque()
-        with group.guard(deadline, _WHAT):
+        with group.guard(deadline):
             self._lane.after_caller()
             with self._lane:
-                streamed = self._look_up(plan, source)
+                streamed = Masters(masters) if masters is not None else self._look_up(plan, source)
                 for index, (batch, packing) in enumerate(zip(plan.batches, self._packings, strict=True)):
                     bucket = packing.bucket if packing is not None else None
                     while self._is_full(running, bucket):
                         running.popleft().work.wait()
-                    cut = self._cuts[index].get() if streamed is None else _cut(streamed, batch)
+                    if isinstance(streamed, Masters):
+                        assert packing is not None
+                        streamed.convert(batch, plan.manifest, [*packing.views, *packing.direct])
+                        cut = _Cut([], packing.direct, temporary=False)
+                    else:
+                        cut = self._cuts[index].get() if streamed is None else _cut(streamed, batch)
                     data = cut.direct
-                    if packing is not None:
-                        torch._foreach_copy_(packing.views, cut.packed)
+                    if packing is not None and batch.packed:
+                        if cut.packed:
+                            torch._foreach_copy_(packing.views, cut.packed)
                         data = [packing.data, *data]
+                    if not index:  # a source that fails at its first tensors costs the workers nothing
+                        group.begin(deadline).wait()
                     running.append(_Running(group.broadcast(data, deadline), cut, bucket))
                     progress(batch.nbytes)
                 while running:
                     running.popleft().work.wait()
-            self._lane.finish(deadline, _WHAT)
+            self._lane.finish(deadline, "broadcasting the weights")
 
     def _is_full(self, running: deque[_Running], bucket: int | None) -> bool:
         """Whether the oldest batch has to leave before the next one: its bucket or its copies' memory is needed."""
@@ -142,18 +154,21 @@ class Sending:
             or (bucket is not None and any(batch.bucket == bucket for batch in running))
         )
 
-    def _prepare(self, plan: Plan) -> None:
-        """Reserve the buckets that the plan needs, and give each batch its own."""
-        self._plan, self._resident, self._cuts = plan, None, []
-        bucket_bytes = max((max(batch.packed_bytes, 1) for batch in plan.batches if batch.packed), default=0)
+    def _prepare(self, plan: Plan, converts: bool) -> None:
+        """Reserve the buckets that the plan needs, and give each batch its own; all of it, if it is converted."""
+        self._plan, self._resident, self._cuts, self._converts = plan, None, [], converts
+        needs = [batch.bucket_bytes if converts else batch.packed_bytes for batch in plan.batches]
+        used = [max(need, 1) for need, batch in zip(needs, plan.batches, strict=True) if converts or batch.packed]
+        bucket_bytes = max(used, default=0)
         if self._buffers is None or self._buffers.bucket_bytes < bucket_bytes:
             self._buffers = Buffers(self._layout.buckets, bucket_bytes, self._device)
         self._packings = []
         for batch in plan.batches:
             packing = None
-            if batch.packed:
+            if converts or batch.packed:
                 bucket, buffer = self._buffers.take()
-                packing = _Packing(bucket, buffer[: max(batch.packed_bytes, 1)], bucket_views(batch.packed, buffer))
+                data, views = buffer[: max(batch.packed_bytes, 1)], bucket_views(batch.packed, buffer)
+                packing = _Packing(bucket, data, views, bucket_views(batch.direct, buffer) if converts else [])
             self._packings.append(packing)
 
     def _look_up(self, plan: Plan, source: WeightSource) -> StreamedBytes | None:

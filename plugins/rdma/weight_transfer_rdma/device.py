@@ -211,6 +211,10 @@ class DeviceMemory:
             self._known = signature, self._located(given)
         return self._known[1]
 
+    @property
+    def parted(self) -> bool:
+        return False  # CUDA memory is no child's
+
     def arena(self, nbytes: int, deadline: Deadline) -> Arena:
         data = torch.zeros(nbytes, dtype=torch.uint8, device=self._device)
         self.settle()

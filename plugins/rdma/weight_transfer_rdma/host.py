@@ -45,6 +45,10 @@ class HostMemory:
             self._known = export, self._located(export, deadline)
         return self._known[1]
 
+    @property
+    def parted(self) -> bool:
+        return self._exporter.parted
+
     def arena(self, nbytes: int, deadline: Deadline) -> Arena:
         assert self._agent is not None
         memory = SharedMemory(nbytes)

@@ -43,6 +43,11 @@ class Job:
     load: Callable[[LoadWeights], None]
     targets: Sequence[tuple[torch.Tensor, int]] = ()
 
+    @property
+    def takes_a_bucket(self) -> bool:
+        """Whether it is read into a staging bucket: not if it is read in place, and not if there is nothing to read."""
+        return self.handle is not None and not self.targets
+
     def stands(self) -> bool:
         """Whether its targets still are where they were."""
         return all(tensor.data_ptr() == address and tensor.is_contiguous() for tensor, address in self.targets)

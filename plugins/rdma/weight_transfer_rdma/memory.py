@@ -78,6 +78,10 @@ class Memory(Protocol):
     def locate(self, manifest: Manifest, tensors: Mapping[str, torch.Tensor], deadline: Deadline) -> Located:
         """Let the agent at the tensors of a manifest; return the same object while nothing moved."""
 
+    @property
+    def parted(self) -> bool:
+        """Whether a fork has parted this process's tensors from what the agent reaches, since `locate`."""
+
     def arena(self, nbytes: int, deadline: Deadline) -> Arena:
         """Make staging memory where the weights lie."""
 

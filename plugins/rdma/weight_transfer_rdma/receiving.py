@@ -16,7 +16,7 @@ import numpy as np
 from weight_transfer.buckets import ALIGNMENT
 from weight_transfer.deadline import Deadline
 from weight_transfer.engine import LoadWeights, WeightTransferEngine
-from weight_transfer.errors import HandshakeError, TransferTimeoutError
+from weight_transfer.errors import HandshakeError, TransferError, TransferTimeoutError
 from weight_transfer.loading import destinations_of
 from weight_transfer_rdma.info import PROBE_BYTES, WORD, Endpoint, RdmaInitInfo, RdmaUpdateInfo
 from weight_transfer_rdma.jobs import Job, Planner
@@ -76,12 +76,14 @@ class RdmaWorkerEngine(WeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo]):
             destinations = destinations_of(load_weights)
             planned = update_info.manifest, update_info.table, destinations
             reading = self._reading(agent, update_info, load_weights, deadline)
-            if not all(map(operator.is_, planned, self._planned)) or not reading.start():
+            if self._memory.parted or not all(map(operator.is_, planned, self._planned)) or not reading.start():
                 reading.abandon()
                 self._plan(agent, update_info, destinations, deadline)
                 self._planned = planned
                 reading = self._reading(agent, update_info, load_weights, deadline)
             reading.run()
+            if self._memory.parted:  # what was read after a fork is not in this process's memory
+                raise TransferError("This process forked during the update; send it again.", backend="rdma")
             slow = slow_link(reading.nbytes, reading.seconds, self._transport, self._link_rate, self._workers)
             self.warnings = tuple(filter(None, (self._doubt, slow)))
         except BaseException:
@@ -247,8 +249,8 @@ class _Reading:
     def _start_all(self) -> None:
         """Begin all reads that may be under way now."""
         while self._waiting and len(self._under_way) < _DEPTH:
-            staged = sum(not job.targets for job in self._under_way)
-            if not self._waiting[0].targets and staged >= self._buffers:
+            staged = sum(job.takes_a_bucket for job in self._under_way)
+            if self._waiting[0].takes_a_bucket and staged >= self._buffers:
                 return  # its bucket holds what is not loaded yet
             self._start()
 

@@ -14,6 +14,7 @@ from weight_transfer.buckets import ALIGNMENT, Packer, plan_buckets
 from weight_transfer.engine import TrainerWeightTransferEngine, WorkerSlot
 from weight_transfer.errors import HandshakeError, PeerLostError, TransferError
 from weight_transfer.manifest import Manifest
+from weight_transfer.staging import staged_tensors
 from weight_transfer_rdma.info import PROBE_BYTES, WORD, Endpoint, RdmaInitInfo, RdmaUpdateInfo, Table
 from weight_transfer_rdma.memory import Arena, Located, RunningAgent, memory_for
 from weight_transfer_rdma.plan import Integers
@@ -165,8 +166,7 @@ class RdmaTrainerEngine(TrainerWeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo
     ) -> None:
         """Put the staged tensors into the ring; returns when all workers have read them."""
         assert opened.table is not None
-        wanted = {param.name for param in packer.plan.params}
-        tensors = (tensor for name, tensor in source if name in wanted)
+        tensors = staged_tensors(source, packer.plan.params)
         packing = packer.packing(tensors, kept=not source.reuses_memory)
         before = self._filled
         for index in range(len(packer.plan.buckets)):

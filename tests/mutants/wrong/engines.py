@@ -6,6 +6,7 @@ import base64
 import os
 import pickle
 import socket
+import struct
 import threading
 from collections import defaultdict
 from typing import Any
@@ -75,6 +76,20 @@ class ResendsATrainer(AcmeTrainerEngine):
         super().send_weights(self._first, manifest, deadline, progress)
 
 
+class SendsMastersTrainer(AcmeTrainerEngine):
+    """Takes the bytes of masters for those of the weights."""
+
+    def send_weights(self, source, manifest, deadline, progress):
+        masters = source.masters()
+
+        def weights():
+            for name, tensor in source:
+                master = masters.get(name, tensor).detach().contiguous().view(-1).view(tensor.dtype)
+                yield name, master[: tensor.numel()].view(tensor.shape)
+
+        super().send_weights(weights() if masters else source, manifest, deadline, progress)
+
+
 class IgnoresTheDeadlineTrainer(AcmeTrainerEngine):
     """Waits an hour for workers."""
 
@@ -139,6 +154,17 @@ class KeepsItsPortTrainer(AcmeTrainerEngine):
         super().shutdown()
 
 
+class StaysWithItsFirstWorker(AcmeWorkerEngine):
+    """Reads from the trainer that it joined first, whoever it joins later."""
+
+    _first: Any = None
+
+    def receive_weights(self, update_info, load_weights):
+        type(self)._first = self._first or self._trainer
+        self._trainer = self._first
+        super().receive_weights(update_info, load_weights)
+
+
 class SharesStateTrainer(AcmeTrainerEngine):
     """All trainers of a process know the same workers."""
 
@@ -195,3 +221,90 @@ class TellsEverythingTrainer(AcmeTrainerEngine):
 
 class TellsEverythingWorker(AcmeWorkerEngine):
     update_info_cls = Talkative
+
+
+class BlamesThePeerWorker(AcmeWorkerEngine):
+    """Takes whatever its loader raises for the loss of its trainer."""
+
+    def receive_weights(self, update_info, load_weights):
+        try:
+            super().receive_weights(update_info, load_weights)
+        except (RuntimeError, OSError) as error:
+            raise PeerLostError("The trainer has gone.", cause=str(error)) from error
+
+
+class TouchesEarlyWorker(AcmeWorkerEngine):
+    """Says that it writes before it knows that bytes are coming."""
+
+    def receive_weights(self, update_info, load_weights):
+        if destinations_of(load_weights) is not None:
+            load_weights.write_in_place()
+        super().receive_weights(update_info, load_weights)
+
+
+class SendsOnTrainer(AcmeTrainerEngine):
+    """Cannot be interrupted."""
+
+    def abort_update(self):
+        if not self._workers:
+            super().abort_update()
+
+
+class WaitsForAStoppedTrainerWorker(AcmeWorkerEngine):
+    """Waits for bytes without a deadline; a connection that breaks ends that."""
+
+    def receive_weights(self, update_info, load_weights):
+        self._trainer.receive_into = self._receive_into
+        super().receive_weights(update_info, load_weights)
+
+    def _receive_into(self, buffer, deadline):
+        Connection.receive_into(self._trainer, buffer, Deadline(3600))
+
+
+class JoinsForEverWorker(AcmeWorkerEngine):
+    """Waits for the trainer's welcome without a deadline."""
+
+    def init_transfer_engine(self, init_info):
+        super().init_transfer_engine(attrs.evolve(init_info, timeout=3600.0))
+
+
+class CannotBeInterruptedWorker(AcmeWorkerEngine):
+    """Goes on joining when it is told to give up."""
+
+    def abort_update(self):
+        if self._bucket:
+            super().abort_update()
+
+
+class ReceivesOnWorker(AcmeWorkerEngine):
+    """Goes on receiving when it is told to give up."""
+
+    def abort_update(self):
+        if not self._bucket:
+            super().abort_update()
+
+
+class ChecksNoTokenTrainer(AcmeTrainerEngine):
+    """Lets in whoever connects."""
+
+    def _welcome(self, connection, deadline):
+        _, rank = struct.unpack("!32sI", connection.receive(36, deadline))
+        connection.send(b"\1", deadline)
+        self._workers[rank] = connection
+
+
+class RaisesAtTheEndWorker(AcmeWorkerEngine):
+    """Raises what it likes at the end of the stream."""
+
+    def receive_weights(self, update_info, load_weights):
+        try:
+            super().receive_weights(update_info, load_weights)
+        except PeerLostError:
+            raise RuntimeError("end of stream") from None
+
+
+class KeepsTensorsTrainer(AcmeTrainerEngine):
+    """Asks for all tensors before it sends the first."""
+
+    def send_weights(self, source, manifest, deadline, progress):
+        super().send_weights(list(source), manifest, deadline, progress)

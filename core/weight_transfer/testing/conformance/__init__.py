@@ -11,17 +11,33 @@ A complete test file:
 from __future__ import annotations
 
 from weight_transfer.testing.conformance.bits import BitsTests
+from weight_transfer.testing.conformance.blame import BlameTests
 from weight_transfer.testing.conformance.contract import ContractTests
 from weight_transfer.testing.conformance.faults import FaultsTests
 from weight_transfer.testing.conformance.lifecycle import LifecycleTests
+from weight_transfer.testing.conformance.memory import MemoryTests
 from weight_transfer.testing.conformance.resources import ResourcesTests
 from weight_transfer.testing.conformance.scale import ScaleTests
+from weight_transfer.testing.conformance.sessions import SessionsTests
+from weight_transfer.testing.conformance.sources import SourcesTests
+from weight_transfer.testing.conformance.strangers import StrangersTests
 from weight_transfer.testing.conformance.versions import VersionsTests
 
 
 # pytest runs the tests of the last base first
 class BackendConformance(
-    ScaleTests, ResourcesTests, FaultsTests, VersionsTests, BitsTests, LifecycleTests, ContractTests
+    ScaleTests,
+    ResourcesTests,
+    MemoryTests,
+    BlameTests,
+    FaultsTests,
+    SessionsTests,
+    VersionsTests,
+    SourcesTests,
+    BitsTests,
+    StrangersTests,
+    LifecycleTests,
+    ContractTests,
 ):
     """Derive a class whose name begins with ``Test``, name the backend, and run pytest.
 

@@ -28,6 +28,21 @@ ZOO: list[Weight] = [
 ]
 """Every dtype in every shape: 0-d, empty, odd, transposed, strided, tied; 128 weights of a few bytes."""
 
+MASTERS: list[Weight] = [
+    weight("embed", "float32", 5, 16385),
+    weight("router", "float32", 33, 7),
+    weight("norm", "float32", 9, layout="strided"),
+    weight("turned", "float32", 6, 40, layout="transposed"),
+    weight("empty", "float32", 0, 7),
+    weight("scale", "float32"),
+    weight("steps", "int64", 3),
+]
+SERVED: list[Weight] = [
+    (name, "bfloat16" if dtype == "float32" and name != "router" else dtype, shape, layout)
+    for name, dtype, shape, layout in MASTERS
+]
+"""What a trainer keeps, and what a server has."""
+
 _one_weight = st.tuples(
     st.sampled_from(_DTYPES),
     st.lists(st.integers(0, 40), max_size=3),
@@ -76,6 +91,22 @@ class BitsTests(Kit):
         assert_same(sent["hashes"], worker.ask("hashes"))
         assert worker.ask("strays") == [], "something was written between the elements of strided weights"
         assert sent["changed"] == [], "the trainer's own weights were changed"
+
+    @sources
+    @loaders
+    def test_masters_arrive_cast(self, cast: Cast, in_place: bool, passing: bool) -> None:
+        """fp32 masters, small, odd, strided and larger than a bucket, reach bfloat16 weights and an fp32 router.
+
+        If this fails: iterate the source, which yields what the manifest says. An engine that looks at
+        ``source.masters()`` has to convert them: ``target.copy_(master)``.
+        """
+        config = {"cast": {"*": "bfloat16", "*router*": "float32"}}
+        worker = cast.worker(SERVED, in_place=in_place)
+        trainer = cast.trainer([worker], MASTERS, passing=passing, config=config, served=SERVED)
+        for version, seed in enumerate((1, 2, 1)):
+            sent = trainer.ask("send", seed=seed, version=version)
+            assert_same(sent["hashes"], worker.ask("hashes"))
+            assert sent["changed"] == [], "the trainer's own weights were changed"
 
     def test_a_weight_larger_than_all_buckets_arrives(self, cast: Cast) -> None:
         """One weight spans twenty buckets; small ones stand before and behind it.

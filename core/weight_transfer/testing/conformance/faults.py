@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
+
+import pytest
 
 from weight_transfer.backend import Capability
 from weight_transfer.errors import (
@@ -12,9 +13,10 @@ from weight_transfer.errors import (
     TransferError,
     TransferTimeoutError,
     WeightTransferError,
+    error_from_dict,
 )
 from weight_transfer.testing.actors import eventually
-from weight_transfer.testing.conformance.kit import PLAIN, Cast, Kit, Member, assert_same, needs
+from weight_transfer.testing.conformance.kit import PLAIN, Cast, Kit, assert_same, needs
 from weight_transfer.testing.models import weight
 
 _LATE = 0.5  # seconds in which a late write would be seen
@@ -51,7 +53,8 @@ class FaultsTests(Kit):
     def test_a_trainer_killed_in_an_update_leaves_no_version_and_another_takes_over(self, cast: Cast) -> None:
         """The worker fails within the update's deadline, serves nothing, and joins the next trainer.
 
-        If this fails: ``receive_weights`` waits without a deadline, or does not notice that the connection is gone.
+        If this fails: ``receive_weights`` waits without a deadline, or does not notice that the connection is gone; or
+        what it raises at the end of the stream is none of `PeerLostError` and `TransferTimeoutError`.
         """
         worker = cast.worker(in_place=True, config=self._hasty())
         trainer = cast.trainer([worker], passing=True, config=self._hasty())
@@ -59,10 +62,13 @@ class FaultsTests(Kit):
         trainer.ask("arm", block_at=2)
         trainer.tell("send", seed=2, version=2)
         assert trainer.reply() == "blocked"
+        worker.await_update()
         trainer.kill()
-        status = self._settled(worker)
+        status = self.settled(worker)
         assert status["version"] in (None, 1)  # 1 if not a byte had arrived
         assert status["error"]
+        if failure := worker.ask("failure"):  # it had been told of the update
+            assert isinstance(error_from_dict(failure), (PeerLostError, TransferTimeoutError)), failure
         successor = cast.trainer([worker])
         assert_same(successor.ask("send", seed=3, version=3)["hashes"], worker.ask("hashes"))
 
@@ -82,7 +88,7 @@ class FaultsTests(Kit):
         assert isinstance(error, TransferTimeoutError), repr(error)
         assert error.peer
         worker.ask("release")
-        assert self._settled(worker)["version"] is None
+        assert self.settled(worker)["version"] is None
         assert worker.ask("calls") == 1
         worker.ask("arm")
         assert_same(trainer.ask("send", seed=3, version=3)["hashes"], worker.ask("hashes"))
@@ -103,8 +109,62 @@ class FaultsTests(Kit):
             error = trainer.error(self.deadline + self.grace)
             assert isinstance(error, TransferTimeoutError), repr(error)
         worker.ask("release")
-        assert self._settled(worker)["version"] is None
+        assert self.settled(worker)["version"] is None
         worker.ask("arm")
+        assert_same(trainer.ask("send", seed=3, version=3)["hashes"], worker.ask("hashes"))
+
+    @needs(Capability.CROSS_PROCESS)
+    @pytest.mark.parametrize("at", [0, 2], ids=["before the first byte", "between two"])
+    def test_a_trainer_that_is_stopped_is_a_timeout(self, cast: Cast, at: int) -> None:
+        """A trainer process that is frozen (SIGSTOP): the worker fails with `TransferTimeoutError`, by itself.
+
+        If this fails: a wait in ``receive_weights`` has no deadline; nobody else ends it, for nobody says anything.
+        """
+        worker = cast.worker(in_place=True, config=self._hasty())
+        trainer = cast.trainer([worker], passing=True, config=self._hasty())
+        served = trainer.ask("send", seed=1, version=1)["hashes"]
+        trainer.ask("arm", block_at=at)
+        trainer.tell("send", seed=2, version=2)
+        assert trainer.reply() == "blocked"
+        worker.await_update()
+        with trainer.stopped():
+            status = self.settled(worker)
+            assert status["version"] in (None, 1)
+            if status["version"] == 1:
+                assert_same(served, worker.ask("hashes"))
+            if failure := worker.ask("failure"):  # it had been told of the update
+                assert isinstance(error_from_dict(failure), TransferTimeoutError), failure
+        trainer.tell("release")
+        trainer.error(self.deadline + self.grace)
+        trainer.ask("arm")
+        assert_same(trainer.ask("send", seed=3, version=3)["hashes"], worker.ask("hashes"))
+
+    @pytest.mark.parametrize("at", [0, 2], ids=["before the first byte", "between two"])
+    def test_a_worker_that_aborts_does_not_wait_for_the_trainer(self, cast: Cast, at: int) -> None:
+        """A worker gives up an update whose trainer is slow: it does so at once, and writes nothing afterwards.
+
+        If this fails: ``abort_update`` does not end a wait of ``receive_weights``. Where a library cannot abort an
+        operation, break its connection.
+        """
+        worker = cast.worker(in_place=True, config=self._patient())
+        trainer = cast.trainer([worker], passing=True, config=self._patient())
+        served = trainer.ask("send", seed=1, version=1)["hashes"]
+        trainer.ask("arm", block_at=at)
+        trainer.tell("send", seed=2, version=2)
+        assert trainer.reply() == "blocked"
+        worker.await_update()
+        worker.tell("abort")
+        worker.reply(self.grace)
+        status = worker.ask("status")
+        assert status["state"] != "updating" and status["version"] in (None, 1)
+        if status["version"] == 1:
+            assert_same(served, worker.ask("hashes"))
+        quiet = worker.ask("hashes")
+        trainer.tell("release")
+        error = trainer.error(self.grace)
+        assert isinstance(error, WeightTransferError), repr(error)
+        assert worker.ask("hashes") == quiet, "written after the abort"
+        trainer.ask("arm")
         assert_same(trainer.ask("send", seed=3, version=3)["hashes"], worker.ask("hashes"))
 
     def test_after_the_deadline_nothing_is_written_even_if_the_trainer_goes_on(self, cast: Cast) -> None:
@@ -119,7 +179,7 @@ class FaultsTests(Kit):
         trainer.ask("arm", block_at=2)
         trainer.tell("send", seed=2, version=2)
         assert trainer.reply() == "blocked"
-        assert self._settled(worker)["version"] in (None, 1)
+        assert self.settled(worker)["version"] in (None, 1)
         quiet = worker.ask("hashes")
         trainer.tell("release")
         error = trainer.error(self.deadline + self.grace)
@@ -142,7 +202,7 @@ class FaultsTests(Kit):
         error = trainer.error(self.grace)
         assert isinstance(error, TransferError), repr(error)
         assert "the loader was told to fail" in str(error)
-        assert self._settled(worker)["version"] is None
+        assert self.settled(worker)["version"] is None
         worker.ask("arm")
         assert_same(trainer.ask("send", seed=3, version=3)["hashes"], worker.ask("hashes"))
 
@@ -159,7 +219,7 @@ class FaultsTests(Kit):
         error = trainer.error(self.deadline + self.grace)
         assert isinstance(error, TransferError), repr(error)
         assert "the source was told to fail" in str(error)
-        assert self._settled(worker)["version"] in (None, 1)
+        assert self.settled(worker)["version"] in (None, 1)
         trainer.ask("arm")
         assert_same(trainer.ask("send", seed=3, version=3)["hashes"], worker.ask("hashes"))
 
@@ -204,13 +264,8 @@ class FaultsTests(Kit):
         assert sent["lost"] == []
         assert_same(sent["hashes"], back.ask("hashes"), survivor.ask("hashes"))
 
+    def _patient(self) -> dict[str, Any]:
+        return {"timeout": 4 * self.grace}
+
     def _hasty(self) -> dict[str, Any]:
         return {"timeout": self.deadline}
-
-    def _settled(self, worker: Member) -> dict[str, Any]:
-        """Wait until no update is open any more, which the deadline of the update bounds; return the status."""
-        since = time.monotonic()
-        while (status := worker.ask("status"))["state"] == "updating":
-            assert time.monotonic() - since < self.deadline + self.grace, "the worker's update has not ended"
-        result: dict[str, Any] = status
-        return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from weight_transfer.errors import WeightTransferError
 
 T = TypeVar("T")
+_MOMENT = 0.3  # seconds
 
 PLAIN: list[Weight] = [
     weight("embed", "float32", 300, 256),
@@ -65,6 +67,10 @@ class Member:
     def error(self, within: float = PATIENCE) -> WeightTransferError:
         """Wait for a reply, which must be an error."""
         return self.actor.error(within)
+
+    def await_update(self) -> None:
+        """Wait a moment until a worker is told of the update; a backend may prepare it before."""
+        self.ask("await_update", seconds=_MOMENT)
 
     def stopped(self) -> AbstractContextManager[None]:
         """Freeze its process inside a ``with`` block."""
@@ -130,6 +136,13 @@ class Cast:
         name = self._name()
         spec = {"device": self._device(0), "config": self._config | dict(config or {})} | spec
         actor.ask("open", name=name, workers=[worker.url for worker in workers], weights=weights, **spec)
+        return Member(actor, name)
+
+    def inviter(self) -> Member:
+        """Start a trainer's engine that nobody drives, which invites one worker."""
+        name = self._name()
+        actor = self._start("inviter")
+        actor.ask("open", name=name, config=self._config, device=self._device(0))
         return Member(actor, name)
 
     def end(self) -> None:
@@ -220,6 +233,14 @@ class Kit:
         config: WeightTransferConfig = load_config(self.settings())
         worker = self.loaded().create_worker_engine(config, ParallelConfig(device=self.device(1)))
         return worker, self.loaded().create_trainer_engine(config, ParallelConfig(device=self.device(0)))
+
+    def settled(self, worker: Member) -> dict[str, Any]:
+        """Wait until no update is open any more, which the deadline of the update bounds; return the status."""
+        since = time.monotonic()
+        while (status := worker.ask("status"))["state"] == "updating":
+            assert time.monotonic() - since < self.deadline + self.grace, "the worker's update has not ended"
+        result: dict[str, Any] = status
+        return result
 
     def _capabilities(self) -> frozenset[Capability]:
         return self.loaded().backend.capabilities

@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import pytest
 
+from weight_transfer.backend import Capability
 from weight_transfer.deadline import Deadline
 from weight_transfer.engine import WorkerSlot
 from weight_transfer.errors import (
@@ -16,7 +17,8 @@ from weight_transfer.errors import (
     TransferError,
     TransferTimeoutError,
 )
-from weight_transfer.testing.conformance.kit import Cast, Kit, assert_same, within
+from weight_transfer.structuring import structure, unstructure
+from weight_transfer.testing.conformance.kit import Cast, Kit, assert_same, needs, within
 
 _LONE = [WorkerSlot(peer="nobody", rank_offset=1, count=1, world_size=2)]
 
@@ -122,6 +124,45 @@ class LifecycleTests(Kit):
         assert time.monotonic() - since < self.deadline + self.grace
         living = cast.trainer([worker])
         assert_same(living.ask("send", seed=2, version=2)["hashes"], worker.ask("hashes"))
+
+    @needs(Capability.CROSS_PROCESS)
+    def test_a_trainer_that_is_stopped_is_not_joined_for_ever(self, cast: Cast) -> None:
+        """A worker that is invited by a trainer process that is frozen (SIGSTOP) raises in time, if it has to wait.
+
+        If this fails: a wait of ``init_transfer_engine`` ends by nothing but the trainer's answer, perhaps one in the
+        library. Bound it by ``init_info.timeout``, on a thread of its own if need be.
+        """
+        worker = cast.worker()
+        trainer = cast.inviter()
+        invitation = trainer.ask("invite", timeout=self.deadline)
+        with trainer.stopped():
+            worker.tell("init", info=invitation)
+            with suppress(HandshakeError, PeerLostError, TransferTimeoutError):
+                worker.reply(self.deadline + self.grace)
+        living = cast.trainer([worker])
+        assert_same(living.ask("send", seed=1, version=1)["hashes"], worker.ask("hashes"))
+
+    @pytest.mark.usefixtures("cast")
+    def test_a_worker_that_joins_can_be_interrupted(self) -> None:
+        """``abort_update`` from another thread ends ``init_transfer_engine`` long before its deadline.
+
+        If this fails: let ``abort_update`` close or wake whatever ``init_transfer_engine`` waits on.
+        """
+        worker, trainer = self.engines()
+        try:
+            [fields] = trainer.open_endpoint(_LONE, Deadline(5))
+            common = {"rank_offset": 1, "world_size": 2, "timeout": 10 * self.grace}
+            wire = unstructure(structure({**fields, **common}, worker.init_info_cls, "init_info"))
+
+            def interrupted() -> None:
+                timer = _Later(0.2, worker.abort_update)
+                with suppress(TransferError), timer:
+                    worker.init_transfer_engine(worker.parse_init_info(wire))
+
+            within(self.grace, interrupted)
+        finally:
+            worker.shutdown()
+            trainer.shutdown()
 
     def test_a_closed_sender_refuses_to_send(self, cast: Cast) -> None:
         """`LifecycleError` comes from the core; the engine has been shut down, and stays so.

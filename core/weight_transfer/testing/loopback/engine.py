@@ -79,6 +79,10 @@ class Ring:
             self._closed = self._closed or reason
             self._changed.notify_all()
 
+    @property
+    def closed(self) -> bool:
+        return self._closed is not None
+
     def wait_joined(self, deadline: Deadline) -> None:
         self._wait(lambda: self.joined >= set(self._ranks), deadline, "waiting for the workers to join")
 
@@ -183,7 +187,7 @@ class LoopbackWorkerEngine(WeightTransferEngine[LoopbackInitInfo, LoopbackUpdate
         deadline = Deadline(update_info.timeout)
         if self._plan is None or self._plan.params is not update_info.manifest.params:
             self._plan = plan_buckets(update_info.manifest.params, self._ring.buffers[0].numel())
-            self._unpacker = Unpacker(self._plan, self._ring.buffers)
+            self._unpacker = Unpacker(self._plan, self._ring.buffers, shared=True)
         assert self._unpacker is not None
         for index in range(len(self._plan.buckets)):
             self._ring.wait_filled(update_info.serial, index, deadline)
@@ -193,6 +197,10 @@ class LoopbackWorkerEngine(WeightTransferEngine[LoopbackInitInfo, LoopbackUpdate
     def abort_update(self) -> None:
         if self._ring is not None:
             self._ring.close("a worker aborted")
+
+    @property
+    def lost(self) -> bool:
+        return self._ring is not None and self._ring.closed
 
     def shutdown(self) -> None:
         self._ring, self._plan, self._unpacker = None, None, None

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 # --8<-- [start:infos]
 @attrs.frozen(kw_only=True)
 class FilesInitInfo(WeightTransferInitInfo):
-    """``session``: name of the trainer's directory; ``bucket_bytes``: size of its buckets, both sides cut alike."""
+    """``folder``: name of the trainer's directory; ``bucket_bytes``: size of its buckets, both sides cut alike."""
 
-    session: str
+    folder: str = attrs.field(repr=False)  # a secret: who knows it finds the weights
     bucket_bytes: int
 
 
@@ -57,21 +57,21 @@ class FilesTrainerEngine(TrainerWeightTransferEngine[FilesInitInfo, FilesUpdateI
 
     def __init__(self, config: WeightTransferConfig, parallel_config: ParallelConfig) -> None:
         super().__init__(config, parallel_config)
-        self._session: Path | None = None
+        self._folder: Path | None = None
         self._serial = 0
 
     def open_endpoint(self, slots: Sequence[WorkerSlot], deadline: Deadline) -> list[dict[str, Any]]:
-        if self._session is None:  # else workers come back
-            self._session = Path(tempfile.mkdtemp(prefix="weights-", dir=self.config.options.directory))
-        return [{"session": self._session.name, "bucket_bytes": self.config.bucket_bytes} for _ in slots]
+        if self._folder is None:  # else workers come back
+            self._folder = Path(tempfile.mkdtemp(prefix="weights-", dir=self.config.options.directory))
+        return [{"folder": self._folder.name, "bucket_bytes": self.config.bucket_bytes} for _ in slots]
 
     def join_workers(self, deadline: Deadline) -> None:
         pass  # their answers are all there is to wait for
 
     def describe_update(self, source: WeightSource, manifest: Manifest, deadline: Deadline) -> dict[str, Any]:
-        assert self._session is not None
+        assert self._folder is not None
         self._serial += 1
-        folder = self._session / str(self._serial)
+        folder = self._folder / str(self._serial)
         folder.mkdir()
         buffer = bytearray(self.config.bucket_bytes)
         plan = plan_buckets(manifest.params, len(buffer))
@@ -88,13 +88,13 @@ class FilesTrainerEngine(TrainerWeightTransferEngine[FilesInitInfo, FilesUpdateI
         pass  # the workers read
 
     def release_source(self) -> None:
-        if self._session is not None:
-            shutil.rmtree(self._session / str(self._serial), ignore_errors=True)  # it is not there after a failed join
+        if self._folder is not None:
+            shutil.rmtree(self._folder / str(self._serial), ignore_errors=True)  # it is not there after a failed join
 
     def shutdown(self) -> None:
-        if self._session is not None:
-            shutil.rmtree(self._session)
-            self._session = None
+        if self._folder is not None:
+            shutil.rmtree(self._folder)
+            self._folder = None
 
 
 # --8<-- [end:trainer]
@@ -109,14 +109,14 @@ class FilesWorkerEngine(WeightTransferEngine[FilesInitInfo, FilesUpdateInfo]):
 
     def __init__(self, config: WeightTransferConfig, parallel_config: ParallelConfig) -> None:
         super().__init__(config, parallel_config)
-        self._session = Path()
+        self._folder = Path()
         self._bucket = bytearray()
 
     def init_transfer_engine(self, init_info: FilesInitInfo) -> None:
         directory = Path(self.config.options.directory)
-        self._session = directory / Path(init_info.session).name
-        if not self._session.is_dir():
-            message = f"The trainer's directory {self._session} is not here; give both sides the same shared directory."
+        self._folder = directory / Path(init_info.folder).name
+        if not self._folder.is_dir():
+            message = f"The trainer's directory {self._folder} is not here; give both sides the same shared directory."
             raise HandshakeError(message, backend="files", peer="trainer")
         self._bucket = bytearray(init_info.bucket_bytes)
 
@@ -127,7 +127,7 @@ class FilesWorkerEngine(WeightTransferEngine[FilesInitInfo, FilesUpdateInfo]):
         for index, slots in enumerate(plan.buckets):
             deadline.check("reading the weights", backend="files", peer="trainer")
             used = slots[-1].offset + slots[-1].nbytes
-            self._read(self._session / str(update_info.serial) / str(index), memoryview(self._bucket)[:used])
+            self._read(self._folder / str(update_info.serial) / str(index), memoryview(self._bucket)[:used])
             unpacker.load(index, load_weights)  # raises when the update was aborted
 
     def _read(self, path: Path, buffer: memoryview) -> None:

@@ -1,0 +1,40 @@
+"""Sources: a tensor that is yielded is valid until the next one is asked for, and not longer."""
+
+from __future__ import annotations
+
+import pytest
+
+from weight_transfer.testing.conformance.bits import ZOO, loaders
+from weight_transfer.testing.conformance.kit import PLAIN, Cast, Kit, assert_same
+from weight_transfer.testing.models import Weight, weight
+
+_SPANNING: list[Weight] = [*PLAIN, weight("large", "float32", 5 * 16384 + 1), *ZOO]
+
+memories = pytest.mark.parametrize("memory", ["reused", "freed"])
+
+
+class SourcesTests(Kit):
+    """What a source may do with the memory of the tensors that it yields."""
+
+    @loaders
+    @memories
+    def test_a_tensor_need_not_outlive_the_next_one(self, cast: Cast, memory: str, in_place: bool) -> None:
+        """The source uses one buffer for all tensors, or frees each one's memory when the next is asked for.
+
+        If this fails: the engine refers to a tensor when it has asked for the next one, to send it later. Unless
+        ``source.reuses_memory`` is false, copy its bytes first, or wait until they have left.
+        """
+        worker = cast.worker(_SPANNING, in_place=in_place)
+        trainer = cast.trainer([worker], _SPANNING, passing=True, memory=memory)
+        for seed in (1, 2):
+            assert_same(trainer.ask("send", seed=seed, version=seed)["hashes"], worker.ask("hashes"))
+
+    @memories
+    def test_tensors_of_one_buffer_pass_verification(self, cast: Cast, memory: str) -> None:
+        """With ``verify`` the source is read twice, and each worker gets the bytes whose digests were told.
+
+        If this fails: as above.
+        """
+        worker = cast.worker(config={"verify": True})
+        trainer = cast.trainer([worker], passing=True, memory=memory, config={"verify": True})
+        assert_same(trainer.ask("send", seed=1, version=1)["hashes"], worker.ask("hashes"))

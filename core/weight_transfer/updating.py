@@ -1,0 +1,180 @@
+"""The worker's side of one update: drives the engine, names what fails, and tells the listeners."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from weight_transfer.autograd_modes import Writing
+from weight_transfer.errors import ManifestMismatchError, TransferError, TransferTimeoutError, WeightTransferError
+from weight_transfer.events import TransferFinished, TransferStarted
+from weight_transfer.info import MODEL, WeightTransferInitInfo, WireDecoder
+from weight_transfer.loading import loader_for
+from weight_transfer.report import WorkerReport
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from weight_transfer.engine import WeightTransferEngine
+    from weight_transfer.events import Version
+    from weight_transfer.loading import Weights
+    from weight_transfer.manager import LoadedBackend
+    from weight_transfer.update import Update
+
+
+class Target:
+    """A model that weights are for.
+
+    Args:
+        model: the module.
+        load_weights: see `WeightReceiver`, as for the others.
+        process_weights_after_loading: see there.
+        ignore: see there.
+
+    Attributes:
+        loaders: by whether they take checkpoint format.
+        writing: the mode in which its weights are written.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        load_weights: Callable[[Weights], object] | None,
+        process_weights_after_loading: Callable[[nn.Module], object] | None,
+        ignore: Sequence[str],
+    ) -> None:
+        self.loaders = loader_for(model, load_weights, process_weights_after_loading, ignore)
+        self.writing = Writing(model)
+
+
+class Joined:
+    """A worker's place with one trainer: the engine that joins it, and what it was sent once.
+
+    Attributes:
+        engine: the worker's engine.
+    """
+
+    def __init__(self, engine: WeightTransferEngine[Any, Any], backend: LoadedBackend) -> None:
+        self.engine = engine
+        self._backend = backend
+        self._name = backend.backend.name
+        self._decoders: dict[str, WireDecoder] = {}
+
+    def join(self, init_info: dict[str, Any]) -> WeightTransferInitInfo:
+        """Let the engine join the trainer; return what that has said."""
+        with _naming(self._name, "init", None):
+            info: WeightTransferInitInfo = self.engine.parse_init_info(init_info)
+            self.engine.init_transfer_engine(info)
+        return info
+
+    def receive(
+        self,
+        update: Update,
+        update_info: dict[str, Any],
+        targets: Mapping[str, Target],
+        versions: Mapping[str, Version],
+    ) -> dict[str, Any]:
+        """Receive all weights and return the report.
+
+        Args:
+            update: the guard in front of the loader.
+            update_info: what the trainer says.
+            targets: by name.
+            versions: that the targets have, as far as their weights are whole.
+        """
+        with _naming(self._name, "update", update):
+            self._receive(update, update_info, targets, versions)
+        return WorkerReport(self.engine.transport, self.engine.warnings).to_dict()
+
+    def _receive(
+        self,
+        update: Update,
+        update_info: dict[str, Any],
+        targets: Mapping[str, Target],
+        versions: Mapping[str, Version],
+    ) -> None:
+        engine = self.engine
+        name = update_info.get("target", MODEL)
+        if not isinstance(name, str) or name not in targets:
+            raise ManifestMismatchError(
+                f"These weights are for target {name!r}, but this worker has {', '.join(map(repr, targets))}; give "
+                "the receiver that model, too: WeightReceiver(..., targets={...}).",
+                phase="update",
+            )
+        update.target, target = name, targets[name]
+        decoder = self._decoders.setdefault(name, WireDecoder())
+        info = engine.parse_update_info(decoder.decode(update_info, engine.update_info_cls))
+        if info.manifest.partial and (info.base is None or versions.get(name) != info.base):
+            raise ManifestMismatchError(
+                f"Some weights came, to be put to the others of version {info.base!r}, but this worker has "
+                f"{versions.get(name, 'none that are whole')!r}; send all of them first.",
+                phase="update",
+            )
+        loader = target.loaders[info.is_checkpoint_format]
+        loader.begin(info.manifest)
+        update.begin(info, loader, lambda event: self._backend.notify("weight_transfer_progress", event), self._name)
+        self._backend.notify("weight_transfer_started", self._started(update))
+        with target.writing(loader):
+            engine.receive_weights(info, update)
+            update.finish()
+        _synchronize(engine.parallel_config.device)
+        decoder.remember(update_info, info)
+
+    def _started(self, update: Update) -> TransferStarted:
+        return TransferStarted(
+            role="worker",
+            backend=self._name,
+            version=update.version,
+            nbytes=update.nbytes,
+            params=update.params,
+            workers=1,
+            target=update.target,
+        )
+
+    def tell_end(self, update: Update, version: Version | None, error: str | None) -> None:
+        """Tell the listeners that an update is over; ``error`` is the sentence of its failure."""
+        event = TransferFinished(
+            role="worker",
+            backend=self._name,
+            version=version,
+            nbytes=update.nbytes,
+            seconds=time.monotonic() - update.since,
+            error=error,
+            target=update.target,
+        )
+        self._backend.notify("weight_transfer_finished", event)
+
+
+@contextmanager
+def _naming(backend: str, phase: str, update: Update | None) -> Iterator[None]:
+    """Turn a foreign exception into a TransferError; this is the one boundary where that happens on a worker."""
+    try:
+        yield
+    except BaseException as error:
+        named = _named(error, backend, phase, update)
+        if named is error:
+            raise
+        raise named from error
+
+
+def _named(error: BaseException, backend: str, phase: str, update: Update | None) -> BaseException:
+    # a loader that exits or cancels has failed; only Ctrl-C is meant for the process
+    if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+        return error
+    fields: dict[str, Any] = {"backend": backend, "phase": phase, "version": update.version if update else None}
+    if update is not None and update.aborted:
+        return TransferError(f"The update was aborted: {update.abort_reason}.", **fields)
+    if isinstance(error, WeightTransferError):
+        return error
+    kind = TransferTimeoutError if isinstance(error, TimeoutError) else TransferError
+    return kind(f"The worker failed in phase {phase}.", cause=f"{type(error).__name__}: {error}", **fields)
+
+
+def _synchronize(device: str | None) -> None:
+    import torch
+
+    if device is not None and torch.device(device).type == "cuda":
+        torch.cuda.current_stream(torch.device(device)).synchronize()

@@ -1,0 +1,518 @@
+"""Whose update it is: what a receiver takes from whom, and what a sender does when its worker became another's."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from support.models import digest
+from support.scripted import INIT, STATES, Worker, to_ready, to_received, to_updating
+from weight_transfer import (
+    ConfigError,
+    HandshakeError,
+    LocalChannel,
+    ParallelConfig,
+    PeerLostError,
+    ReceiverState,
+    SessionError,
+    TransferError,
+    WeightReceiver,
+    WeightSender,
+)
+from weight_transfer.testing.actors import eventually
+
+pytestmark = pytest.mark.timeout(60)
+
+LOOPBACK: dict[str, Any] = {"backend": "loopback", "timeout": 20, "init_timeout": 5}
+CONTINUE = LOOPBACK | {"on_worker_failure": "continue"}
+
+
+def model(value: float = 0.0) -> nn.Module:
+    result = nn.Linear(4, 4)
+    nn.init.constant_(result.weight, value)
+    nn.init.constant_(result.bias, value)
+    return result
+
+
+@pytest.fixture
+def worker(script: Any) -> Iterator[Worker]:
+    result = Worker(script)
+    yield result
+    result.receiver.close()
+
+
+Call = Callable[[WeightReceiver, str | None], object]
+CALLS: dict[str, Call] = {
+    "start_weight_update": lambda receiver, session: receiver.start_weight_update(session),
+    "update_weights": lambda receiver, session: receiver.update_weights({"timeout": 1, "session": session}),
+    "finish_weight_update": lambda receiver, session: receiver.finish_weight_update(None, session),
+    "abort_weight_update": lambda receiver, session: receiver.abort_weight_update("never mind", session),
+}
+
+
+@pytest.mark.parametrize("method", CALLS)
+@pytest.mark.parametrize("state", ["ready", "updating", "received", "failed"])
+@pytest.mark.parametrize("session", ["another", ""])
+def test_a_call_of_another_trainer_is_refused_and_changes_nothing(
+    worker: Worker, state: str, method: str, session: str
+) -> None:
+    STATES[state](worker)
+    before = worker.receiver.status(), worker.model.values
+    with pytest.raises(SessionError, match=f"{method} of session .* has joined a trainer without one") as caught:
+        CALLS[method](worker.receiver, session or "x")
+    assert (caught.value.method, caught.value.state) == (method, before[0]["state"])
+    assert (worker.receiver.status(), worker.model.values) == before
+
+
+@pytest.mark.parametrize("method", CALLS)
+def test_a_call_without_a_session_is_refused_if_the_init_had_one(worker: Worker, method: str) -> None:
+    worker.receiver.init_weight_transfer_engine(INIT | {"session": "mine"})
+    with pytest.raises(SessionError, match=f"{method} without a session .* has joined session mine"):
+        CALLS[method](worker.receiver, None)
+    worker.receiver.start_weight_update("mine")
+    worker.update(1.0, 1, session="mine")
+    worker.receiver.finish_weight_update(1, "mine")
+    assert (worker.receiver.version, worker.model.values) == (1, [1.0] * 3)
+
+
+def test_an_abort_of_another_trainer_does_not_touch_a_running_update(worker: Worker) -> None:
+    worker.receiver.init_weight_transfer_engine(INIT | {"session": "mine"})
+    worker.receiver.start_weight_update("mine")
+    inside, leave = threading.Event(), threading.Event()
+
+    def receive(engine: Any, info: Any, load_weights: Any) -> None:
+        inside.set()
+        assert leave.wait(20)
+        worker.script.load_all(engine, info, load_weights)
+
+    worker.script.receive = receive
+    updating = threading.Thread(target=lambda: worker.update(2.0, 2, session="mine"))
+    updating.start()
+    assert inside.wait(20)
+    for session in ("another", None):
+        with pytest.raises(SessionError):
+            worker.receiver.abort_weight_update("I was overtaken", session)
+    assert not worker.engine.aborted.is_set()
+    leave.set()
+    updating.join(20)
+    worker.receiver.finish_weight_update(2, "mine")
+    assert (worker.receiver.version, worker.model.values) == (2, [2.0] * 3)
+
+
+@pytest.mark.parametrize("arrange", [to_ready, to_updating])
+def test_an_abort_leaves_no_engine_whose_connection_may_be_gone(worker: Worker, arrange: Any) -> None:
+    arrange(worker)
+    engine = worker.engine
+    worker.receiver.abort_weight_update("the trainer gave up")
+    assert (worker.receiver.state, worker.receiver.version) == (ReceiverState.CREATED, "old")
+    assert engine.shutdowns == 1
+    with worker.receiver.serving(timeout=1) as version:
+        assert version == "old"
+
+
+@pytest.mark.parametrize(
+    ("arrange", "state", "version"),
+    [(to_ready, "created", "old"), (to_updating, "created", "old"), (to_received, "failed", None)],
+)
+def test_an_engine_that_knows_that_its_trainer_is_gone_ends_what_is_open(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, arrange: Any, state: str, version: Any
+) -> None:
+    arrange(worker)
+    monkeypatch.setattr(type(worker.engine), "lost", True)
+    assert (str(worker.receiver.state), worker.receiver.version) == (state, version)
+    monkeypatch.setattr(type(worker.engine), "lost", False)
+    worker.resync(5.0, "after")
+    assert worker.receiver.version == "after"
+
+
+def test_an_abort_reaches_an_engine_that_joins(worker: Worker) -> None:
+    inside = threading.Event()
+    errors: list[BaseException] = []
+
+    def join(_info: Any) -> None:
+        inside.set()
+        assert worker.engine.aborted.wait(20)
+        raise PeerLostError("interrupted")
+
+    def init() -> None:
+        try:
+            worker.receiver.init_weight_transfer_engine(INIT | {"session": "mine"})
+        except PeerLostError as error:
+            errors.append(error)
+
+    worker.script.join = join
+    joining = threading.Thread(target=init)
+    joining.start()
+    assert inside.wait(20)
+    worker.receiver.abort_weight_update("the trainer gave up", "mine")
+    joining.join(20)
+    assert [str(error) for error in errors] == ["interrupted"]
+    assert worker.receiver.state is ReceiverState.CREATED
+
+
+# Senders.
+
+
+@pytest.fixture
+def closing() -> Iterator[Callable[[Any], Any]]:
+    """Close what is passed through it at the end of the test."""
+    opened: list[Any] = []
+
+    def _closing(thing: Any) -> Any:
+        opened.append(thing)
+        return thing
+
+    yield _closing
+    for thing in reversed(opened):
+        thing.close()
+
+
+class Bare:
+    """A channel with nothing but vLLM's signatures."""
+
+    def __init__(self, receiver: WeightReceiver) -> None:
+        self.receiver = receiver
+        self.infos: list[dict[str, Any]] = []
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self.infos.append(init_info)
+        self.receiver.init_weight_transfer_engine(init_info)
+
+    def start_weight_update(self) -> None:
+        self.receiver.start_weight_update()
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.infos.append(update_info)
+        self.receiver.update_weights(update_info)
+
+    def finish_weight_update(self, weight_version: int | str | None = None) -> None:
+        self.receiver.finish_weight_update(weight_version)
+
+
+class Overtaken(LocalChannel):
+    """Lets somebody in before one of its calls."""
+
+    def __init__(self, receiver: WeightReceiver) -> None:
+        super().__init__(receiver)
+        self.before: dict[str, Callable[[], object]] = {}
+
+    def start_weight_update(self, session: str | None = None) -> None:
+        self.before.pop("start", bool)()
+        super().start_weight_update(session)
+
+    def update_weights(self, update_info: dict[str, Any]) -> dict[str, Any]:
+        self.before.pop("update", bool)()
+        return super().update_weights(update_info)
+
+    def finish_weight_update(self, weight_version: int | str | None = None, session: str | None = None) -> None:
+        self.before.pop("finish", bool)()
+        super().finish_weight_update(weight_version, session)
+
+
+def test_a_channel_with_vllms_signatures_is_told_of_no_session(closing: Any) -> None:
+    served = model()
+    channel: Any = Bare(closing(WeightReceiver(LOOPBACK, served)))
+    sender = closing(WeightSender(LOOPBACK, [channel]))
+    for value in (1.0, 2.0):
+        sender.send(model(value))
+    assert digest(served) == digest(model(2.0))
+    assert [("session" in info) for info in channel.infos] == [False] * 3
+
+
+def test_two_senders_send_by_turns(closing: Any) -> None:
+    served = model()
+    receiver = closing(WeightReceiver(LOOPBACK, served))
+    first, second = (closing(WeightSender(LOOPBACK, [receiver])) for _ in range(2))
+    for version, (sender, value) in enumerate([(first, 1.0), (second, 2.0), (first, 1.0), (second, 2.0)]):
+        sender.send(model(value), version=version)
+        assert (receiver.version, digest(served)) == (version, digest(model(value)))
+
+
+@pytest.mark.parametrize("call", ["start", "update", "finish"])
+def test_a_sender_that_is_overtaken_does_not_disturb_the_other_one(closing: Any, call: str) -> None:
+    served = model()
+    receiver = closing(WeightReceiver(LOOPBACK, served))
+    channel = Overtaken(receiver)
+    slow, fast = (
+        closing(WeightSender(LOOPBACK | {"timeout": 3}, [channel])),
+        closing(WeightSender(LOOPBACK, [receiver])),
+    )
+    slow.send(model(1.0), version=1)
+    channel.before[call] = lambda: fast.send(model(2.0), version=2)
+    if call == "start":
+        slow.send(model(3.0), version=3)
+        assert (receiver.version, digest(served)) == (3, digest(model(3.0)))
+        return
+    with pytest.raises(TransferError) as caught:
+        slow.send(model(3.0), version=3)
+    assert isinstance(caught.value, SessionError)
+    assert caught.value.peer == "worker 0"
+    assert (receiver.state, receiver.version, digest(served)) == (ReceiverState.READY, 2, digest(model(2.0)))
+    assert fast.send(model(4.0)).version == 3
+    assert slow.send(model(5.0), version=9).version == 9
+    assert digest(served) == digest(model(5.0))
+
+
+def test_an_update_of_the_other_one_survives_the_abort_of_the_overtaken_one(closing: Any) -> None:
+    served = model()
+    receiver = closing(WeightReceiver(LOOPBACK, served))
+    first, second = Overtaken(receiver), Overtaken(receiver)
+    slow, fast = (closing(WeightSender(LOOPBACK, [channel])) for channel in (first, second))
+    slow.send(model(1.0), version=1)
+    inside, leave = threading.Event(), threading.Event()
+
+    def stand_still() -> None:
+        inside.set()
+        assert leave.wait(20)
+
+    second.before["finish"] = stand_still
+    overtaking = threading.Thread(target=lambda: fast.send(model(2.0), version=2))
+
+    def overtake() -> None:
+        overtaking.start()
+        assert inside.wait(20)
+
+    first.before["update"] = overtake
+    with pytest.raises(SessionError):
+        slow.send(model(3.0), version=3)
+    assert receiver.state is ReceiverState.UPDATING, "it is the other one's update"
+    leave.set()
+    overtaking.join(20)
+    assert (receiver.version, digest(served)) == (2, digest(model(2.0)))
+
+
+# Versions.
+
+
+@pytest.mark.parametrize("version", [torch.tensor(7), torch.tensor([7], dtype=torch.int32), np.int64(7), np.uint8(7)])
+def test_whole_numbers_of_numpy_and_torch_are_versions(closing: Any, version: Any) -> None:
+    receiver = closing(WeightReceiver(LOOPBACK, model()))
+    report = closing(WeightSender(LOOPBACK, [receiver])).send(model(), version=version)
+    assert (report.version, type(report.version), receiver.version) == (7, int, 7)
+
+
+@pytest.mark.parametrize("version", [1.5, "", True, b"v1", torch.tensor(1.5), torch.tensor([1, 2]), np.float32(3), [1]])
+def test_anything_else_is_a_sentence(closing: Any, version: Any) -> None:
+    receiver = closing(WeightReceiver(LOOPBACK, model()))
+    sender = closing(WeightSender(LOOPBACK, [receiver]))
+    with pytest.raises(ConfigError, match="A version is a whole number, such as the trainer's step, or a name; got"):
+        sender.send(model(), version=version)
+    assert receiver.state is ReceiverState.CREATED
+
+
+def test_a_new_sender_goes_on_after_the_highest_version_that_its_workers_serve(closing: Any) -> None:
+    receivers = [closing(WeightReceiver(LOOPBACK, model())) for _ in range(3)]
+    for receiver, version in zip(receivers, (57, 3), strict=False):
+        closing(WeightSender(LOOPBACK, [receiver])).send(model(), version=version)
+    sender = closing(WeightSender(LOOPBACK, receivers))
+    assert [sender.send(model()).version, sender.send(model()).version] == [58, 59]
+
+
+def test_a_new_sender_asks_for_a_name_where_the_workers_serve_one(closing: Any) -> None:
+    receiver = closing(WeightReceiver(LOOPBACK, model()))
+    closing(WeightSender(LOOPBACK, [receiver])).send(model(), version="best")
+    with pytest.raises(ConfigError, match="The last version is called 'best'; name the new one"):
+        closing(WeightSender(LOOPBACK, [receiver])).send(model())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_trainer_of_several_ranks_names_its_first_version(closing: Any, rank: int) -> None:
+    receiver = closing(WeightReceiver(LOOPBACK, model()))
+    sender = closing(WeightSender(LOOPBACK, [receiver], parallel_config=ParallelConfig(rank=rank, world_size=2)))
+    with pytest.raises(ConfigError, match="The first version of a trainer of several ranks needs a name"):
+        sender.send(model())
+    assert sender.send(model(), version=4).version == 4
+    assert sender.send(model()).version == 5
+
+
+# Workers that are named wrongly.
+
+
+@pytest.mark.parametrize("wrong", [8001, None, b"http://127.0.0.1:1", object(), nn.Linear(1, 1)])
+def test_what_is_no_worker_is_a_sentence(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match=r"is no worker; give its URL, such as 'http://127\.0\.0\.1:8001'"):
+        WeightSender(LOOPBACK, [wrong])
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[::1", "127.0.0.1:8001", "http://", "ftp://host", "", "http://host:port", "http://host:99999999"]
+)
+def test_what_is_no_url_is_a_sentence(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"is not a worker's URL such as 'http://127\.0\.0\.1:8001'"):
+        WeightSender(LOOPBACK, [url])
+
+
+def test_one_worker_under_two_names_is_refused_before_it_joins(closing: Any) -> None:
+    alone, other = (closing(WeightReceiver(LOOPBACK, model())) for _ in range(2))
+    for channels in ([LocalChannel(alone), LocalChannel(alone)], [other, alone, LocalChannel(alone)]):
+        sender = closing(WeightSender(LOOPBACK, channels))
+        with pytest.raises(ConfigError, match=r"worker \d and worker \d are the same worker; name each worker once"):
+            sender.send(model())
+        assert alone.state is ReceiverState.CREATED
+
+
+@pytest.mark.parametrize("ranks", [(0, 0), (1, 2), (0, 2), (1,)])
+def test_receivers_of_a_replica_have_one_rank_each(closing: Any, ranks: tuple[int, ...]) -> None:
+    receivers = [
+        closing(WeightReceiver(LOOPBACK, model(), parallel_config=ParallelConfig(rank=rank, world_size=3)))
+        for rank in ranks
+    ]
+    with pytest.raises(ConfigError, match=r"LocalChannel needs receivers of the ranks 0 to \d, each once, got"):
+        LocalChannel(*receivers)
+
+
+class Down(LocalChannel):
+    """Not up yet, for so many looks."""
+
+    looks: float = 3
+
+    def status(self) -> dict[str, Any]:
+        self.looks -= 1
+        if self.looks >= 0:
+            raise PeerLostError("The worker cannot be reached.", permanent=self.looks == 0.5)
+        return super().status()
+
+
+@pytest.mark.parametrize("config", [LOOPBACK, CONTINUE], ids=["abort", "continue"])
+def test_workers_that_are_not_up_yet_are_waited_for(closing: Any, config: dict[str, Any]) -> None:
+    receivers = [closing(WeightReceiver(config, model())) for _ in range(2)]
+    sender = closing(WeightSender(config, [Down(receiver) for receiver in receivers]))
+    assert len(sender.send(model(), version=1).workers) >= 1
+
+
+def test_with_continue_nobody_waits_for_one_that_is_down_while_another_is_up(closing: Any) -> None:
+    config = CONTINUE | {"init_timeout": 60, "backend": "ipc"}
+    up, down = closing(WeightReceiver(config, model())), Down(closing(WeightReceiver(config, model())))
+    down.looks = float("inf")
+    since = time.monotonic()
+    report = closing(WeightSender(config, [up, down])).send(model())
+    assert (report.workers, [peer for peer, _ in report.lost]) == (("worker 0",), ["worker 1"])
+    assert time.monotonic() - since < 10
+
+
+@pytest.mark.parametrize("config", [LOOPBACK, CONTINUE], ids=["abort", "continue"])
+def test_nobody_up_within_init_timeout_is_a_lost_peer(closing: Any, config: dict[str, Any]) -> None:
+    down = Down(closing(WeightReceiver(config, model())))
+    down.looks = float("inf")
+    since = time.monotonic()
+    with pytest.raises(PeerLostError):
+        closing(WeightSender(config | {"init_timeout": 0.5}, [down])).send(model())
+    assert 0.3 < time.monotonic() - since < 5
+
+
+def test_a_worker_that_asking_again_cannot_help_is_not_asked_again(closing: Any) -> None:
+    down = Down(closing(WeightReceiver(LOOPBACK, model())))
+    down.looks = 1.5
+    with pytest.raises(PeerLostError):
+        closing(WeightSender(LOOPBACK | {"init_timeout": 60}, [down])).send(model())
+
+
+def test_a_channel_that_exits_is_reported_and_does_not_hang(closing: Any) -> None:
+    class Exiting(LocalChannel):
+        def start_weight_update(self, session: str | None = None) -> None:
+            raise SystemExit(3)
+
+    sender = closing(WeightSender(LOOPBACK, [Exiting(closing(WeightReceiver(LOOPBACK, model())))]))
+    since = time.monotonic()
+    with pytest.raises(TransferError) as caught:
+        sender.send(model())
+    assert (caught.value.cause, caught.value.phase) == ("SystemExit: 3", "start")
+    assert time.monotonic() - since < 10
+
+
+# asyncio.
+
+
+class Held(LocalChannel):
+    """Stands still before one of its calls, until the test lets it go."""
+
+    def __init__(self, receiver: WeightReceiver) -> None:
+        super().__init__(receiver)
+        self.at = ""
+        self.inside, self.leave = threading.Event(), threading.Event()
+
+    def _hold(self, call: str) -> None:
+        if call == self.at:
+            self.inside.set()
+            assert self.leave.wait(30)
+
+    def status(self) -> dict[str, Any]:
+        self._hold("status")
+        return super().status()
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._hold("init")
+        super().init_weight_transfer_engine(init_info)
+
+    def start_weight_update(self, session: str | None = None) -> None:
+        self._hold("start")
+        super().start_weight_update(session)
+
+    def update_weights(self, update_info: dict[str, Any]) -> dict[str, Any]:
+        self._hold("update")
+        return super().update_weights(update_info)
+
+
+def test_asend_sends_while_the_loop_goes_on(closing: Any) -> None:
+    served = model()
+    receiver = closing(WeightReceiver(LOOPBACK, served))
+    channel = Held(receiver)
+
+    async def main() -> None:
+        async with WeightSender(LOOPBACK, [channel]) as sender:
+            assert (await sender.asend(model(1.0))).version == 0
+            channel.at = "start"
+            sending = asyncio.create_task(sender.asend(model(2.0)))
+            while not channel.inside.is_set():
+                await asyncio.sleep(0.01)
+            channel.leave.set()
+            assert (await sending).version == 1
+            with pytest.raises(ConfigError, match="no parameters"):
+                await sender.asend(nn.Identity())
+
+    asyncio.run(main())
+    assert (receiver.version, digest(served)) == (1, digest(model(2.0)))
+
+
+@pytest.mark.parametrize("at", ["status", "init", "start", "update"])
+def test_a_cancelled_asend_aborts_the_update_on_the_workers(closing: Any, at: str) -> None:
+    served = model()
+    receiver, other = closing(WeightReceiver(LOOPBACK, served)), closing(WeightReceiver(LOOPBACK, model()))
+    channel = Held(receiver)
+    sender = closing(WeightSender(LOOPBACK, [channel, other]))
+    if at in ("start", "update"):
+        sender.send(model(1.0), version=1)
+    channel.at = at
+
+    async def main() -> None:
+        sending = asyncio.create_task(sender.asend(model(2.0), version=2))
+        while not channel.inside.is_set():
+            await asyncio.sleep(0.01)
+        since = time.monotonic()
+        sending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sending
+        assert time.monotonic() - since < 10
+
+    asyncio.run(main())
+    assert ReceiverState.UPDATING not in (receiver.state, other.state)
+    assert 2 not in (receiver.version, other.version)
+    channel.at = ""
+    channel.leave.set()
+    assert eventually(lambda: receiver._lifecycle.busy is None, 10)
+    sender.send(model(3.0), version=3)
+    assert (receiver.version, digest(served)) == (3, digest(model(3.0)))
+
+
+def test_a_worker_of_another_backend_still_fails_the_handshake(closing: Any) -> None:
+    receiver = closing(WeightReceiver(LOOPBACK | {"backend": "ipc"}, model()))
+    with pytest.raises(HandshakeError, match="The worker uses backend 'ipc'"):
+        closing(WeightSender(LOOPBACK, [receiver])).send(model())
