@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -207,12 +208,28 @@ def test_an_unknown_command_suggests_one(typed: str, hint: str) -> None:
     assert done.stderr.splitlines()[-1] == f"Error: No such command {hint}"
 
 
-@pytest.mark.usefixtures("lacking")
+def on_a_terminal(*arguments: str, path: Path, columns: int) -> list[str]:
+    """Return the lines that the command writes to a terminal of that width."""
+    reader, terminal = os.openpty()
+    whole = [sys.executable, "-m", "weight_transfer", *arguments]
+    settings = os.environ | {"PYTHONPATH": f"{path}:{os.environ.get('PYTHONPATH', '')}", "COLUMNS": str(columns)}
+    data = b""
+    with (
+        os.fdopen(reader, "rb", buffering=0) as output,
+        subprocess.Popen(whole, env=settings, stdin=subprocess.DEVNULL, stdout=terminal),
+        suppress(OSError),  # EIO: the last writer is gone
+    ):
+        os.close(terminal)
+        while part := output.read(4096):
+            data += part
+    return data.decode().splitlines()
+
+
 @pytest.mark.parametrize("arguments", [["backends"], ["backends", "--check"], ["--help"], ["demo", "--help"]])
-def test_everything_fits_sixty_columns(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "60")
-    text = CliRunner().invoke(main, arguments, terminal_width=60).stdout
-    assert max(map(len, text.splitlines())) <= 60
+def test_everything_fits_a_terminal_of_sixty_columns(arguments: list[str], lacking: Path) -> None:
+    lines = on_a_terminal(*arguments, path=lacking, columns=60)
+    assert max(map(len, lines)) <= 60
+    text = "\n".join(lines)
     if arguments[0] == "backends":
         assert re.search(r"^lacking( +unavailable)?\n +acme-lacking 1\.0 \[lacking_plugin\]$", text, re.MULTILINE)
     if "--check" in arguments:
@@ -220,11 +237,9 @@ def test_everything_fits_sixty_columns(arguments: list[str], monkeypatch: pytest
             assert re.search(rf"^ +{re.escape(note)}$", text, re.MULTILINE), note
 
 
-def test_without_a_terminal_a_table_is_as_wide_as_it_must_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("COLUMNS", raising=False)
-    assert re.search(
-        r"^loopback +weight-transfer \S+ \[\S+\] +available +\S", command("backends", "--check").stdout, re.M
-    )
+def test_without_a_terminal_a_table_is_as_wide_as_it_must_be() -> None:
+    text = command("backends", "--check", COLUMNS="60").stdout
+    assert re.search(r"^loopback +weight-transfer \S+ \[\S+\] +available +\S", text, re.MULTILINE)
 
 
 def test_the_demo_says_what_it_does_and_for_how_long_before_it_imports_anything() -> None:

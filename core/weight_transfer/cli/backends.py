@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import textwrap
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,7 @@ def _lines(rows: list[Row], check: bool) -> list[str]:
     header = ("NAME", "PROVIDED BY", "STATUS", "SUMMARY")
     cells = [(row["name"], _provenance(row), _status(row), row.get("summary") or "") for row in rows]
     shown = len(header) if check else 2
-    columns = shutil.get_terminal_size((0, 0)).columns  # 0: no terminal, no limit
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0  # programs get the table
     widths = [max(len(line[column]) for line in (header, *cells)) for column in range(shown)]
     if columns and sum(widths) + 2 * (shown - 1) > columns:
         return [text for line, row in zip(cells, rows, strict=True) for text in _paragraph(line[:shown], row, columns)]
