@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from mypy import api
+import pytest
 
-if TYPE_CHECKING:
-    import pytest
+api = pytest.importorskip("mypy.api", reason="mypy is not installed")
 
 ROOT = Path(__file__).parents[2]
 GOOD = """

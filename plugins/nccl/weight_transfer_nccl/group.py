@@ -274,7 +274,8 @@ class Group:
     def _build(self, store: Any, deadline: Deadline) -> Any:
         if self._meeting.transport == "nccl":
             torch.cuda.set_device(self.device)
-            options: Any = dist.ProcessGroupNCCL.Options()
+            # before the copies and casts of the next batch, which would else take the multiprocessors first
+            options: Any = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
             options._timeout = _NEVER  # noqa: SLF001  (its only name)
             with _without_watchdog():
                 return dist.ProcessGroupNCCL(store, self._rank, self._world_size, options)

@@ -115,9 +115,10 @@ class LocalAgent:
                 self._check(deadline)
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
+            self._runs.popleft()
+            self._post(agent, deadline)  # the next one is under way while this one is told of, and loaded
             if run.bucket:
                 agent.tell_read(run.bucket, lambda: self._check(deadline))
-            self._runs.popleft()
 
     def transport(self, place: Place) -> Transport:
         ctypes.CDLL(None).fflush(None)  # UCX leaves what it logs in its buffer

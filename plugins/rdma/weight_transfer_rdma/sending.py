@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from weight_transfer.source import WeightSource
 
 _FLAGS_BYTES = 64 * 1024
-_FIRST_PAUSE, _LONGEST_PAUSE = 5e-5, 5e-4  # seconds between two looks at the workers' counters
+_FIRST_PAUSE, _LONGEST_PAUSE = 2e-5, 1e-4  # seconds between two looks at the workers' counters
 
 
 class RdmaTrainerEngine(TrainerWeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo]):
