@@ -136,7 +136,8 @@ class CudaReader:
     @property
     def extra_memory(self) -> int:
         """Bytes of device memory beside the weights: the tables of the copies."""
-        return self._in_place.table_bytes if self._in_place else 0
+        tables = self._in_place.table_bytes if self._in_place else 0
+        return tables + (self._ring.extra_memory if self._ring is not None else 0)
 
     def read(self, info: IpcUpdateInfo, load_weights: LoadWeights, trainer: Connection, deadline: Deadline) -> None:
         """Load every parameter; on return, and after an error, nothing of it is left on the GPU."""
@@ -233,7 +234,8 @@ class CudaReader:
             ring = self._mapped.get(RING)
             if ring is None or ring.allocation.nbytes < info.ring.nbytes:
                 raise ManifestMismatchError("The trainer's ring has no memory.", backend="ipc")
-            self._ring = CudaRingReader(info.ring, ring.memory, info.export.staged(info.manifest))
+            peer = ring.allocation.gpu != cuda.uuid_of(self._device.index)
+            self._ring = CudaRingReader(info.ring, ring.memory, info.export.staged(info.manifest), peer)
         self._export, self._device_memory, self._manifest = info.export, memory, info.manifest
 
     def _open(self, allocation: Allocation, same_process: bool) -> _Mapped:

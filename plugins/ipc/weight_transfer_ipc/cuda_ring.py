@@ -7,6 +7,7 @@ that waits for an event of a process that was killed would never drain.
 
 from __future__ import annotations
 
+import operator
 import sys
 import time
 from collections import deque
@@ -15,8 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from weight_transfer.buckets import Packer, Unpacker, plan_buckets
+from weight_transfer.buckets import BucketPlan, Packer, Unpacker, plan_buckets
+from weight_transfer.loading import destinations_of
 from weight_transfer_ipc import cuda
+from weight_transfer_ipc.copies import Copies, Spans, has_kernel
+from weight_transfer_ipc.cuda_export import layouts
 from weight_transfer_ipc.device_memory import bytes_at
 from weight_transfer_ipc.infos import Allocation
 from weight_transfer_ipc.ring import RING, RingLayout, each
@@ -133,14 +137,24 @@ class CudaRingReader:
         layout: of the trainer's ring.
         memory: its bytes, uint8, on the worker's device.
         staged: what goes through it.
+        peer: whether it lies on another GPU.
     """
 
-    def __init__(self, layout: RingLayout, memory: torch.Tensor, staged: Manifest) -> None:
+    def __init__(self, layout: RingLayout, memory: torch.Tensor, staged: Manifest, peer: bool) -> None:
         self._plan = plan_buckets(staged.params, layout.bucket_bytes)
-        self._unpacker = Unpacker(self._plan, layout.buffers(memory), shared=True)
+        self._buffers = layout.buffers(memory)
+        self._unpacker = Unpacker(self._plan, self._buffers, shared=True)
+        self._peer = peer
+        self._in_place: InPlaceRing | None = None
+
+    @property
+    def extra_memory(self) -> int:
+        """Bytes of device memory that it takes beside the ring."""
+        return self._in_place.table_bytes if self._in_place is not None else 0
 
     def read(self, load_weights: LoadWeights, trainer: Connection, deadline: Deadline) -> None:
         """Load every bucket on the current stream."""
+        unpacker = self._unpacker_for(load_weights)
         full, loading = 0, deque[Any]()
         for index in range(len(self._plan.buckets)):
             while full <= index:
@@ -150,7 +164,7 @@ class CudaRingReader:
                 full += arrived
                 if not arrived:
                     time.sleep(POLL)
-            self._unpacker.load(index, load_weights)
+            unpacker.load(index, load_weights)
             loading.append(torch.cuda.current_stream().record_event())
         while loading:
             deadline.check("loading the last buckets", backend="ipc", phase="update")
@@ -158,7 +172,63 @@ class CudaRingReader:
             trainer.check_alive()
             time.sleep(POLL)
 
+    def _unpacker_for(self, load_weights: LoadWeights) -> Unpacker | InPlaceRing:
+        destinations = destinations_of(load_weights)
+        if destinations is None or not has_kernel():
+            return self._unpacker
+        tensors = [destinations[param.name] for param in self._plan.params]
+        if not all(tensor.is_contiguous() and tensor.device == self._buffers[0].device for tensor in tensors):
+            return self._unpacker
+        if self._in_place is None or not self._in_place.writes(tensors):
+            self._in_place = InPlaceRing(self._plan, self._buffers, tensors, self._peer)
+        return self._in_place
+
     def _tell(self, loading: deque[Any], trainer: Connection, deadline: Deadline) -> None:
         while loading and loading[0].query():
             loading.popleft()
             trainer.signal(deadline)
+
+
+class InPlaceRing:
+    """Copies buckets straight into the worker's own tensors, each with one or two launches; made once.
+
+    Args:
+        plan: of both sides.
+        buffers: the ring's buckets.
+        tensors: where the plan's parameters go, contiguous, on the worker's device.
+        peer: whether the buckets lie on another GPU.
+    """
+
+    def __init__(
+        self, plan: BucketPlan, buffers: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor], peer: bool
+    ) -> None:
+        self._tensors = list(tensors)
+        self._layout = layouts(self._tensors)
+        self._copies: list[Copies] = []
+        self._complete: list[list[tuple[str, torch.Tensor]]] = []
+        for index, slots in enumerate(plan.buckets):
+            base = buffers[index % len(buffers)].data_ptr()
+            some = [slot for slot in slots if slot.nbytes]
+            spans = Spans.of(
+                [base + slot.offset for slot in some],
+                [tensors[slot.param].data_ptr() + slot.start for slot in some],
+                [slot.nbytes for slot in some],
+            )
+            self._copies.append(Copies(spans, buffers[0].device, peer))
+            self._complete.append([(plan.params[s.param].name, tensors[s.param]) for s in slots if s.last])
+
+    @property
+    def table_bytes(self) -> int:
+        """Device memory that the tables of the copies take."""
+        return sum(copies.nbytes for copies in self._copies)
+
+    def writes(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether it was made for these tensors where they are now."""
+        return all(map(operator.is_, tensors, self._tensors)) and layouts(self._tensors) == self._layout
+
+    def load(self, index: int, load_weights: LoadWeights) -> None:
+        """Copy a bucket on the current stream, and hand over the parameters that are complete then."""
+        load_weights.write_in_place()  # type: ignore[attr-defined]  # whoever has destinations has this too
+        self._copies[index].run(torch.cuda.current_stream())
+        if self._complete[index]:
+            load_weights(self._complete[index])

@@ -102,23 +102,26 @@ class LocalAgent:
     def start(self, handle: int, bucket: int, deadline: Deadline) -> None:
         with self._calling("moving weights") as agent:
             self._runs.append(_Run(handle, bucket))
-            self._post(agent, deadline)
+            self._post(agent)
 
     def finish(self, deadline: Deadline) -> None:
         run = self._runs[0]
         pause = _FIRST_PAUSE
         with self._calling("moving weights") as agent:
             while True:
-                self._post(agent, deadline)
+                self._post(agent)
                 if run.posted and agent.done(run.handle):
                     break
                 self._check(deadline)
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
             self._runs.popleft()
-            self._post(agent, deadline)  # the next one is under way while this one is told of, and loaded
             if run.bucket:
-                agent.tell_read(run.bucket, lambda: self._check(deadline))
+                agent.note_read(run.bucket)
+            self._post(agent)  # the next ones are under way while this one is loaded
+            while not (self._runs or agent.has_told()):
+                self._check(deadline)
+                time.sleep(_FIRST_PAUSE)
 
     def transport(self, place: Place) -> Transport:
         ctypes.CDLL(None).fflush(None)  # UCX leaves what it logs in its buffer
@@ -141,12 +144,14 @@ class LocalAgent:
     def close(self) -> None:
         self.kill()
 
-    def _post(self, agent: Agent, deadline: Deadline) -> None:
-        """Begin what may begin, in order."""
+    def _post(self, agent: Agent) -> None:
+        """Begin what may begin, in order, and go on telling what was read."""
+        if any(run.bucket for run in self._runs):
+            agent.has_told()
         for run in self._runs:
             if run.posted:
                 continue
-            if run.bucket and not agent.filled(run.bucket, lambda: self._check(deadline)):
+            if run.bucket and not agent.is_filled(run.bucket):
                 return
             agent.post(run.handle)
             run.posted = True

@@ -163,6 +163,8 @@ class Agent:
         self.register(self._words.ctypes.data, self._words.nbytes, Place())
         self._flags: tuple[int, int] | None = None
         self._peer: str | None = None
+        self._asking = self._telling = False
+        self._read = 0
 
     def register(self, address: int, nbytes: int, place: Place) -> None:
         """Let peers and transfers at a region."""
@@ -209,10 +211,11 @@ class Agent:
             self._nixl.release_xfer_handle(transfer)
         self._transfers.clear()
         self._flags = None
+        self._asking = self._telling = False
 
     def attach_flags(self, peer: str, filled: int, loaded: int) -> None:
         """Say where the peer counts filled buckets, and where this side is to count those that it has read."""
-        self._words[:] = 0
+        self._words[:], self._read = 0, 0
         word = self._words.itemsize
         read = np.array([[self._words.ctypes.data, filled, word]], dtype=np.uint64)
         write = np.array([[self._words.ctypes.data + word, loaded, word]], dtype=np.uint64)
@@ -251,6 +254,32 @@ class Agent:
         assert self._flags is not None
         self.post(self._flags[1])
         self.wait(self._flags[1], check)
+
+    def is_filled(self, bucket: int) -> bool:
+        """As `filled`, but without waiting for the peer's word: ask again."""
+        if self._words[0] < bucket:
+            assert self._flags is not None
+            if not self._asking:
+                self.post(self._flags[0])
+            self._asking = not self.done(self._flags[0])
+        return bool(self._words[0] >= bucket)
+
+    def note_read(self, bucket: int) -> None:
+        """As `tell_read`, but without waiting: `has_told` goes on telling."""
+        self._read = bucket
+        self.has_told()
+
+    def has_told(self) -> bool:
+        """Go on with what `note_read` has begun; return whether the peer knows everything."""
+        if self._flags is None:
+            return True  # no buckets: there is nothing to tell
+        if self._telling:
+            self._telling = not self.done(self._flags[1])
+        if not self._telling and self._words[1] != self._read:
+            self._words[1] = self._read
+            self.post(self._flags[1])
+            self._telling = True
+        return not self._telling
 
     def post(self, handle: int) -> None:
         """Begin a transfer. Where the kernel copies (CMA), this is also its end."""

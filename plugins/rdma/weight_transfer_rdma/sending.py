@@ -17,6 +17,7 @@ from weight_transfer.manifest import Manifest
 from weight_transfer.staging import staged_tensors
 from weight_transfer_rdma.info import PROBE_BYTES, WORD, Endpoint, RdmaInitInfo, RdmaUpdateInfo, Table
 from weight_transfer_rdma.memory import Arena, Located, RunningAgent, memory_for
+from weight_transfer_rdma.nixl import VRAM
 from weight_transfer_rdma.plan import Integers
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from weight_transfer.source import WeightSource
 
 _FLAGS_BYTES = 64 * 1024
+_PARTS, _LEAST = 4, 2**20  # of one bucket of the configuration, and the bytes that each has at least
 _FIRST_PAUSE, _LONGEST_PAUSE = 2e-5, 1e-4  # seconds between two looks at the workers' counters
 
 
@@ -135,26 +137,36 @@ class RdmaTrainerEngine(TrainerWeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo
             for param, address in zip(manifest.params, located.addresses.tolist(), strict=True)
             if address < 0 and param.nbytes
         ]
-        stride = -(-self.config.bucket_bytes // ALIGNMENT) * ALIGNMENT
+        bucket_bytes, count = self._cut()
+        stride = -(-bucket_bytes // ALIGNMENT) * ALIGNMENT
         if staged and opened.ring is None:
-            opened.ring = self._memory.arena(stride * self.config.buckets, deadline)
+            opened.ring = self._memory.arena(stride * count, deadline)
         buckets: tuple[int, ...] = ()
         opened.packer = None
         if opened.ring is not None and staged:
             buffers = opened.ring.data.split(stride)
-            opened.packer = Packer(plan_buckets(staged, self.config.bucket_bytes), buffers)
+            opened.packer = Packer(plan_buckets(staged, bucket_bytes), buffers)
             buckets = tuple(opened.ring.address + index * stride for index in range(len(buffers)))
         opened.table = Table(
             addresses=tuple(located.addresses.tolist()),
             region_addresses=tuple(located.regions.addresses.tolist()),
             region_sizes=tuple(located.regions.sizes.tolist()),
             buckets=buckets,
-            bucket_bytes=self.config.bucket_bytes,
+            bucket_bytes=bucket_bytes,
         )
         metadata = opened.agent.metadata(deadline)
         if metadata != opened.endpoint.metadata:
             opened.endpoint = attrs.evolve(opened.endpoint, metadata=metadata)
         opened.located, opened.manifest = located, manifest
+
+    def _cut(self) -> tuple[int, int]:
+        """Return size and number of the ring's buckets.
+
+        Between GPUs a bucket is read so fast that what both sides tell each other takes as long. So the same memory is
+        cut finer there: the trainer is ahead by several buckets, and workers learn of several at once.
+        """
+        parts = _PARTS if self._memory.place.memory == VRAM and self.config.bucket_bytes >= _PARTS * _LEAST else 1
+        return self.config.bucket_bytes // parts // ALIGNMENT * ALIGNMENT, self.config.buckets * parts
 
     def _fill(
         self,
