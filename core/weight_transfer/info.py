@@ -18,6 +18,9 @@ from weight_transfer.structuring import register, unstructure
 
 _ONCE = "weight_transfer_sent_once"
 
+TRAINER_LEFT = "the trainer closed its connection"
+"""The reason of an abort that a control channel orders because nobody waits for the answer any more."""
+
 MODEL = "model"
 """The target that every receiver has: its model."""
 

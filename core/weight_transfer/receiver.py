@@ -310,18 +310,20 @@ class WeightReceiver:
         return Watch(look, deadline, lambda: self._lifecycle.state, self.config.backend)
 
     def _abort(self, method: str, reason: str, session: str | Anyone | None) -> None:
-        with self._changed:
-            self._lifecycle.require_session(method, session)
-            update, joined, busy = self._update, self._joined, self._lifecycle.busy
-            if update is not None:
-                update.abort(reason)
-            self._changed.notify_all()
         deadline = Deadline(self.config.timeout)
-        while joined is not None and busy in ("init_weight_transfer_engine", "update_weights"):
-            joined.engine.abort_update()  # again and again: the engine may not have come to what is to be aborted
+        while True:
             with self._changed:
-                if self._changed.wait_for(lambda: self._lifecycle.busy != busy, _ABORT_INTERVAL) or deadline.expired:
-                    break
+                self._lifecycle.require_session(method, session)
+                update, joined, busy = self._update, self._joined, self._lifecycle.busy
+                if update is not None:
+                    update.abort(reason)
+                self._changed.notify_all()
+            if busy not in ("init_weight_transfer_engine", "update_weights") or deadline.expired:
+                break
+            if joined is not None:  # else its engine is being made; it may also not have come to what is to be aborted
+                joined.engine.abort_update()
+            with self._changed:
+                self._changed.wait_for(lambda: self._lifecycle.busy != busy, _ABORT_INTERVAL)  # noqa: B023  (called here)
         with self._operation(method, session, waits=True):
             if self._joined is joined:  # else the operation that was under way has let go of it
                 self._leave(reason)

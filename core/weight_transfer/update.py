@@ -5,12 +5,12 @@ from __future__ import annotations
 import operator
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from weight_transfer.deadline import Deadline
-from weight_transfer.errors import IntegrityError, ManifestMismatchError, TransferError
+from weight_transfer.errors import IntegrityError, ManifestMismatchError, PeerLostError, TransferError
 from weight_transfer.events import TransferProgress
-from weight_transfer.info import MODEL
+from weight_transfer.info import MODEL, TRAINER_LEFT
 from weight_transfer.loading import InPlaceLoader
 from weight_transfer.manifest import torch_dtype
 
@@ -76,10 +76,17 @@ class Update:
     def aborted(self) -> bool:
         return self.abort_reason is not None
 
+    def abort_error(self, **fields: Any) -> TransferError:
+        """Return the error that says why the update was aborted; a trainer that left is a peer that was lost."""
+        reason = str(self.abort_reason).rstrip(".")
+        if reason == TRAINER_LEFT:
+            return PeerLostError("The trainer closed its connection, or died.", peer="trainer", **fields)
+        return TransferError(f"The update was aborted: {reason}.", **fields)
+
     def check(self, what: str = "receiving weights") -> None:
         """Raise if the deadline has passed or the update was aborted; ``what`` is being done."""
         if self.aborted:
-            raise TransferError(f"The update was aborted: {self.abort_reason}.", phase="update", version=self.version)
+            raise self.abort_error(phase="update", version=self.version)
         self.deadline.check(what, phase="update", backend=self._backend)
 
     def destinations(self) -> Mapping[str, Tensor] | None:

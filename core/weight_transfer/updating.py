@@ -166,7 +166,7 @@ def _named(error: BaseException, backend: str, phase: str, update: Update | None
         return error
     fields: dict[str, Any] = {"backend": backend, "phase": phase, "version": update.version if update else None}
     if update is not None and update.aborted:
-        return TransferError(f"The update was aborted: {update.abort_reason}.", **fields)
+        return update.abort_error(**fields)
     if isinstance(error, WeightTransferError):
         return error
     kind = TransferTimeoutError if isinstance(error, TimeoutError) else TransferError

@@ -34,6 +34,7 @@ from weight_transfer.errors import (
     error_to_dict,
 )
 from weight_transfer.info import (
+    TRAINER_LEFT,
     WeightTransferAbortRequest,
     WeightTransferFinishRequest,
     WeightTransferInitRequest,
@@ -128,7 +129,7 @@ class _Calls:
                 while (await request.receive())["type"] != "http.disconnect":
                     pass
                 abort: Callable[..., None] = self._channel.abort_weight_update
-                reason = {"reason": "the trainer closed its connection"}
+                reason = {"reason": TRAINER_LEFT}
                 await self.run(abort, reason | _session_of(arguments))
 
             tasks.start_soon(watch)

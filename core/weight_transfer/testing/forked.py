@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import warnings
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from weight_transfer.testing.actors import Actor, Stage
@@ -24,7 +25,7 @@ class ForkedChild(Actor):
             self._id = os.fork()
         if not self._id:
             try:
-                self._pipe.close()
+                _close_all_but(theirs.fileno())
                 Stage(theirs).serve({"hashes": lambda: hashes(model), "randomise": lambda seed: randomise(model, seed)})
             finally:
                 os._exit(0)
@@ -37,6 +38,14 @@ class ForkedChild(Actor):
         """End it, and wait for that."""
         self.hang_up()
         os.waitpid(self._id, 0)
+
+
+def _close_all_but(kept: int) -> None:
+    """Close what was inherited: with the test's own ends of pipes open here, no actor would ever see them closed."""
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd > 2 and fd != kept:
+            with suppress(OSError):  # that of the listing itself
+                os.close(fd)
 
 
 class Family:
