@@ -69,7 +69,7 @@ def test_the_examples_run(page: Path, tmp_path: Path) -> None:
                 workers.append(stack.enter_context(example(page, tmp_path, with_ports(worker, {shown: port}))))
         elif ports:
             standard = WORKERS.replace("PORTS", str(others))
-            workers.append(stack.enter_context(example(page, tmp_path, [(0, standard)])))
+            workers.append(stack.enter_context(example(page, tmp_path, [(0, standard, False)])))
         for part in (trainer, sharded):
             if part:
                 with example(page, tmp_path, with_ports(part, ports), ranks=2 if part is sharded else 1) as process:
@@ -116,12 +116,16 @@ def free_port() -> Iterator[int]:
         yield holder.getsockname()[1]
 
 
-def with_ports(part: list[Block], ports: dict[str, int]) -> list[tuple[int, str]]:
-    """Return lines and code, with free ports for the ones that the page shows, and without a final endless wait."""
+def with_ports(part: list[Block], ports: dict[str, int]) -> list[tuple[int, str, bool]]:
+    """Return lines, code, and whether it is a whole script, of a page.
+
+    The ports that it shows are replaced by free ones, and a final endless wait is left out.
+    """
     return [
         (
             block.line,
             PORT.sub(lambda match: str(ports.get(match[0], match[0])), block.code).removesuffix("server.wait()\n"),
+            block.title is not None,
         )
         for block in part
     ]
@@ -143,14 +147,16 @@ def write_files(page: Path, folder: Path, ports: dict[str, int]) -> None:
 
 
 @contextmanager
-def example(page: Path, folder: Path, code: list[tuple[int, str]], ranks: int = 1) -> Iterator[subprocess.Popen[bytes]]:
+def example(
+    page: Path, folder: Path, code: list[tuple[int, str, bool]], ranks: int = 1
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run code of a page in a process, or under torchrun; the process has ended when the block is left."""
     path = os.pathsep.join([str(folder), str(ROOT / "tests")])
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WEIGHT_TRANSFER_")} | {"PYTHONPATH": path}
     command = [sys.executable, "-m", "support.example", name_of(page)]
     if ranks > 1:
         script = folder / "example.py"
-        script.write_text("".join(text for _, text in code))
+        script.write_text("".join(text for _, text, _ in code))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command.append(str(script))
     with open(folder / "log", "a") as log:

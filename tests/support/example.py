@@ -1,6 +1,7 @@
-"""Runs examples of one page in one process: ``python -m support.example PAGE`` takes ``[[line, code], ...]`` on stdin.
+"""Runs examples of one page in one process: ``python -m support.example PAGE`` takes ``[[line, code, whole], ...]``.
 
-After the last one it lives until stdin ends, so that what it serves stays up.
+They come on stdin, as JSON. A whole script runs with nothing given; the others share their names, and take some as given.
+After the last one the process lives until stdin ends, so that what it serves stays up.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ def given() -> dict[str, Any]:
 
 
 def main(page: str) -> None:
-    names = given()
-    for line, code in json.loads(sys.stdin.readline()):
-        exec(compile("\n" * line + code, page, "exec"), names)  # tracebacks then speak of the page's own lines
+    names, scopes = given(), []
+    for line, code, whole in json.loads(sys.stdin.readline()):
+        compiled = compile("\n" * line + code, page, "exec")  # tracebacks then speak of the page's own lines
+        scopes.append({"__name__": "__main__"} if whole else names)  # kept, so that what serves goes on
+        exec(compiled, scopes[-1])
     sys.stdin.read()
 
 
