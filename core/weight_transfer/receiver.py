@@ -187,7 +187,7 @@ class WeightReceiver:
         Raises:
             LifecycleError: there is no engine, or an update is under way.
             SessionError: another trainer has joined since.
-            TransferTimeoutError: somebody went on sampling for ``config.timeout`` seconds; the version stays served.
+            TransferTimeoutError: somebody went on sampling for 0.9 of ``config.timeout``; the version stays served.
         """
         with self._operation("start_weight_update", session, ReceiverState.READY), self._changed:
             self._update = update = Update(self.config.timeout)
