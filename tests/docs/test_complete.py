@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from collections.abc import Iterator
 
 import attrs
 import click
 import pytest
 
+import weight_transfer
 from support.pages import ROOT, table, text_of
 from weight_transfer import errors, hookspecs, load_backend
 from weight_transfer.backend import Capability
@@ -92,3 +94,54 @@ def test_every_capability_is_documented_as_the_backends_declare_it() -> None:
     }
     assert {row[0]: row[2:] for row in rows} == expected
     assert all(row[1] for row in rows)
+
+
+CORE = ROOT / "core" / "weight_transfer"
+
+
+def test_the_table_of_modules_is_complete_and_imports_go_up() -> None:
+    rows = [re.findall(r"`([\w.]+)`", row[0]) for row in table("architecture.md", "modules of `weight_transfer`")]
+    row_of = {name: index for index, names in enumerate(rows) for name in names}
+    assert sum(map(len, rows)) == len(row_of), "a module stands in two rows"
+    top = {path.stem for path in CORE.glob("[!_]*.py")} | {path.parent.name for path in CORE.glob("*/__init__.py")}
+    assert {name.partition(".")[0] for name in row_of} == top
+    for path in CORE.rglob("*.py"):
+        parts = path.relative_to(CORE).with_suffix("").parts
+        if parts[0].startswith("__") or "template" in parts:
+            continue
+        for imported in imports_of(ast.parse(path.read_text())):
+            upper, lower = row_in(row_of, imported), row_in(row_of, ".".join(parts))
+            assert upper <= lower, f"{path.name} imports {imported}, which stands below it"
+
+
+def row_in(row_of: dict[str, int], module: str) -> int:
+    """Return the row of a module or of the package that it lies in."""
+    while module not in row_of:
+        module = module.rpartition(".")[0]
+    return row_of[module]
+
+
+def imports_of(node: ast.AST) -> Iterator[str]:
+    """Yield what is imported from the package when it runs, as paths below it, but public names of its root."""
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        return
+    if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == CORE.name:
+        below = node.module.removeprefix(CORE.name).removeprefix(".")
+        for name in node.names:
+            path = ".".join(filter(None, [below, name.name]))
+            if below or (CORE / f"{path}.py").exists() or (CORE / path).is_dir():
+                yield path
+    for child in ast.iter_child_nodes(node):
+        yield from imports_of(child)
+
+
+def test_every_public_name_is_documented() -> None:
+    reference = "".join(path.read_text() for path in (ROOT / "docs/reference").glob("*.md"))
+    shown = set(re.findall(r"^::: ([\w.]+)$", reference, re.MULTILINE))
+    elsewhere = "".join(text_of(page) for page in ("errors.md", "configuration.md", "hooks.md"))
+    homes: dict[str, str] = vars(weight_transfer)["_HOME"]
+    for name, below in homes.items():
+        home = f"{weight_transfer.__name__}.{below}"
+        module = getattr(getattr(weight_transfer, name), "__module__", home)
+        in_reference = shown & {home, module, f"{home}.{name}", f"{module}.{name}"}
+        assert in_reference or f"`{name}`" in elsewhere or f".{name}`" in elsewhere, name

@@ -1,6 +1,6 @@
 """Runs examples of one page in one process: ``python -m support.example PAGE`` takes ``[[line, code, whole], ...]``.
 
-They come on stdin, as JSON. A whole script runs with nothing given; the others share their names, and take some as given.
+They come on stdin, as JSON. A whole script is given nothing; the others share their names, and are given some.
 After the last one the process lives until stdin ends, so that what it serves stays up.
 """
 
