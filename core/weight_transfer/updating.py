@@ -9,7 +9,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from weight_transfer.autograd_modes import Writing
-from weight_transfer.errors import ManifestMismatchError, TransferError, TransferTimeoutError, WeightTransferError
+from weight_transfer.errors import (
+    ConfigError,
+    ManifestMismatchError,
+    TransferError,
+    TransferTimeoutError,
+    WeightTransferError,
+)
 from weight_transfer.events import TransferFinished, TransferStarted
 from weight_transfer.info import MODEL, WeightTransferInitInfo, WireDecoder
 from weight_transfer.loading import loader_for
@@ -48,6 +54,27 @@ class Target:
     ) -> None:
         self.loaders = loader_for(model, load_weights, process_weights_after_loading, ignore)
         self.writing = Writing(model)
+
+
+def further_targets(models: Mapping[str, nn.Module], ignore: Sequence[str]) -> dict[str, Target]:
+    """Return the targets beside the model, by name.
+
+    Raises:
+        ConfigError: a name is none, or the model's; or what it names is no module.
+    """
+    for name in models:
+        if not isinstance(name, str) or not name or name == MODEL:
+            raise ConfigError(f"targets: {name!r} is no name for a further model; {MODEL!r} is the first one's.")
+        require_module(f"targets: {name}", models[name])
+    return {name: Target(model, None, None, ignore) for name, model in models.items()}
+
+
+def require_module(what: str, value: object) -> None:
+    """Raise unless ``value`` is a module."""
+    from torch import nn
+
+    if not isinstance(value, nn.Module):
+        raise ConfigError(f"{what}: expected the nn.Module that serves, got {type(value).__name__}.")
 
 
 class Joined:
