@@ -84,6 +84,11 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().reshape(-1).view(torch.uint8)
 
 
+def laid_out(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a contiguous tensor whose bytes are its values: itself, unless it is strided or a conjugate view."""
+    return tensor.resolve_conj().resolve_neg().contiguous()
+
+
 def pack(slots: Sequence[Slot], tensors: Sequence[torch.Tensor], views: Sequence[torch.Tensor]) -> None:
     """Copy pieces of ``tensors`` into a bucket.
 
@@ -137,7 +142,7 @@ class Packer:
             parts = []
             for slot in slots:
                 if not slot.start:
-                    tensor = next(tensors).contiguous()
+                    tensor = laid_out(next(tensors))
                 parts.append(tensor)
             pack(slots, parts, views)
             yield sum(slot.nbytes for slot in slots)

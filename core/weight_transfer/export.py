@@ -268,7 +268,7 @@ class _Resizing:
         if not group:
             raise RuntimeError("A storage in shared memory cannot be resized when no weight uses it any more.")
         old = group[0].untyped_storage()
-        if not _is_held_by(group, old):
+        if old.is_shared() or not _is_held_by(group, old):
             raise RuntimeError(
                 "A storage that weight-transfer has moved into shared memory cannot be resized while anything beside "
                 "the model's own tensors refers to it; let go of that, or set "

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
-from weight_transfer.autograd_modes import Writing
+from weight_transfer.autograd_modes import Writing, reading
 from weight_transfer.config import ParallelConfig, WeightTransferConfig
 from weight_transfer.deadline import Deadline
 from weight_transfer.errors import LifecycleError, TransferError, TransferTimeoutError, WeightTransferError
@@ -153,7 +153,8 @@ class WeightReceiver:
             self._set_state(ReceiverState.CREATED)
             engine = self._backend.create_worker_engine(self.config, self.parallel_config)
             try:
-                engine.init_transfer_engine(engine.parse_init_info(init_info))
+                with reading():
+                    engine.init_transfer_engine(engine.parse_init_info(init_info))
             except BaseException as error:
                 engine.shutdown()
                 named = self._mapped(error, "init")

@@ -115,7 +115,7 @@ class WeightSender:
             TransferError: the update failed; ``peer`` names the worker. No worker publishes the version, and the next
                 ``send`` joins all of them again. With ``on_worker_failure = "continue"`` only if it failed on all.
         """
-        with self._operation("send"), reading():
+        with self._operation("send"):
             version = self._next(version)
             source = self._as_source(weights)
             manifest = source.manifest()
@@ -295,7 +295,8 @@ class WeightSender:
                 f"{method}: another thread is sending; one update at a time.", method=method, state="sending"
             )
         try:
-            yield
+            with reading():
+                yield
         finally:
             self._exclusive.release()
 

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from weight_transfer.buckets import Slot, as_bytes
+from weight_transfer.buckets import Slot, as_bytes, laid_out
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,7 @@ class StreamedBytes:
         for slot in slots:
             while self._read <= slot.param:
                 _, tensor = next(self._tensors)
-                self._held[self._read] = tensor.to(self._device).contiguous()
+                self._held[self._read] = laid_out(tensor.to(self._device))
                 self._read += 1
             pieces.append(piece_of(self._held[slot.param], slot))
             if slot.last:
