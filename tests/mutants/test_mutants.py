@@ -168,7 +168,8 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str, str
     (folder / "test_them.py").write_text(TESTS + "".join(TEST.format(stem=m.stem, name=m.name) for m in MUTANTS))
     nodes = [f"test_them.py::Test{m.stem}::{test}" for m in MUTANTS for test in (m.caught_by, m.passes)]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--junit-xml=report.xml", *nodes]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), str(HERE)])}
+    paths = [str(site), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400, check=False
     )

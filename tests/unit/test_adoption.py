@@ -45,11 +45,13 @@ def _shared(_: Path) -> torch.Tensor:
 
 def _mapped_checkpoint(folder: Path) -> torch.Tensor:
     torch.save(torch.randn(20), folder / "weights.pt")
-    return torch.load(folder / "weights.pt", mmap=True)
+    loaded: torch.Tensor = torch.load(folder / "weights.pt", mmap=True)
+    return loaded
 
 
 def _mapped_file(folder: Path) -> torch.Tensor:
-    return torch.from_file(str(folder / "weights"), shared=True, size=20)
+    mapped: torch.Tensor = torch.from_file(str(folder / "weights"), shared=True, size=20)
+    return mapped
 
 
 def _numpy(_: Path) -> torch.Tensor:

@@ -55,7 +55,7 @@ def test_pages_that_were_written_are_found(nbytes: int, monkeypatch: pytest.Monk
 def test_without_a_pagemap_everything_is_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
     owner, view = _pair(5000)
     view.data.fill_(2)
-    monkeypatch.setattr(shared_memory.os, "pread", lambda *_: b"")
+    monkeypatch.setattr(os, "pread", lambda *_: b"")
     view.renew()
     assert torch.equal(owner, view.data)
 

@@ -228,7 +228,8 @@ class FreezesStoragesTrainer(_MovesWeights):
     """To memory that torch cannot resize."""
 
     def move(self, tensor):
-        tensor.data = torch.frombuffer(bytearray(tensor.numpy(force=True)), dtype=tensor.dtype).view(tensor.shape)
+        data = bytearray(_raw(tensor.detach()).numpy())
+        tensor.data = torch.frombuffer(data, dtype=tensor.dtype).view(tensor.shape)
 
 
 class MakesInferenceTensorsTrainer(_MovesWeights):
@@ -248,7 +249,7 @@ class WritesOnAThreadWorker(AcmeWorkerEngine):
         def receive():
             try:
                 super(WritesOnAThreadWorker, self).receive_weights(update_info, load_weights)
-            except BaseException as error:
+            except Exception as error:
                 failures.append(error)
 
         thread = threading.Thread(target=receive)
