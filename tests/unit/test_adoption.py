@@ -40,7 +40,8 @@ class One(nn.Module):
 
 
 def _shared(_: Path) -> torch.Tensor:
-    return torch.randn(20).share_memory_()
+    shared: torch.Tensor = torch.randn(20).share_memory_()
+    return shared
 
 
 def _mapped_checkpoint(folder: Path) -> torch.Tensor:

@@ -249,7 +249,7 @@ class WritesOnAThreadWorker(AcmeWorkerEngine):
         def receive():
             try:
                 super(WritesOnAThreadWorker, self).receive_weights(update_info, load_weights)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  (raised by the caller)
                 failures.append(error)
 
         thread = threading.Thread(target=receive)
