@@ -206,9 +206,9 @@ def _is_adoptable(group: Sequence[torch.Tensor]) -> bool:
     if not all(_is_plain(tensor) for tensor in group):
         return False
     storage = group[0].untyped_storage()
-    if _is_adopted(storage):
-        return _is_held_by(group, storage)
-    return storage.resizable() and not storage.is_shared() and not group[0].is_pinned() and _is_held_by(group, storage)
+    if storage.is_shared() or not _is_held_by(group, storage):
+        return False
+    return _is_adopted(storage) or (storage.resizable() and not group[0].is_pinned())
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -273,7 +273,7 @@ class _Resizing:
         if not group:
             raise RuntimeError("A storage in shared memory cannot be resized when no weight uses it any more.")
         old = group[0].untyped_storage()
-        if not _is_held_by(group, old):
+        if old.is_shared() or not _is_held_by(group, old):
             raise RuntimeError(
                 "A storage that weight-transfer has moved into shared memory cannot be resized while anything beside "
                 "the model's own tensors refers to it; let go of that, or set "

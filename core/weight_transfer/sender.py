@@ -125,7 +125,7 @@ class WeightSender:
             TransferError: the update failed; ``peer`` names the worker. No worker publishes the version, and the next
                 ``send`` joins all of them again. With ``on_worker_failure = "continue"`` only if it failed on all.
         """
-        with self._operation("send"), reading():
+        with self._operation("send"):
             outgoing = self._targets.get(target) or Outgoing(target)
             version = self._next(version, outgoing)
             source = outgoing.part(self._cast.around(outgoing.whole(weights), outgoing), only)
@@ -345,6 +345,7 @@ class WeightSender:
             )
         self._fleet.go_on()
         try:
-            yield
+            with reading():
+                yield
         finally:
             self._exclusive.release()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from weight_transfer.autograd_modes import Writing
+from weight_transfer.autograd_modes import Writing, reading
 from weight_transfer.errors import (
     ConfigError,
     ManifestMismatchError,
@@ -94,7 +94,8 @@ class Joined:
         """Let the engine join the trainer; return what that has said."""
         with _naming(self._name, "init", None):
             info: WeightTransferInitInfo = self.engine.parse_init_info(init_info)
-            self.engine.init_transfer_engine(info)
+            with reading():
+                self.engine.init_transfer_engine(info)
         return info
 
     def receive(
