@@ -25,7 +25,6 @@ import attrs
 import torch
 
 from weight_transfer.buckets import ALIGNMENT
-from weight_transfer.errors import ManifestMismatchError
 from weight_transfer.manifest import Manifest, dtype_name, torch_dtype
 from weight_transfer.shared_memory import SharedMemory
 
@@ -102,13 +101,9 @@ class Exporter:
         """Return where the weights are now, in whichever dtypes they lie; the same object while nothing moved.
 
         New or reallocated parameters are adopted, segments that no parameter uses any more are dropped.
-
-        Raises:
-            ManifestMismatchError: a tensor's storage has been resized and is too small for it.
         """
         if not self.parted and self._signature == _sign(manifest, resident):
             return self._export
-        _require_memory(resident)
         self._segments = {home: segment for home, segment in self._segments.items() if not segment.parted}
         if self._adopt:
             self._find(list(resident.values()))
@@ -178,20 +173,6 @@ class Exporter:
 
 def _sign(manifest: Manifest, resident: Mapping[str, torch.Tensor]) -> tuple[object, ...]:
     return manifest.digest, [(tensor.data_ptr(), tensor.stride(), tensor.dtype) for tensor in resident.values()]
-
-
-def _require_memory(tensors: Mapping[str, torch.Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if tensor.device.type != "cpu" or not tensor.numel():
-            continue
-        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        needed = (tensor.storage_offset() + reach + 1) * tensor.element_size()
-        if (has := tensor.untyped_storage().nbytes()) < needed:
-            raise ManifestMismatchError(
-                f"Weight {name!r} has {has} bytes of memory and needs {needed}: its storage was resized; resize it "
-                "back, and fill it, before the next update.",
-                phase="update",
-            )
 
 
 def _by_storage(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
