@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def reading() -> Iterator[None]:
-    """The mode for a trainer: what is made here outlives the update, and must not become inference tensors."""
+    """The mode for a trainer, and for joining: what is made there outlives the call, and is no inference tensor."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 

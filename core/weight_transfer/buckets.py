@@ -84,6 +84,11 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().reshape(-1).view(torch.uint8)
 
 
+def laid_out(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a contiguous tensor whose bytes are its values: itself, unless it is strided or a conjugate view."""
+    return tensor.resolve_conj().resolve_neg().contiguous()
+
+
 def bucket_views(slots: Sequence[Slot], buffer: torch.Tensor) -> list[torch.Tensor]:
     """Return, for each slot, the bytes of ``buffer`` (uint8, ``[bucket_bytes]``) that it takes; cache them."""
     return [buffer[slot.offset : slot.offset + slot.nbytes] for slot in slots]
@@ -152,7 +157,7 @@ class Packer:
     def _packable(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return the tensor contiguous, and converted already if buckets may split its elements."""
         splits = self.plan.bucket_bytes % dtype.itemsize
-        return (tensor.to(dtype) if splits else tensor).contiguous()
+        return laid_out(tensor.to(dtype) if splits else tensor)
 
 
 class Unpacker:

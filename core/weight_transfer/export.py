@@ -25,7 +25,6 @@ import attrs
 import torch
 
 from weight_transfer.buckets import ALIGNMENT
-from weight_transfer.errors import ManifestMismatchError
 from weight_transfer.manifest import Manifest, dtype_name, torch_dtype
 from weight_transfer.shared_memory import SharedMemory
 
@@ -102,13 +101,9 @@ class Exporter:
         """Return where the weights are now, in whichever dtypes they lie; the same object while nothing moved.
 
         New or reallocated parameters are adopted, segments that no parameter uses any more are dropped.
-
-        Raises:
-            ManifestMismatchError: a tensor's storage has been resized and is too small for it.
         """
         if not self.parted and self._signature == _sign(manifest, resident):
             return self._export
-        _require_memory(resident)
         self._segments = {home: segment for home, segment in self._segments.items() if not segment.parted}
         if self._adopt:
             self._find(list(resident.values()))
@@ -180,20 +175,6 @@ def _sign(manifest: Manifest, resident: Mapping[str, torch.Tensor]) -> tuple[obj
     return manifest.digest, [(tensor.data_ptr(), tensor.stride(), tensor.dtype) for tensor in resident.values()]
 
 
-def _require_memory(tensors: Mapping[str, torch.Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if tensor.device.type != "cpu" or not tensor.numel():
-            continue
-        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        needed = (tensor.storage_offset() + reach + 1) * tensor.element_size()
-        if (has := tensor.untyped_storage().nbytes()) < needed:
-            raise ManifestMismatchError(
-                f"Weight {name!r} has {has} bytes of memory and needs {needed}: its storage was resized; resize it "
-                "back, and fill it, before the next update.",
-                phase="update",
-            )
-
-
 def _by_storage(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
     groups: dict[int, list[torch.Tensor]] = {}
     for tensor in tensors:
@@ -206,9 +187,9 @@ def _is_adoptable(group: Sequence[torch.Tensor]) -> bool:
     if not all(_is_plain(tensor) for tensor in group):
         return False
     storage = group[0].untyped_storage()
-    if _is_adopted(storage):
-        return _is_held_by(group, storage)
-    return storage.resizable() and not storage.is_shared() and not group[0].is_pinned() and _is_held_by(group, storage)
+    if storage.is_shared() or not _is_held_by(group, storage):
+        return False
+    return _is_adopted(storage) or (storage.resizable() and not group[0].is_pinned())
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -273,7 +254,7 @@ class _Resizing:
         if not group:
             raise RuntimeError("A storage in shared memory cannot be resized when no weight uses it any more.")
         old = group[0].untyped_storage()
-        if not _is_held_by(group, old):
+        if old.is_shared() or not _is_held_by(group, old):
             raise RuntimeError(
                 "A storage that weight-transfer has moved into shared memory cannot be resized while anything beside "
                 "the model's own tensors refers to it; let go of that, or set "

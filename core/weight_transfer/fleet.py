@@ -160,6 +160,14 @@ class Fleet:
             peer.dtypes = dtypes_by_name(calls.results.get(peer), peer.address)
         return lost
 
+    def connect(self) -> None:
+        """Join all workers, or leave none half joined."""
+        try:
+            self.require_one(self.join())
+        except BaseException as error:
+            self.abort(str(error))
+            raise
+
     def greet(self, deadline: Deadline) -> Lost:
         """Wait until the workers answer that have not, and learn from their status what they are."""
         strangers = [peer for peer in self.peers if not (peer.joined or peer.greeted)]

@@ -16,6 +16,7 @@ from weight_transfer.deadline import LONG
 from weight_transfer.errors import ManifestMismatchError
 from weight_transfer.manifest import dtype_name, torch_dtype
 from weight_transfer.source import ModuleSource, WeightSource
+from weight_transfer.state import lack_of_memory
 
 if TYPE_CHECKING:
     from weight_transfer.manifest import Manifest, ParamMeta
@@ -194,6 +195,9 @@ def _require(param: ParamMeta, name: str, tensor: object, verb: str) -> None:
     if tensor.is_meta or tensor.layout is not torch.strided:
         what = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
         raise _mismatch(f"{verb} {name!r} {what}; a weight needs its bytes, densely")
+    lack = lack_of_memory(tensor)
+    if lack:
+        raise _mismatch(f"{verb} {name!r}, which {lack}")
 
 
 def _mismatch(what: str) -> ManifestMismatchError:

@@ -16,7 +16,7 @@ from functools import lru_cache
 
 import torch
 
-from weight_transfer.buckets import as_bytes
+from weight_transfer.buckets import as_bytes, laid_out
 
 _BLOCK = 1 << 18  # words: 2 MiB, which stays in cache
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -37,7 +37,7 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     Neither shape nor dtype goes into it: the manifest compares those. Temporary memory is at most 8 MiB on the
     tensor's device, and the tensor's size if it is not contiguous.
     """
-    data = as_bytes(tensor.contiguous())
+    data = as_bytes(laid_out(tensor))
     words, tail = data.numel() // 8, data.numel() % 8
     total = data.numel()
     if words:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import operator
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Future
@@ -87,20 +88,19 @@ def private_copies(weights: Weights) -> Weights:
     return [(name, tensor.clone()) for name, tensor in weights]
 
 
-def _references(weights: Weights) -> list[tuple[int, int]]:
+def _references(weights: Weights) -> list[tuple[int, ...]]:
     """Count, for each tensor, what refers to it and to its storage."""
-    tensors = [tensor for _, tensor in weights]
-    return [
-        (sys.getrefcount(tensor), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))  # noqa: SLF001  (as in export)
-        for tensor in tensors
-    ]
+    return [_references_to(tensor, tensor.untyped_storage()) for _, tensor in weights]
 
 
-def _kept(weights: Weights, before: list[tuple[int, int]]) -> list[str]:
+def _references_to(tensor: torch.Tensor, storage: torch.UntypedStorage) -> tuple[int, ...]:
+    tensors: int = torch._C._storage_Use_Count(storage._cdata)  # noqa: SLF001  (as in `export`)
+    return sys.getrefcount(tensor), sys.getrefcount(storage), tensors
+
+
+def _kept(weights: Weights, before: list[tuple[int, ...]]) -> list[str]:
     now = _references(weights)
-    return [
-        name for (name, _), was, is_ in zip(weights, before, now, strict=True) if is_[0] > was[0] or is_[1] > was[1]
-    ]
+    return [name for (name, _), was, is_ in zip(weights, before, now, strict=True) if any(map(operator.gt, is_, was))]
 
 
 def _name(call: Callable[..., Any]) -> str:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from weight_transfer import background
 from weight_transfer.autograd_modes import reading
-from weight_transfer.casting import declared_dtypes
-from weight_transfer.config import RECEIVER, ParallelConfig, WeightTransferConfig
+from weight_transfer.config import ParallelConfig, WeightTransferConfig
+from weight_transfer.configured_cast import ConfiguredCast
 from weight_transfer.deadline import Deadline
 from weight_transfer.errors import (
     ConfigError,
@@ -21,13 +21,14 @@ from weight_transfer.errors import (
     TransferTimeoutError,
     WeightTransferError,
 )
-from weight_transfer.events import TransferFinished, TransferProgress, TransferStarted
+from weight_transfer.events import TransferFinished, TransferStarted
 from weight_transfer.fleet import Fleet, Lost
 from weight_transfer.guarded import GuardedSource
 from weight_transfer.info import MODEL, WeightTransferUpdateInfo
 from weight_transfer.integrity import tensor_digest
 from weight_transfer.manager import add_observers, load_backend
 from weight_transfer.outgoing import Outgoing
+from weight_transfer.progress import Progress, timed
 from weight_transfer.read_config import load_config
 from weight_transfer.report import TransferReport, WorkerReport
 from weight_transfer.versions import as_version, following
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
     from weight_transfer.manifest import Manifest
     from weight_transfer.peers import Peer
     from weight_transfer.source import WeightSource
-
-_PROGRESS_INTERVAL = 0.1  # seconds
 
 
 class WeightSender:
@@ -80,6 +79,7 @@ class WeightSender:
         self._fleet = Fleet(self._backend, self.config, self.parallel_config)
         for worker in workers if self._sends else ():
             self._fleet.add(worker, workers_per_channel)
+        self._cast = ConfiguredCast(self.config.cast, self._fleet, asks=self._sends)
         self._targets: dict[str, Outgoing] = {}
         self._exclusive = threading.Lock()
         self._closed = False
@@ -98,7 +98,7 @@ class WeightSender:
         """
         with self._operation("connect"):
             if self._sends:
-                self._join()
+                self._fleet.connect()
 
     def send(
         self,
@@ -125,10 +125,10 @@ class WeightSender:
             TransferError: the update failed; ``peer`` names the worker. No worker publishes the version, and the next
                 ``send`` joins all of them again. With ``on_worker_failure = "continue"`` only if it failed on all.
         """
-        with self._operation("send"), reading():
+        with self._operation("send"):
             outgoing = self._targets.get(target) or Outgoing(target)
             version = self._next(version, outgoing)
-            source = outgoing.part(self._cast(outgoing.whole(weights), outgoing), only)
+            source = outgoing.part(self._cast.around(outgoing.whole(weights), outgoing), only)
             manifest = source.manifest()
             if not manifest.params:
                 raise ConfigError("The weights to send have no parameters.")
@@ -238,18 +238,18 @@ class WeightSender:
         noticed: dict[Peer, WorkerReport] = {}
         if self._sends:
             self._fleet.place(source.device)
-            with _timed(seconds, "init"):
+            with timed(seconds, "init"):
                 lost |= self._fleet.join()
                 self._fleet.require_one(lost)
             deadline = Deadline(self.config.timeout)
-            with _timed(seconds, "start"):
+            with timed(seconds, "start"):
                 lost |= self._fleet.start(deadline)
                 self._fleet.require_one(lost)
-            with _timed(seconds, "update"):
+            with timed(seconds, "update"):
                 failures, noticed = self._update(source, manifest, version, outgoing, deadline)
                 lost |= failures
                 self._fleet.require_one(lost)
-            with _timed(seconds, "finish"):
+            with timed(seconds, "finish"):
                 lost |= self._fleet.finish(version, deadline)
                 self._fleet.require_one(lost)
         noticed = {peer: report for peer, report in noticed.items() if peer not in lost}
@@ -287,7 +287,7 @@ class WeightSender:
         wires = {peer: encoder.encode(info, peer.known.get(target, {})) for peer in self._fleet.started}
         calls = self._fleet.call(list(wires), lambda peer: peer.update(wires[peer]), "update", self._fleet.react)
         self._fleet.require_going_on()
-        progress = _Progress(self._backend.notify, info, self.config.backend)
+        progress = Progress(self._backend.notify, info, self.config.backend)
         try:
             with source.watched():
                 engine.send_weights(source, manifest, deadline, progress)
@@ -335,48 +335,6 @@ class WeightSender:
             )
         return following(self._fleet.versions(outgoing.target))
 
-    def _cast(self, source: WeightSource, outgoing: Outgoing) -> WeightSource:
-        """Put the config's cast around a source."""
-        if not self.config.cast:
-            return source
-        if RECEIVER in self.config.cast.values():
-            if outgoing.target != MODEL:
-                raise ConfigError(
-                    f'cast: the workers tell the dtypes of their model alone, so "{RECEIVER}" means nothing for target '
-                    f"{outgoing.target!r}; name a dtype."
-                )
-            if self._sends and self._join_for(source):
-                outgoing.forget_cast()  # whoever joined now may have other dtypes
-        return outgoing.cast(source, self._declared, self._received)
-
-    def _join_for(self, source: WeightSource) -> bool:
-        """Join the workers that have not, for what they have to say; return whether there were any."""
-        source.manifest()  # from here on it knows its device
-        self._fleet.place(source.device)
-        if all(peer.joined for peer in self._fleet.peers):
-            return False
-        self._join()
-        return True
-
-    def _declared(self, manifest: Manifest) -> dict[str, str]:
-        chosen = declared_dtypes(manifest, self.config.cast)
-        return {name: dtype for name, dtype in chosen.items() if dtype != RECEIVER}
-
-    def _received(self, manifest: Manifest) -> dict[str, str]:
-        chosen = declared_dtypes(manifest, self.config.cast)
-        called = {name: [name] for name, dtype in chosen.items() if dtype == RECEIVER}
-        for alias, name in manifest.aliases.items():
-            if name in called:
-                called[name].append(alias)
-        return self._fleet.dtypes(called) if self._sends else {}
-
-    def _join(self) -> None:
-        try:
-            self._fleet.require_one(self._fleet.join())
-        except BaseException as error:
-            self._fleet.abort(str(error))
-            raise
-
     @contextmanager
     def _operation(self, method: str) -> Iterator[None]:
         if self._closed:
@@ -387,41 +345,7 @@ class WeightSender:
             )
         self._fleet.go_on()
         try:
-            yield
+            with reading():
+                yield
         finally:
             self._exclusive.release()
-
-
-class _Progress:
-    """Turns an engine's byte counts into events, a few a second."""
-
-    def __init__(self, notify: Any, info: WeightTransferUpdateInfo, backend: str) -> None:
-        self._notify = notify
-        self._info = info
-        self._backend = backend
-        self._done = 0
-        self._told = 0.0
-
-    @property
-    def left(self) -> int:
-        """Bytes that nobody has reported: those that the workers pulled."""
-        return self._info.manifest.nbytes - self._done
-
-    def __call__(self, nbytes: int) -> None:
-        self._done += nbytes
-        total, now = self._info.manifest.nbytes, time.monotonic()
-        if now - self._told >= _PROGRESS_INTERVAL or self._done == total:
-            self._told = now
-            event = TransferProgress(
-                role="trainer", backend=self._backend, version=self._info.version, done=self._done, total=total
-            )
-            self._notify("weight_transfer_progress", event)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    since = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[phase] = time.perf_counter() - since

@@ -129,9 +129,18 @@ def _problem_of(tensor: torch.Tensor) -> str:
         return ""
     if tensor.layout is not torch.strided or tensor.is_quantized or is_traceable_wrapper_subclass(tensor):
         return f"is a {_kind(tensor)} tensor, whose bytes are not those of its shape; make it a plain one first"
-    if tensor.numel() and not tensor.untyped_storage().nbytes():
-        return "has been freed; bring it back first"
-    return ""
+    return lack_of_memory(tensor)
+
+
+def lack_of_memory(tensor: torch.Tensor) -> str:
+    """Say how much memory a dense tensor lacks, if its storage was resized; else nothing."""
+    if not tensor.numel():
+        return ""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needs, has = (tensor.storage_offset() + reach + 1) * tensor.element_size(), tensor.untyped_storage().nbytes()
+    if has >= needs:
+        return ""
+    return f"has {has} bytes of memory and needs {needs}: its storage was resized; resize it back, and fill it, first"
 
 
 def _kind(tensor: torch.Tensor) -> str:

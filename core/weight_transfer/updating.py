@@ -8,8 +8,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from weight_transfer.autograd_modes import Writing
-from weight_transfer.errors import ManifestMismatchError, TransferError, TransferTimeoutError, WeightTransferError
+from weight_transfer.autograd_modes import Writing, reading
+from weight_transfer.errors import (
+    ConfigError,
+    ManifestMismatchError,
+    TransferError,
+    TransferTimeoutError,
+    WeightTransferError,
+)
 from weight_transfer.events import TransferFinished, TransferStarted
 from weight_transfer.info import MODEL, WeightTransferInitInfo, WireDecoder
 from weight_transfer.loading import loader_for
@@ -50,6 +56,27 @@ class Target:
         self.writing = Writing(model)
 
 
+def further_targets(models: Mapping[str, nn.Module], ignore: Sequence[str]) -> dict[str, Target]:
+    """Return the targets beside the model, by name.
+
+    Raises:
+        ConfigError: a name is none, or the model's; or what it names is no module.
+    """
+    for name in models:
+        if not isinstance(name, str) or not name or name == MODEL:
+            raise ConfigError(f"targets: {name!r} is no name for a further model; {MODEL!r} is the first one's.")
+        require_module(f"targets: {name}", models[name])
+    return {name: Target(model, None, None, ignore) for name, model in models.items()}
+
+
+def require_module(what: str, value: object) -> None:
+    """Raise unless ``value`` is a module."""
+    from torch import nn
+
+    if not isinstance(value, nn.Module):
+        raise ConfigError(f"{what}: expected the nn.Module that serves, got {type(value).__name__}.")
+
+
 class Joined:
     """A worker's place with one trainer: the engine that joins it, and what it was sent once.
 
@@ -67,7 +94,8 @@ class Joined:
         """Let the engine join the trainer; return what that has said."""
         with _naming(self._name, "init", None):
             info: WeightTransferInitInfo = self.engine.parse_init_info(init_info)
-            self.engine.init_transfer_engine(info)
+            with reading():
+                self.engine.init_transfer_engine(info)
         return info
 
     def receive(

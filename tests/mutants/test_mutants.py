@@ -118,6 +118,42 @@ MUTANTS = [
         "test_unchanged_updates_send_the_same_few_bytes_whatever_the_number_of_weights",
     ),
     Mutant(
+        "TakesSharedWeights",
+        "moves weights that a child shares",
+        "test_weights_that_the_trainer_shares_with_a_child_stay_shared",
+    ),
+    Mutant(
+        "SharesWithChildren",
+        "moves weights into memory that a forked child shares",
+        "test_children_that_were_forked_after_an_update_have_weights_of_their_own[trainer]",
+    ),
+    Mutant(
+        "FreezesStorages",
+        "moves weights into memory that cannot be resized",
+        "test_memory_that_was_given_away_between_updates_is_noticed[module]",
+    ),
+    Mutant(
+        "MakesInferenceTensors",
+        "makes inference tensors of the trainer's weights",
+        "test_inference_mode_of_the_trainer_leaves_no_trace[module-loader]",
+    ),
+    Mutant(
+        "WritesOnAThread",
+        "loads on a thread of its own",
+        "test_a_model_that_was_built_in_inference_mode_is_updated[loader]",
+    ),
+    Mutant(
+        "ForgetsTheEmpty",
+        "loads nothing if there are no bytes",
+        "test_weights_without_elements_arrive[module-loader]",
+    ),
+    Mutant(
+        "LendsWhatItKeeps",
+        "lends its loader what it compares the next update with",
+        "test_a_loader_may_write_into_what_it_is_given[module]",
+    ),
+    Mutant("KeepsTheModel", "holds what it sent", "test_engines_that_were_shut_down_hold_no_weights[module-loader]"),
+    Mutant(
         "ImportsTorch",
         "imports torch in its plugin module",
         "test_looking_the_backend_up_imports_neither_torch_nor_its_engines",
@@ -186,7 +222,7 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str, str
     path = [str(site), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400, check=False
     )
     assert done.returncode == 1, done.stdout + done.stderr
     return {
@@ -221,7 +257,7 @@ def _verdict(case: ElementTree.Element) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(420)
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.wrong)
 def test_the_kit_catches_a_backend_that(mutant: Mutant, verdicts: Mapping[tuple[str, str], str]) -> None:
     assert verdicts[mutant.stem, mutant.caught_by] == "failed"

@@ -351,7 +351,7 @@ BODILESS: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
     ),
     "two": (lambda: nn.Parameter(TwoTensor(torch.ones(2), torch.ones(2))), "is a TwoTensor tensor"),
     "flat": (lambda: FlatParameter(torch.ones(2, 2)), "is a flat parameter of FSDP1"),
-    "freed": (freed, "has been freed"),
+    "freed": (freed, "has 0 bytes of memory and needs 16"),
 }
 
 
@@ -369,7 +369,7 @@ def test_a_weight_that_is_freed_after_an_update_is_refused_by_name() -> None:
     source = ModuleSource(module)
     source.manifest()
     module.weight.untyped_storage().resize_(0)
-    with pytest.raises(ConfigError, match="Weight 'weight' has been freed"):
+    with pytest.raises(ConfigError, match="Weight 'weight' has 0 bytes of memory and needs 16"):
         source.manifest()
     module.weight.untyped_storage().resize_(16)
     module.weight.data.fill_(2)

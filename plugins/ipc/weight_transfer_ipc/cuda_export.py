@@ -166,4 +166,5 @@ def layouts(tensors: Sequence[Tensor]) -> tuple[object, ...]:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in _PLAIN and tensor.device.type == "cuda" and tensor.numel() > 0
+    plain = type(tensor) in _PLAIN and tensor.device.type == "cuda" and tensor.numel() > 0
+    return plain and not (tensor.is_conj() or tensor.is_neg())  # whose bytes are not their values

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from weight_transfer.buckets import Slot, as_bytes, copy_converted
+from weight_transfer.buckets import Slot, as_bytes, copy_converted, laid_out
 from weight_transfer.manifest import torch_dtype
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class StreamedBytes:
         for slot in slots:
             while self._read <= slot.param:
                 _, tensor = next(self._tensors)
-                kept = tensor.to(self._device).contiguous()
+                kept = laid_out(tensor.to(self._device))
                 self._held[self._read] = kept.clone() if self._copies and kept is tensor else kept
                 self._read += 1
             pieces.append(piece_of(self._held[slot.param], slot))
@@ -85,7 +85,7 @@ class Masters:
         for slot, view in zip((*batch.packed, *batch.direct), views, strict=True):
             tensor = self._held.get(slot.param)
             if tensor is None:
-                tensor = self._held[slot.param] = self._tensors[slot.param].contiguous()
+                tensor = self._held[slot.param] = laid_out(self._tensors[slot.param])
             if slot.nbytes:
                 copy_converted(tensor, slot, torch_dtype(manifest.params[slot.param].dtype), view)
             if slot.last:

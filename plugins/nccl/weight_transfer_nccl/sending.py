@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import attrs
 import torch
 
-from weight_transfer.buckets import bucket_views
+from weight_transfer.buckets import bucket_views, laid_out
 from weight_transfer.staging import uncast_tensors
 from weight_transfer_nccl.buffers import WINDOW, Buffers
 from weight_transfer_nccl.group import Work
@@ -72,7 +72,7 @@ class _ResidentCut:
             return self._cut
         self._places = Places(self._tensors)
         slots = (*self._batch.packed, *self._batch.direct)
-        tensors = [tensor.to(self._device).contiguous() for tensor in self._tensors]
+        tensors = [laid_out(tensor.to(self._device)) for tensor in self._tensors]
         pieces = [piece_of(tensor, slot) for tensor, slot in zip(tensors, slots, strict=True)]
         count = len(self._batch.packed)
         copied = any(map(operator.is_not, tensors, self._tensors))

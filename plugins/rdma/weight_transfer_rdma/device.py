@@ -255,6 +255,8 @@ class DeviceMemory:
         for index, tensor in enumerate(tensors):
             if tensor is None or tensor.device != self._device or not tensor.is_contiguous() or not tensor.numel():
                 continue
+            if tensor.is_conj() or tensor.is_neg():
+                continue  # its bytes are not its values
             home = _home(segments, tensor)
             if home < 0:
                 continue  # not from torch's allocator: it goes through the buckets

@@ -315,3 +315,103 @@ class CopiesEverythingTrainer(AcmeTrainerEngine):
 
     def send_weights(self, source, manifest, deadline, progress):
         super().send_weights([(name, tensor.clone()) for name, tensor in source], manifest, deadline, progress)
+
+
+class _MovesWeights(AcmeTrainerEngine):
+    """Gives the trainer's weights other memory at the first update."""
+
+    _moved = False
+
+    def describe_update(self, source, manifest, deadline):
+        if not self._moved:
+            self._moved = True
+            for tensor in source.resident().values():
+                self.move(tensor)
+        return super().describe_update(source, manifest, deadline)
+
+
+class TakesSharedWeightsTrainer(_MovesWeights):
+    """Even those that a child shares."""
+
+    def move(self, tensor):
+        tensor.data = tensor.data.clone()
+
+
+class SharesWithChildrenTrainer(_MovesWeights):
+    """To memory that a child shares."""
+
+    def move(self, tensor):
+        tensor.share_memory_()
+
+
+class FreezesStoragesTrainer(_MovesWeights):
+    """To memory that torch cannot resize."""
+
+    def move(self, tensor):
+        data = bytearray(_raw(tensor.detach()).numpy())
+        tensor.data = torch.frombuffer(data, dtype=tensor.dtype).view(tensor.shape)
+
+
+class MakesInferenceTensorsTrainer(_MovesWeights):
+    """In inference mode."""
+
+    def move(self, tensor):
+        with torch.inference_mode():
+            tensor.data = tensor.data.clone()
+
+
+class WritesOnAThreadWorker(AcmeWorkerEngine):
+    """Loads on a thread of its own, which has not the caller's mode."""
+
+    def receive_weights(self, update_info, load_weights):
+        failures = []
+
+        def receive():
+            try:
+                super(WritesOnAThreadWorker, self).receive_weights(update_info, load_weights)
+            except Exception as error:  # noqa: BLE001  (raised by the caller)
+                failures.append(error)
+
+        thread = threading.Thread(target=receive)
+        thread.start()
+        thread.join()
+        if failures:
+            raise failures[0]
+
+
+class ForgetsTheEmptyWorker(AcmeWorkerEngine):
+    """Has nothing to do if there are no bytes."""
+
+    def receive_weights(self, update_info, load_weights):
+        if update_info.manifest.nbytes:
+            super().receive_weights(update_info, load_weights)
+
+
+class LendsWhatItKeepsWorker(AcmeWorkerEngine):
+    """Copies into its own tensors only what differs from the last update, and lends these."""
+
+    _last: Any = None
+    _lent: Any = None
+
+    def receive_weights(self, update_info, load_weights):
+        self._last, self._lent = self._last or {}, self._lent or {}
+
+        def cached(weights):
+            for name, tensor in weights:
+                if name not in self._last or not torch.equal(_raw(tensor), _raw(self._last[name])):
+                    self._last[name], self._lent[name] = tensor.clone(), tensor.clone()
+            load_weights([(name, self._lent[name]) for name, _ in weights])
+
+        super().receive_weights(update_info, cached)
+
+
+def _raw(tensor):
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+class KeepsTheModelTrainer(AcmeTrainerEngine):
+    """Remembers what it sent."""
+
+    def describe_update(self, source, manifest, deadline):
+        self._sent = dict(source.resident())
+        return super().describe_update(source, manifest, deadline)

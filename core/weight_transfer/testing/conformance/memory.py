@@ -114,18 +114,22 @@ class MemoryTests(Kit):
 
     @loaders
     @sources
-    @pytest.mark.parametrize("where", _EMPTIES)
-    def test_weights_without_elements_arrive(self, cast: Cast, where: str, in_place: bool, passing: bool) -> None:
+    def test_weights_without_elements_arrive(self, cast: Cast, in_place: bool, passing: bool) -> None:
         """An empty weight alone, several, first, last and among others.
 
         If this fails: hand empty weights to ``load_weights`` too; nothing has to be read or waited for before.
         """
-        worker = cast.worker(_EMPTIES[where], in_place=in_place)
-        trainer = cast.trainer([worker], _EMPTIES[where], passing=passing)
-        for version in (1, 2):
-            sent = trainer.ask("send", seed=version, version=version)
-            assert_same(sent["hashes"], worker.ask("hashes"))
-            assert worker.ask("status")["version"] == version
+        stage: list[Member | None] = [None, None]
+        for where, weights in _EMPTIES.items():
+            worker = cast.worker(weights, in_place=in_place, beside=stage[0])
+            trainer = cast.trainer([worker], weights, passing=passing, beside=stage[1])
+            stage = [worker, trainer]
+            for version in (1, 2):
+                sent = trainer.ask("send", seed=version, version=version)
+                assert_same(sent["hashes"], worker.ask("hashes"))
+                assert worker.ask("status")["version"] == version, where
+            trainer.ask("close")
+            worker.ask("close")
 
     @sources
     def test_a_loader_may_write_into_what_it_is_given(self, cast: Cast, passing: bool) -> None:
