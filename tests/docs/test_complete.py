@@ -18,6 +18,7 @@ from weight_transfer.backend import Capability
 from weight_transfer.cli import main
 from weight_transfer.config import ParallelConfig, WeightTransferConfig
 from weight_transfer.read_config import ENVIRONMENT
+from weight_transfer.testing import BackendConformance
 
 BACKENDS = ["ipc", "nccl", "rdma", "loopback"]
 SOURCES = [*(ROOT / "core").rglob("*.py"), *(ROOT / "plugins").glob("*/weight_transfer_*/**/*.py")]
@@ -133,6 +134,11 @@ def imports_of(node: ast.AST) -> Iterator[str]:
                 yield path
     for child in ast.iter_child_nodes(node):
         yield from imports_of(child)
+
+
+def test_every_part_of_the_kit_is_documented() -> None:
+    shown = re.findall(r"^::: .*\.(\w+Tests)$", (ROOT / "docs/reference/testing.md").read_text(), re.MULTILINE)
+    assert sorted(shown) == sorted(part.__name__ for part in BackendConformance.__bases__)
 
 
 def test_every_public_name_is_documented() -> None:
