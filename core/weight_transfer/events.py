@@ -16,8 +16,8 @@ class TransferStarted:
         role: ``trainer`` or ``worker``: the side on which the event was raised.
         backend: the backend's name.
         version: the version under way; on a worker the one that the trainer announced, None if it announced none.
-        nbytes: bytes of one full copy of the weights.
-        params: number of parameters.
+        nbytes: bytes of one copy of what is sent: all of the weights, or a part.
+        params: number of parameters that are sent.
         workers: workers that take part (1 on a worker).
         target: which of the receiver's models it is about.
     """

@@ -51,8 +51,8 @@ class TransferReport:
         backend: the backend's name.
         version: the version that the workers now serve.
         target: which of the receivers' models it is about.
-        nbytes: bytes of one full copy of the weights.
-        params: number of parameters.
+        nbytes: bytes of one copy of what was sent: all of the weights, or a part.
+        params: number of parameters that were sent.
         workers: addresses of the workers that serve the version.
         lost: ``(address, error)`` of workers that failed, if ``on_worker_failure = "continue"``.
         seconds: wall time by phase (``init``, ``start``, ``update``, ``finish``).
