@@ -37,7 +37,8 @@ from weight_transfer.loading import KernelFormatLoader
 from weight_transfer.manifest import digest_json
 from weight_transfer.structuring import unstructure
 from weight_transfer.update import Update
-from weight_transfer_nccl.group import Group, Rendezvous, new_secret, open_store, reach_store
+from weight_transfer_nccl.group import Group
+from weight_transfer_nccl.rendezvous import Rendezvous, new_secret, open_store
 
 CASES = {"dense": shapes.llama_8b, "moe": shapes.qwen_moe, "small": shapes.qwen_half_billion}
 SCHEMES = ("limit", "ours", "ours, send", "per tensor", "packed")
@@ -190,7 +191,7 @@ def work(pipe: Connection, rank: int, size: int, device_name: str, case: str, me
         torch.cuda.set_device(device)
     weights = shapes.Weights(CASES[case](), torch.bfloat16, device_name)
     deadline = Deadline(120)
-    group = Group(reach_store(meeting, deadline), meeting, rank, size, device)
+    group = Group(None, meeting, rank, size, device)
     group.join(deadline, str)
     memory = Memory(device)
     with wt.WeightReceiver(config, weights) as receiver, wt.serve(receiver) as server:
