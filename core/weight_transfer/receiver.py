@@ -9,23 +9,20 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, contextmanager
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import attrs
-import torch
 
 from weight_transfer.config import ParallelConfig, WeightTransferConfig
 from weight_transfer.deadline import Deadline
 from weight_transfer.dtypes import dtypes_answer
-from weight_transfer.errors import ConfigError
 from weight_transfer.info import MODEL
 from weight_transfer.lifecycle import ANYONE, Anyone, Lifecycle, ReceiverState
 from weight_transfer.manager import add_observers, load_backend
 from weight_transfer.read_config import load_config
 from weight_transfer.serving import Served, Signal, Watch
 from weight_transfer.update import Update
-from weight_transfer.updating import Joined, Target
+from weight_transfer.updating import Joined, device_of, targets_of
 from weight_transfer.versions import as_version
 
 if TYPE_CHECKING:
@@ -78,15 +75,12 @@ class WeightReceiver:
         ignore: Sequence[str] = (),
     ) -> None:
         self.config: WeightTransferConfig = load_config(config)
-        _module("model", model)
+        self._targets = targets_of(model, load_weights, process_weights_after_loading, targets or {}, ignore)
         parallel = parallel_config or ParallelConfig()
-        self.parallel_config = attrs.evolve(parallel, device=parallel.device or _device_of(model))
+        self.parallel_config = attrs.evolve(parallel, device=parallel.device or device_of(model))
         self._id = secrets.token_hex(8)
         self._backend = load_backend(self.config.backend)
         add_observers(self._backend, self.config.observers, observers)
-        self._targets = {MODEL: Target(model, load_weights, process_weights_after_loading, ignore)}
-        for name, other in (targets or {}).items():
-            self._targets[name] = Target(_target(name, other), None, None, ignore)
         self._changed = Signal()
         self._served = Served(self._changed)
         self._lifecycle = Lifecycle(self._changed, self.config.timeout, self.config.backend)
@@ -389,20 +383,3 @@ class WeightReceiver:
             self._end_update(reason)
             if lost:
                 self._leave(reason)
-
-
-def _module(what: str, value: object) -> nn.Module:
-    if not isinstance(value, torch.nn.Module):
-        raise ConfigError(f"{what}: expected the nn.Module that serves, got {type(value).__name__}.")
-    return value
-
-
-def _target(name: object, value: object) -> nn.Module:
-    if not isinstance(name, str) or not name or name == MODEL:
-        raise ConfigError(f"targets: {name!r} is no name for a further model; {MODEL!r} is the first one's.")
-    return _module(f"targets: {name}", value)
-
-
-def _device_of(model: nn.Module) -> str:
-    first = next(chain(model.parameters(), model.buffers()), None)
-    return str(first.device) if first is not None else "cpu"

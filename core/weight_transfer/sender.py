@@ -13,21 +13,17 @@ from weight_transfer import background
 from weight_transfer.autograd_modes import reading
 from weight_transfer.casting import declared_dtypes
 from weight_transfer.config import RECEIVER, ParallelConfig, WeightTransferConfig
+from weight_transfer.counting import Progress
 from weight_transfer.deadline import Deadline
-from weight_transfer.errors import (
-    ConfigError,
-    LifecycleError,
-    TransferError,
-    TransferTimeoutError,
-    WeightTransferError,
-)
-from weight_transfer.events import TransferFinished, TransferProgress, TransferStarted
+from weight_transfer.errors import ConfigError, LifecycleError, WeightTransferError
+from weight_transfer.events import TransferFinished, TransferStarted
 from weight_transfer.fleet import Fleet, Lost
 from weight_transfer.guarded import GuardedSource
 from weight_transfer.info import MODEL, WeightTransferUpdateInfo
 from weight_transfer.integrity import tensor_digest
 from weight_transfer.manager import add_observers, load_backend
 from weight_transfer.outgoing import Outgoing
+from weight_transfer.ranks import detected_ranks
 from weight_transfer.read_config import load_config
 from weight_transfer.report import TransferReport, WorkerReport
 from weight_transfer.versions import as_version, following
@@ -41,8 +37,6 @@ if TYPE_CHECKING:
     from weight_transfer.peers import Peer
     from weight_transfer.source import WeightSource
 
-_PROGRESS_INTERVAL = 0.1  # seconds
-
 
 class WeightSender:
     """Sends weight versions to all workers. Use it as a context manager, or call `close`.
@@ -52,7 +46,9 @@ class WeightSender:
         workers: a control channel per worker or replica: a URL, a `WeightReceiver` of this
             process, or any object with the methods of `ControlChannel`.
         parallel_config: this process's rank among the trainer's ranks. All ranks construct a sender and call
-            `send`; rank 0 talks to the workers, the others run the collectives of the source.
+            `send`; rank 0 talks to the workers, the others run the collectives of the source. The default is that of
+            torch.distributed's default group if it is initialised, else one process alone; a rank that sends to workers
+            of its own passes ``ParallelConfig()``.
         workers_per_channel: workers behind each channel, for channels whose ``status`` does not tell.
         observers: objects with hook implementations, beside the ones that the config names.
 
@@ -70,7 +66,8 @@ class WeightSender:
         observers: tuple[object, ...] = (),
     ) -> None:
         self.config: WeightTransferConfig = load_config(config)
-        self.parallel_config = parallel_config or ParallelConfig()
+        self.parallel_config = parallel_config or detected_ranks()
+        self._detected = parallel_config is None
         self._backend = load_backend(self.config.backend)
         add_observers(self._backend, self.config.observers, observers)
         if isinstance(workers, str) or not workers:
@@ -127,9 +124,11 @@ class WeightSender:
         """
         with self._operation("send"), reading():
             outgoing = self._targets.get(target) or Outgoing(target)
-            version = self._next(version, outgoing)
-            source = outgoing.part(self._cast(outgoing.whole(weights), outgoing), only)
+            whole = outgoing.whole(weights)
+            version = self._next(version, outgoing, whole)
+            source = outgoing.part(self._cast(whole, outgoing), only)
             manifest = source.manifest()
+            self._require_ranks(source)
             if not manifest.params:
                 raise ConfigError("The weights to send have no parameters.")
             guarded = GuardedSource(source, manifest, passes=2 if self.config.verify else 1)
@@ -222,7 +221,7 @@ class WeightSender:
         try:
             return self._send(source, manifest, version, outgoing)
         except BaseException as error:
-            named = self._named(error, version, source)
+            named = source.named(error, self.config.backend, version)
             message = str(named)
             self._fleet.abort(message)
             if named is error:
@@ -287,7 +286,7 @@ class WeightSender:
         wires = {peer: encoder.encode(info, peer.known.get(target, {})) for peer in self._fleet.started}
         calls = self._fleet.call(list(wires), lambda peer: peer.update(wires[peer]), "update", self._fleet.react)
         self._fleet.require_going_on()
-        progress = _Progress(self._backend.notify, info, self.config.backend)
+        progress = Progress(self._backend.notify, info, self.config.backend)
         try:
             with source.watched():
                 engine.send_weights(source, manifest, deadline, progress)
@@ -305,35 +304,32 @@ class WeightSender:
         engine.release_source()
         return lost, {peer: WorkerReport.of(calls.results.get(peer)) for peer in wires}
 
-    def _named(self, error: BaseException, version: Version, source: GuardedSource) -> BaseException:
-        """Give an error its context, and a foreign exception its place in the tree; the trainer's one such boundary."""
-        own = error is source.error  # no worker's fault
-        if isinstance(error, TransferError):
-            if own:
-                error.peer, error.phase = error.peer or "trainer", error.phase or "update"
-            error.backend = error.backend or self.config.backend
-            error.version = version if error.version is None else error.version
-        if isinstance(error, WeightTransferError) or not isinstance(error, Exception):
-            return error
-        kind = TransferTimeoutError if isinstance(error, TimeoutError) else TransferError
-        cause = f"{type(error).__name__}: {error}"
-        message = "The source of the weights failed." if own else "The trainer failed to send its weights."
-        side = {"peer": "trainer", "phase": "update"} if own else {}
-        named = kind(message, backend=self.config.backend, version=version, cause=cause, **side)
-        named.__cause__ = error
-        return named
-
-    def _next(self, version: Version | None, outgoing: Outgoing) -> Version:
+    def _next(self, version: Version | None, outgoing: Outgoing, source: WeightSource) -> Version:
         if version is not None:
             return as_version(version)
         if outgoing.version is not None:
             return following([outgoing.version])
-        if self.parallel_config.world_size > 1:
+        if self.parallel_config.world_size > 1 and not self._sends_alone(source):
             raise ConfigError(
                 "The first version of a trainer of several ranks needs a name, the same on each: only rank 0 could ask "
                 "the workers what they serve. Give it: send(model, version=...)."
             )
         return following(self._fleet.versions(outgoing.target))
+
+    def _sends_alone(self, source: WeightSource) -> bool:
+        """Whether the other ranks need not send at all: nobody said that they will, nor has rank 0 shards of theirs."""
+        if not self._detected or not self._sends:
+            return False
+        source.manifest()  # from here on it knows whether it is sharded
+        return not source.collective
+
+    def _require_ranks(self, source: WeightSource) -> None:
+        """Refuse weights that are sharded over ranks of which this sender did not know when it was made."""
+        if self._detected and source.collective and self.parallel_config != detected_ranks():
+            raise ConfigError(
+                "The weights are sharded over ranks that this sender does not know of: create it after "
+                "torch.distributed.init_process_group, or pass parallel_config."
+            )
 
     def _cast(self, source: WeightSource, outgoing: Outgoing) -> WeightSource:
         """Put the config's cast around a source."""
@@ -390,32 +386,6 @@ class WeightSender:
             yield
         finally:
             self._exclusive.release()
-
-
-class _Progress:
-    """Turns an engine's byte counts into events, a few a second."""
-
-    def __init__(self, notify: Any, info: WeightTransferUpdateInfo, backend: str) -> None:
-        self._notify = notify
-        self._info = info
-        self._backend = backend
-        self._done = 0
-        self._told = 0.0
-
-    @property
-    def left(self) -> int:
-        """Bytes that nobody has reported: those that the workers pulled."""
-        return self._info.manifest.nbytes - self._done
-
-    def __call__(self, nbytes: int) -> None:
-        self._done += nbytes
-        total, now = self._info.manifest.nbytes, time.monotonic()
-        if now - self._told >= _PROGRESS_INTERVAL or self._done == total:
-            self._told = now
-            event = TransferProgress(
-                role="trainer", backend=self._backend, version=self._info.version, done=self._done, total=total
-            )
-            self._notify("weight_transfer_progress", event)
 
 
 @contextmanager

@@ -6,10 +6,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from weight_transfer.autograd_modes import Writing
-from weight_transfer.errors import ManifestMismatchError, TransferError, TransferTimeoutError, WeightTransferError
+from weight_transfer.errors import (
+    ConfigError,
+    ManifestMismatchError,
+    TransferError,
+    TransferTimeoutError,
+    WeightTransferError,
+)
 from weight_transfer.events import TransferFinished, TransferStarted
 from weight_transfer.info import MODEL, WeightTransferInitInfo, WireDecoder
 from weight_transfer.loading import loader_for
@@ -48,6 +55,32 @@ class Target:
     ) -> None:
         self.loaders = loader_for(model, load_weights, process_weights_after_loading, ignore)
         self.writing = Writing(model)
+
+
+def targets_of(
+    model: nn.Module,
+    load_weights: Callable[[Weights], object] | None,
+    process_weights_after_loading: Callable[[nn.Module], object] | None,
+    others: Mapping[str, nn.Module],
+    ignore: Sequence[str],
+) -> dict[str, Target]:
+    """Return a receiver's targets by name; the arguments are those of `WeightReceiver`.
+
+    Raises:
+        ConfigError: one is no module, or has no name of its own.
+    """
+    targets = {MODEL: Target(_module("model", model), load_weights, process_weights_after_loading, ignore)}
+    for name, other in others.items():
+        if not isinstance(name, str) or not name or name == MODEL:
+            raise ConfigError(f"targets: {name!r} is no name for a further model; {MODEL!r} is the first one's.")
+        targets[name] = Target(_module(f"targets: {name}", other), None, None, ignore)
+    return targets
+
+
+def device_of(model: nn.Module) -> str:
+    """Return the device on which a model lies: that of its first weight."""
+    first = next(chain(model.parameters(), model.buffers()), None)
+    return str(first.device) if first is not None else "cpu"
 
 
 class Joined:
@@ -171,6 +204,14 @@ def _named(error: BaseException, backend: str, phase: str, update: Update | None
         return error
     kind = TransferTimeoutError if isinstance(error, TimeoutError) else TransferError
     return kind(f"The worker failed in phase {phase}.", cause=f"{type(error).__name__}: {error}", **fields)
+
+
+def _module(what: str, value: object) -> nn.Module:
+    from torch import nn
+
+    if not isinstance(value, nn.Module):
+        raise ConfigError(f"{what}: expected the nn.Module that serves, got {type(value).__name__}.")
+    return value
 
 
 def _synchronize(device: str | None) -> None:

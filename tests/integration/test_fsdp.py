@@ -28,6 +28,7 @@ def ranks_and_receiver(
     model: nn.Sequential, tmp_path: Path, request: pytest.FixtureRequest
 ) -> Iterator[tuple[list[Actor], wt.WeightReceiver]]:
     config = CONFIG | getattr(request, "param", {})
+    trainer = {key: config.pop(key) for key in ("told", "sharded") if key in config}
     if "cast" in config:
         model.bfloat16()
     with ExitStack() as stack:
@@ -41,6 +42,7 @@ def ranks_and_receiver(
                 store=str(tmp_path / "store"),
                 config=config,
                 workers=[server.url],
+                **trainer,
             )
             for rank in range(2)
         ]
@@ -58,9 +60,22 @@ def ranks_and_receiver(
         {"backend": "nccl", "nccl": {"direct_bytes": "1KiB"}},
         {"cast": {"*": "bfloat16"}},
         {"cast": {"*": "receiver", "1.*": "bfloat16"}, "verify": True},
+        {"told": False},
+        {"told": False, "backend": "nccl", "verify": True},
+        {"told": False, "sharded": False},
     ],
     indirect=True,
-    ids=["ipc", "ipc, verified", "nccl, packed", "nccl, direct", "ipc, cast", "ipc, cast to the receiver's dtype"],
+    ids=[
+        "ipc",
+        "ipc, verified",
+        "nccl, packed",
+        "nccl, direct",
+        "ipc, cast",
+        "ipc, cast to the receiver's dtype",
+        "ipc, ranks found",
+        "nccl, ranks found",
+        "replicas, ranks found",
+    ],
 )
 def test_gathered_parameters_arrive_bit_for_bit(
     ranks_and_receiver: tuple[list[Actor], wt.WeightReceiver], model: nn.Sequential
@@ -92,3 +107,34 @@ def test_a_failed_update_leaves_no_rank_in_a_collective(
     sent = [rank.reply() for rank in ranks]
     assert receiver.version == 2
     assert torch.equal(next(model.parameters()).detach().flatten(), torch.tensor(sent[0][0]))
+
+
+@pytest.mark.parametrize("ranks_and_receiver", [{"told": False}], indirect=True)
+def test_the_first_version_of_ranks_that_were_found_needs_a_name(
+    ranks_and_receiver: tuple[list[Actor], wt.WeightReceiver],
+) -> None:
+    for rank in ranks_and_receiver[0]:
+        rank.tell("send_unnamed")
+    for rank in ranks_and_receiver[0]:
+        assert "The first version of a trainer of several ranks needs a name" in str(rank.error())
+
+
+@pytest.mark.parametrize("ranks_and_receiver", [{"told": False, "sharded": False}], indirect=True)
+def test_rank_0_alone_may_send_a_replica_as_one_process_would(
+    ranks_and_receiver: tuple[list[Actor], wt.WeightReceiver],
+) -> None:
+    ranks, receiver = ranks_and_receiver
+    ranks[0].tell("send_unnamed")
+    assert ranks[0].reply() == receiver.version == 0
+
+
+@pytest.mark.parametrize("ranks_and_receiver", [{"told": False}], indirect=True)
+def test_a_sender_that_is_older_than_the_process_group_refuses_shards(
+    ranks_and_receiver: tuple[list[Actor], wt.WeightReceiver],
+) -> None:
+    ranks, receiver = ranks_and_receiver
+    for rank in ranks:
+        rank.tell("send_by_early")
+    for rank in ranks:
+        assert "create it after torch.distributed.init_process_group, or pass parallel_config" in str(rank.error())
+    assert receiver.version is None
