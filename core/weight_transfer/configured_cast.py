@@ -10,7 +10,7 @@ from weight_transfer.errors import ConfigError
 from weight_transfer.info import MODEL
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from weight_transfer.fleet import Fleet
     from weight_transfer.manifest import Manifest
@@ -24,13 +24,14 @@ class ConfiguredCast:
     Args:
         patterns: a dtype by pattern, or ``"receiver"``.
         fleet: the workers, who tell theirs when they join.
-        asks: whether this trainer rank is the one that talks to them.
+        asks: whether this trainer rank is the one that talks to them about a source.
     """
 
-    def __init__(self, patterns: Mapping[str, str], fleet: Fleet, asks: bool) -> None:
+    def __init__(self, patterns: Mapping[str, str], fleet: Fleet, asks: Callable[[WeightSource], bool]) -> None:
         self._patterns = patterns
         self._fleet = fleet
         self._asks = asks
+        self._asking = False
 
     def around(self, source: WeightSource, outgoing: Outgoing) -> WeightSource:
         """Return the source with its weights cast; the source itself if nothing is to be cast.
@@ -47,13 +48,14 @@ class ConfiguredCast:
                     f'cast: the workers tell the dtypes of their model alone, so "{RECEIVER}" means nothing for target '
                     f"{outgoing.target!r}; name a dtype."
                 )
-            if self._asks and self._meets_workers(source):
+            source.manifest()  # from here on it knows its device, and whether it is sharded
+            self._asking = self._asks(source)
+            if self._asking and self._meets_workers(source):
                 outgoing.forget_cast()  # whoever joined now may have other dtypes
         return outgoing.cast(source, self._declared, self._told)
 
     def _meets_workers(self, source: WeightSource) -> bool:
         """Have those join that have not, for what they have to say; return whether there were any."""
-        source.manifest()  # from here on it knows its device
         self._fleet.place(source.device)
         if all(peer.joined for peer in self._fleet.peers):
             return False
@@ -70,4 +72,4 @@ class ConfiguredCast:
         for alias, name in manifest.aliases.items():
             if name in called:
                 called[name].append(alias)
-        return self._fleet.dtypes(called) if self._asks else {}
+        return self._fleet.dtypes(called) if self._asking else {}

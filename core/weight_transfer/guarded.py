@@ -13,12 +13,13 @@ import torch
 
 from weight_transfer.casting import CastSource
 from weight_transfer.deadline import LONG
-from weight_transfer.errors import ManifestMismatchError
+from weight_transfer.errors import ManifestMismatchError, TransferError, TransferTimeoutError, WeightTransferError
 from weight_transfer.manifest import dtype_name, torch_dtype
 from weight_transfer.source import ModuleSource, WeightSource
 from weight_transfer.state import lack_of_memory
 
 if TYPE_CHECKING:
+    from weight_transfer.events import Version
     from weight_transfer.manifest import Manifest, ParamMeta
 
 
@@ -130,6 +131,24 @@ class GuardedSource(WeightSource):
             self._passes -= 1
             for _ in self._source:
                 pass
+
+    def named(self, error: BaseException, backend: str, version: Version) -> BaseException:
+        """Give an error its context, and a foreign exception its place in the tree; the trainer's one such boundary."""
+        own = error is self.error  # no worker's fault
+        if isinstance(error, TransferError):
+            if own:
+                error.peer, error.phase = error.peer or "trainer", error.phase or "update"
+            error.backend = error.backend or backend
+            error.version = version if error.version is None else error.version
+        if isinstance(error, WeightTransferError) or not isinstance(error, Exception):
+            return error
+        kind = TransferTimeoutError if isinstance(error, TimeoutError) else TransferError
+        cause = f"{type(error).__name__}: {error}"
+        message = "The source of the weights failed." if own else "The trainer failed to send its weights."
+        side = {"peer": "trainer", "phase": "update"} if own else {}
+        named = kind(message, backend=backend, version=version, cause=cause, **side)
+        named.__cause__ = error
+        return named
 
     def _checked(self) -> Iterator[tuple[str, torch.Tensor]]:
         params = self._manifest.params

@@ -9,7 +9,6 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, contextmanager
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -23,7 +22,7 @@ from weight_transfer.manager import add_observers, load_backend
 from weight_transfer.read_config import load_config
 from weight_transfer.serving import Served, Signal, Watch
 from weight_transfer.update import Update
-from weight_transfer.updating import Joined, Target, further_targets, require_module
+from weight_transfer.updating import Joined, device_of, targets_of
 from weight_transfer.versions import as_version
 
 if TYPE_CHECKING:
@@ -76,14 +75,12 @@ class WeightReceiver:
         ignore: Sequence[str] = (),
     ) -> None:
         self.config: WeightTransferConfig = load_config(config)
-        require_module("model", model)
+        self._targets = targets_of(model, load_weights, process_weights_after_loading, targets or {}, ignore)
         parallel = parallel_config or ParallelConfig()
-        self.parallel_config = attrs.evolve(parallel, device=parallel.device or _device_of(model))
+        self.parallel_config = attrs.evolve(parallel, device=parallel.device or device_of(model))
         self._id = secrets.token_hex(8)
         self._backend = load_backend(self.config.backend)
         add_observers(self._backend, self.config.observers, observers)
-        self._targets = {MODEL: Target(model, load_weights, process_weights_after_loading, ignore)}
-        self._targets |= further_targets(targets or {}, ignore)
         self._changed = Signal()
         self._served = Served(self._changed)
         self._lifecycle = Lifecycle(self._changed, self.config.timeout, self.config.backend)
@@ -386,8 +383,3 @@ class WeightReceiver:
             self._end_update(reason)
             if lost:
                 self._leave(reason)
-
-
-def _device_of(model: nn.Module) -> str:
-    first = next(chain(model.parameters(), model.buffers()), None)
-    return str(first.device) if first is not None else "cpu"

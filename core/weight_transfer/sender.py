@@ -11,16 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from weight_transfer import background
 from weight_transfer.autograd_modes import reading
-from weight_transfer.config import ParallelConfig, WeightTransferConfig
 from weight_transfer.configured_cast import ConfiguredCast
 from weight_transfer.deadline import Deadline
-from weight_transfer.errors import (
-    ConfigError,
-    LifecycleError,
-    TransferError,
-    TransferTimeoutError,
-    WeightTransferError,
-)
+from weight_transfer.errors import ConfigError, LifecycleError, WeightTransferError
 from weight_transfer.events import TransferFinished, TransferStarted
 from weight_transfer.fleet import Fleet, Lost
 from weight_transfer.guarded import GuardedSource
@@ -29,6 +22,7 @@ from weight_transfer.integrity import tensor_digest
 from weight_transfer.manager import add_observers, load_backend
 from weight_transfer.outgoing import Outgoing
 from weight_transfer.progress import Progress, timed
+from weight_transfer.ranks import ALONE, detected_ranks, ranks_of
 from weight_transfer.read_config import load_config
 from weight_transfer.report import TransferReport, WorkerReport
 from weight_transfer.versions import as_version, following
@@ -36,6 +30,7 @@ from weight_transfer.versions import as_version, following
 if TYPE_CHECKING:
     from torch import nn
 
+    from weight_transfer.config import ParallelConfig, WeightTransferConfig
     from weight_transfer.control import ControlChannel
     from weight_transfer.events import Version
     from weight_transfer.manifest import Manifest
@@ -51,7 +46,9 @@ class WeightSender:
         workers: a control channel per worker or replica: a URL, a `WeightReceiver` of this
             process, or any object with the methods of `ControlChannel`.
         parallel_config: this process's rank among the trainer's ranks. All ranks construct a sender and call
-            `send`; rank 0 talks to the workers, the others run the collectives of the source.
+            `send`; rank 0 talks to the workers, the others run the collectives of the source. By default each process
+            sends by itself, except that of weights which are sharded over ranks only rank 0 of torch.distributed's
+            default group does.
         workers_per_channel: workers behind each channel, for channels whose ``status`` does not tell.
         observers: objects with hook implementations, beside the ones that the config names.
 
@@ -69,17 +66,16 @@ class WeightSender:
         observers: tuple[object, ...] = (),
     ) -> None:
         self.config: WeightTransferConfig = load_config(config)
-        self.parallel_config = parallel_config or ParallelConfig()
+        self.parallel_config = parallel_config
         self._backend = load_backend(self.config.backend)
         add_observers(self._backend, self.config.observers, observers)
         if isinstance(workers, str) or not workers:
             raise ConfigError('WeightSender needs a list of workers, as in workers=["http://127.0.0.1:8001"].')
-        self._sends = self.parallel_config.rank == 0
         self._workers_per_channel = workers_per_channel
-        self._fleet = Fleet(self._backend, self.config, self.parallel_config)
-        for worker in workers if self._sends else ():
+        self._fleet = Fleet(self._backend, self.config, parallel_config or ALONE)
+        for worker in workers if self._may_send else ():
             self._fleet.add(worker, workers_per_channel)
-        self._cast = ConfiguredCast(self.config.cast, self._fleet, asks=self._sends)
+        self._cast = ConfiguredCast(self.config.cast, self._fleet, self._sends)
         self._targets: dict[str, Outgoing] = {}
         self._exclusive = threading.Lock()
         self._closed = False
@@ -92,12 +88,14 @@ class WeightSender:
     def connect(self) -> None:
         """Join all workers now; `send` does it by itself. Waits for workers that are not up yet.
 
+        A rank other than the first leaves it to `send`: it depends on the weights whether it sends at all.
+
         Raises:
             PeerLostError: a worker did not answer within ``config.init_timeout`` seconds.
             HandshakeError: a worker has another backend, or refuses the token.
         """
         with self._operation("connect"):
-            if self._sends:
+            if (self.parallel_config or detected_ranks()).rank == 0:
                 self._fleet.connect()
 
     def send(
@@ -127,9 +125,9 @@ class WeightSender:
         """
         with self._operation("send"):
             outgoing = self._targets.get(target) or Outgoing(target)
-            version = self._next(version, outgoing)
             source = outgoing.part(self._cast.around(outgoing.whole(weights), outgoing), only)
-            manifest = source.manifest()
+            manifest = source.manifest()  # from here on the source knows whether it is sharded
+            version = self._next(version, outgoing, self._ranks(source))
             if not manifest.params:
                 raise ConfigError("The weights to send have no parameters.")
             guarded = GuardedSource(source, manifest, passes=2 if self.config.verify else 1)
@@ -172,7 +170,7 @@ class WeightSender:
             ConfigError: a worker of that address is there already.
         """
         with self._operation("add_worker"):
-            if self._sends:
+            if self._may_send:
                 self._fleet.add(worker, self._workers_per_channel)
 
     def remove_worker(self, worker: str | ControlChannel) -> None:
@@ -182,7 +180,7 @@ class WeightSender:
             ConfigError: there is no such worker, or it is the last one.
         """
         with self._operation("remove_worker"):
-            if self._sends:
+            if self._may_send:
                 self._fleet.remove(worker)
 
     def close(self) -> None:
@@ -208,6 +206,16 @@ class WeightSender:
         to = "closed" if self._closed else f"to {', '.join(peer.address for peer in self._fleet.peers) or 'no worker'}"
         return f"<WeightSender {self.config.backend} {to}, version {self.version!r}>"
 
+    @property
+    def _may_send(self) -> bool:
+        return self.parallel_config is None or self.parallel_config.rank == 0
+
+    def _sends(self, source: WeightSource) -> bool:
+        return self._ranks(source).rank == 0
+
+    def _ranks(self, source: WeightSource) -> ParallelConfig:
+        return self.parallel_config or ranks_of(source)
+
     # One update, in the order in which it happens.
 
     def _observed_send(
@@ -215,14 +223,15 @@ class WeightSender:
     ) -> TransferReport:
         common: dict[str, Any] = {"role": "trainer", "backend": self.config.backend, "version": version}
         common |= {"nbytes": manifest.nbytes, "target": outgoing.target}
-        started = TransferStarted(**common, params=len(manifest.params), workers=len(self._fleet.peers))
+        workers = len(self._fleet.peers) if self._sends(source) else 0
+        started = TransferStarted(**common, params=len(manifest.params), workers=workers)
         self._backend.notify("weight_transfer_started", started)
         since = time.monotonic()
         message = None
         try:
             return self._send(source, manifest, version, outgoing)
         except BaseException as error:
-            named = self._named(error, version, source)
+            named = source.named(error, self.config.backend, version)
             message = str(named)
             self._fleet.abort(message)
             if named is error:
@@ -236,7 +245,8 @@ class WeightSender:
         seconds: dict[str, float] = {}
         lost: Lost = {}
         noticed: dict[Peer, WorkerReport] = {}
-        if self._sends:
+        sends = self._sends(source)
+        if sends:
             self._fleet.place(source.device)
             with timed(seconds, "init"):
                 lost |= self._fleet.join()
@@ -259,7 +269,7 @@ class WeightSender:
             target=outgoing.target,
             nbytes=manifest.nbytes,
             params=len(manifest.params),
-            workers=tuple(peer.address for peer in self._fleet.peers if peer not in lost),
+            workers=tuple(peer.address for peer in self._fleet.peers if peer not in lost) if sends else (),
             lost=tuple((peer.address, str(error)) for peer, error in lost.items()),
             seconds=seconds,
             extra_memory=self._fleet.engine.extra_memory if self._fleet.engine else 0,
@@ -305,30 +315,12 @@ class WeightSender:
         engine.release_source()
         return lost, {peer: WorkerReport.of(calls.results.get(peer)) for peer in wires}
 
-    def _named(self, error: BaseException, version: Version, source: GuardedSource) -> BaseException:
-        """Give an error its context, and a foreign exception its place in the tree; the trainer's one such boundary."""
-        own = error is source.error  # no worker's fault
-        if isinstance(error, TransferError):
-            if own:
-                error.peer, error.phase = error.peer or "trainer", error.phase or "update"
-            error.backend = error.backend or self.config.backend
-            error.version = version if error.version is None else error.version
-        if isinstance(error, WeightTransferError) or not isinstance(error, Exception):
-            return error
-        kind = TransferTimeoutError if isinstance(error, TimeoutError) else TransferError
-        cause = f"{type(error).__name__}: {error}"
-        message = "The source of the weights failed." if own else "The trainer failed to send its weights."
-        side = {"peer": "trainer", "phase": "update"} if own else {}
-        named = kind(message, backend=self.config.backend, version=version, cause=cause, **side)
-        named.__cause__ = error
-        return named
-
-    def _next(self, version: Version | None, outgoing: Outgoing) -> Version:
+    def _next(self, version: Version | None, outgoing: Outgoing, ranks: ParallelConfig) -> Version:
         if version is not None:
             return as_version(version)
         if outgoing.version is not None:
             return following([outgoing.version])
-        if self.parallel_config.world_size > 1:
+        if ranks.world_size > 1:
             raise ConfigError(
                 "The first version of a trainer of several ranks needs a name, the same on each: only rank 0 could ask "
                 "the workers what they serve. Give it: send(model, version=...)."

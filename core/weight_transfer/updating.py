@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from weight_transfer.autograd_modes import Writing, reading
@@ -56,25 +57,30 @@ class Target:
         self.writing = Writing(model)
 
 
-def further_targets(models: Mapping[str, nn.Module], ignore: Sequence[str]) -> dict[str, Target]:
-    """Return the targets beside the model, by name.
+def targets_of(
+    model: nn.Module,
+    load_weights: Callable[[Weights], object] | None,
+    process_weights_after_loading: Callable[[nn.Module], object] | None,
+    others: Mapping[str, nn.Module],
+    ignore: Sequence[str],
+) -> dict[str, Target]:
+    """Return a receiver's targets by name; the arguments are those of `WeightReceiver`.
 
     Raises:
-        ConfigError: a name is none, or the model's; or what it names is no module.
+        ConfigError: one is no module, or has no name of its own.
     """
-    for name in models:
+    targets = {MODEL: Target(_module("model", model), load_weights, process_weights_after_loading, ignore)}
+    for name, other in others.items():
         if not isinstance(name, str) or not name or name == MODEL:
             raise ConfigError(f"targets: {name!r} is no name for a further model; {MODEL!r} is the first one's.")
-        require_module(f"targets: {name}", models[name])
-    return {name: Target(model, None, None, ignore) for name, model in models.items()}
+        targets[name] = Target(_module(f"targets: {name}", other), None, None, ignore)
+    return targets
 
 
-def require_module(what: str, value: object) -> None:
-    """Raise unless ``value`` is a module."""
-    from torch import nn
-
-    if not isinstance(value, nn.Module):
-        raise ConfigError(f"{what}: expected the nn.Module that serves, got {type(value).__name__}.")
+def device_of(model: nn.Module) -> str:
+    """Return the device on which a model lies: that of its first weight."""
+    first = next(chain(model.parameters(), model.buffers()), None)
+    return str(first.device) if first is not None else "cpu"
 
 
 class Joined:
@@ -199,6 +205,14 @@ def _named(error: BaseException, backend: str, phase: str, update: Update | None
         return error
     kind = TransferTimeoutError if isinstance(error, TimeoutError) else TransferError
     return kind(f"The worker failed in phase {phase}.", cause=f"{type(error).__name__}: {error}", **fields)
+
+
+def _module(what: str, value: object) -> nn.Module:
+    from torch import nn
+
+    if not isinstance(value, nn.Module):
+        raise ConfigError(f"{what}: expected the nn.Module that serves, got {type(value).__name__}.")
+    return value
 
 
 def _synchronize(device: str | None) -> None:

@@ -28,6 +28,7 @@ def ranks_and_receiver(
     model: nn.Sequential, tmp_path: Path, request: pytest.FixtureRequest
 ) -> Iterator[tuple[list[Actor], wt.WeightReceiver]]:
     config = CONFIG | getattr(request, "param", {})
+    trainer = {key: config.pop(key) for key in ("told", "sharded") if key in config}
     if "cast" in config:
         model.bfloat16()
     with ExitStack() as stack:
@@ -41,6 +42,7 @@ def ranks_and_receiver(
                 store=str(tmp_path / "store"),
                 config=config,
                 workers=[server.url],
+                **trainer,
             )
             for rank in range(2)
         ]
@@ -58,9 +60,20 @@ def ranks_and_receiver(
         {"backend": "nccl", "nccl": {"direct_bytes": "1KiB"}},
         {"cast": {"*": "bfloat16"}},
         {"cast": {"*": "receiver", "1.*": "bfloat16"}, "verify": True},
+        {"told": False},
+        {"told": False, "backend": "nccl", "verify": True},
     ],
     indirect=True,
-    ids=["ipc", "ipc, verified", "nccl, packed", "nccl, direct", "ipc, cast", "ipc, cast to the receiver's dtype"],
+    ids=[
+        "ipc",
+        "ipc, verified",
+        "nccl, packed",
+        "nccl, direct",
+        "ipc, cast",
+        "ipc, cast to the receiver's dtype",
+        "ipc, ranks found",
+        "nccl, ranks found",
+    ],
 )
 def test_gathered_parameters_arrive_bit_for_bit(
     ranks_and_receiver: tuple[list[Actor], wt.WeightReceiver], model: nn.Sequential
@@ -92,3 +105,29 @@ def test_a_failed_update_leaves_no_rank_in_a_collective(
     sent = [rank.reply() for rank in ranks]
     assert receiver.version == 2
     assert torch.equal(next(model.parameters()).detach().flatten(), torch.tensor(sent[0][0]))
+
+
+@pytest.mark.parametrize("ranks_and_receiver", [{"told": False}], indirect=True)
+def test_the_first_version_of_ranks_that_were_found_needs_a_name(
+    ranks_and_receiver: tuple[list[Actor], wt.WeightReceiver],
+) -> None:
+    for rank in ranks_and_receiver[0]:
+        rank.tell("send", seed=1)
+    for rank in ranks_and_receiver[0]:
+        assert "The first version of a trainer of several ranks needs a name" in str(rank.error())
+
+
+@pytest.mark.parametrize("ranks_and_receiver", [{"told": False, "sharded": False}], indirect=True)
+def test_a_rank_that_has_all_weights_sends_them_to_its_own_worker(
+    ranks_and_receiver: tuple[list[Actor], wt.WeightReceiver], model: nn.Sequential
+) -> None:
+    ranks, receiver = ranks_and_receiver
+    own = nn.Sequential(nn.Linear(33, 64), nn.Linear(64, 17))
+    with wt.WeightReceiver(CONFIG, own) as second, serve(second) as server:
+        ranks[0].tell("send", seed=1)
+        ranks[1].tell("send_to", seed=2, worker=server.url)
+        sent = [rank.reply() for rank in ranks]
+        assert receiver.version == second.version == 0
+    for got, values in zip((model, own), sent, strict=True):
+        for parameter, expected in zip(got.parameters(), values, strict=True):
+            assert torch.equal(parameter.detach().flatten(), torch.tensor(expected))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -525,3 +526,13 @@ def test_a_worker_of_another_backend_still_fails_the_handshake(closing: Any) -> 
     receiver = closing(WeightReceiver(LOOPBACK | {"backend": "ipc"}, model()))
     with pytest.raises(HandshakeError, match="The worker uses backend 'ipc'"):
         closing(WeightSender(LOOPBACK, [receiver])).send(model())
+
+
+def test_a_sender_does_not_import_torch_distributed(closing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch.distributed", raising=False)
+    receiver = closing(WeightReceiver(LOOPBACK, model()))
+    sender = closing(WeightSender(LOOPBACK, [receiver]))
+    sender.connect()
+    sender.send(model())
+    assert receiver.version == 0
+    assert "torch.distributed" not in sys.modules
