@@ -80,15 +80,18 @@ class KernelFormatLoader:
         self._targets: Mapping[str, Tensor] = {}
         self._twins: list[tuple[Tensor, Tensor]] = []
         self._checked: Manifest | None = None
+        self._looks = 0
         self.takers: Mapping[str, tuple[str, ...]] = {}
         """Names in the model by names in the manifest: several for weights that are tied on the trainer alone."""
 
     def begin(self, manifest: Manifest) -> None:
         try:
             read = self._weights.read()
+            if self._looks != self._weights.looks:  # weights that have moved may share memory now
+                self._weights.require_writable()
+                self._looks = self._weights.looks
             if read is self._read and manifest is self._checked:
                 return
-            self._weights.require_writable()
         except ConfigError as error:
             raise ManifestMismatchError(
                 f"The worker's model cannot take weights. {error.message}", phase="update"

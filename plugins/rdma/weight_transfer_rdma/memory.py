@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import attrs
-import numpy as np
 import torch
 
 from weight_transfer_rdma.plan import Integers, Regions
