@@ -153,7 +153,8 @@ class CheckpointFormatLoader:
             ``load_weights``. It is called several times per update. Its method ``begin(manifest)``, if it has one, is
             called first, and may refuse the update.
         model: needed with ``process_weights_after_loading``.
-        process_weights_after_loading: called once per layer and update with the layer's module.
+        process_weights_after_loading: called once per layer and update with the layer's module. Partial updates must
+            then hold whole layers.
     """
 
     _LAYER = re.compile(r"^(.*?\.\d+)\.")
@@ -173,6 +174,8 @@ class CheckpointFormatLoader:
         self._model = model
         self._process = process_weights_after_loading
         self._missing: Counter[str] = Counter()
+        self._sizes: Mapping[str, int] = {}
+        self._whole: Mapping[str, int] = {}
         self._modules: dict[str, nn.Module] = {}
 
     def begin(self, manifest: Manifest) -> None:
@@ -180,8 +183,10 @@ class CheckpointFormatLoader:
         if begin is not None:
             begin(manifest)
         self._missing = Counter(self.layer_of(param.name) for param in manifest.params)
+        self._sizes = self._whole if manifest.partial else dict(self._missing)
         if self._process:
             assert self._model is not None
+            self._require_whole_layers()
             self._modules = {path: module for _, path, module in walk(self._model)}  # of wrappers, what they wrap
             for layer in self._missing:
                 self._module(layer)
@@ -203,7 +208,17 @@ class CheckpointFormatLoader:
             lend(part, self._load_weights)
 
     def finish(self) -> None:
-        return
+        self._whole = self._sizes
+
+    def _require_whole_layers(self) -> None:
+        """Refuse a part of a layer: what it does not hold has been processed already, and would be once more."""
+        for layer, count in self._missing.items():
+            if count != self._sizes.get(layer):
+                raise ManifestMismatchError(
+                    f"Some weights of layer {layer!r} came without the others, which process_weights_after_loading has "
+                    f'processed already; send whole layers: only=["{layer}.*"].',
+                    phase="update",
+                )
 
     @classmethod
     def layer_of(cls, name: str) -> str:

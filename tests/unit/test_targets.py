@@ -274,6 +274,30 @@ def test_a_part_is_not_put_to_older_weights_of_a_version_that_is_used_again(pair
         assert same(lost, state(policy(1)))
 
 
+def test_a_part_of_a_layer_that_is_processed_after_loading_is_refused() -> None:
+    """The rest of the layer would be processed twice."""
+
+    def double(layer: nn.Module) -> None:
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.mul_(2)
+
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    sent = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    with (
+        WeightReceiver(LOOPBACK, model, process_weights_after_loading=double) as receiver,
+        WeightSender(LOOPBACK, [receiver]) as sender,
+    ):
+        sender.send(sent)
+        with pytest.raises(ManifestMismatchError, match=r"layer '1' came without the others.*send whole layers"):
+            sender.send(sent, only=["1.weight"])
+        assert receiver.version == 0
+        for only in (["1.*"], ["0.*"], ["0.*", "1.*"]):
+            sender.send(sent, only=only)
+            for mine, theirs in zip(model.parameters(), sent.parameters(), strict=True):
+                assert torch.equal(mine, 2 * theirs)
+
+
 def test_a_weight_that_is_missing_without_being_declared_is_an_error(pair: Pair) -> None:
     pair.sender.send(policy(1))
     with pytest.raises(ManifestMismatchError, match="is missing from the update"):
