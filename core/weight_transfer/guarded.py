@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -39,10 +40,12 @@ class GuardedSource(WeightSource):
         passes: how often every rank iterates the source in this update.
 
     Attributes:
+        update: an id of the weights of this update.
         error: what the source raised, if it failed; engines may take it for something else.
     """
 
     def __init__(self, source: WeightSource, manifest: Manifest, passes: int) -> None:
+        self.update = secrets.token_hex(8)
         self._source = source
         self._manifest = manifest
         self._passes = passes
@@ -162,7 +165,7 @@ class GuardedSource(WeightSource):
                     raise _mismatch(f"yielded {name!r} after the last weight of its manifest")
                 _require(params[-self._left], name, tensor, "yielded")
                 self._left -= 1
-                yield name, tensor
+                yield name, tensor.resolve_conj().resolve_neg()
                 self._asked = time.monotonic()
             self._asked = None
             if self._left:

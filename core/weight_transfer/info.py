@@ -66,7 +66,8 @@ class WeightTransferUpdateInfo:
         version: the version that will be published if all goes well.
         is_checkpoint_format: see `WeightTransferConfig`.
         target: which of the receiver's models they are for.
-        base: if they are some of the weights (``manifest.partial``): the version whose others are kept.
+        update: an id of these weights. A version may be used again for others, and by another trainer.
+        base: if they are some of the weights (``manifest.partial``): the id of those whose others are kept.
         digests: digest of each parameter in the manifest's order, if the config says ``verify``.
         session: that of the init info.
     """
@@ -76,7 +77,8 @@ class WeightTransferUpdateInfo:
     version: int | str | None = None
     is_checkpoint_format: bool = True
     target: str = MODEL
-    base: int | str | None = None
+    update: str | None = None
+    base: str | None = None
     digests: tuple[str, ...] | None = None
     session: str | None = None
 

@@ -80,15 +80,18 @@ class KernelFormatLoader:
         self._targets: Mapping[str, Tensor] = {}
         self._twins: list[tuple[Tensor, Tensor]] = []
         self._checked: Manifest | None = None
+        self._looks = 0
         self.takers: Mapping[str, tuple[str, ...]] = {}
         """Names in the model by names in the manifest: several for weights that are tied on the trainer alone."""
 
     def begin(self, manifest: Manifest) -> None:
         try:
             read = self._weights.read()
+            if self._looks != self._weights.looks:  # weights that have moved may share memory now
+                self._weights.require_writable()
+                self._looks = self._weights.looks
             if read is self._read and manifest is self._checked:
                 return
-            self._weights.require_writable()
         except ConfigError as error:
             raise ManifestMismatchError(
                 f"The worker's model cannot take weights. {error.message}", phase="update"
@@ -150,7 +153,8 @@ class CheckpointFormatLoader:
             ``load_weights``. It is called several times per update. Its method ``begin(manifest)``, if it has one, is
             called first, and may refuse the update.
         model: needed with ``process_weights_after_loading``.
-        process_weights_after_loading: called once per layer and update with the layer's module.
+        process_weights_after_loading: called once per layer and update with the layer's module. Partial updates must
+            then hold whole layers.
     """
 
     _LAYER = re.compile(r"^(.*?\.\d+)\.")
@@ -170,6 +174,8 @@ class CheckpointFormatLoader:
         self._model = model
         self._process = process_weights_after_loading
         self._missing: Counter[str] = Counter()
+        self._sizes: Mapping[str, int] = {}
+        self._whole: Mapping[str, int] = {}
         self._modules: dict[str, nn.Module] = {}
 
     def begin(self, manifest: Manifest) -> None:
@@ -177,8 +183,10 @@ class CheckpointFormatLoader:
         if begin is not None:
             begin(manifest)
         self._missing = Counter(self.layer_of(param.name) for param in manifest.params)
+        self._sizes = self._whole if manifest.partial else dict(self._missing)
         if self._process:
             assert self._model is not None
+            self._require_whole_layers()
             self._modules = {path: module for _, path, module in walk(self._model)}  # of wrappers, what they wrap
             for layer in self._missing:
                 self._module(layer)
@@ -200,7 +208,17 @@ class CheckpointFormatLoader:
             lend(part, self._load_weights)
 
     def finish(self) -> None:
-        return
+        self._whole = self._sizes
+
+    def _require_whole_layers(self) -> None:
+        """Refuse a part of a layer: what it does not hold has been processed already, and would be once more."""
+        for layer, count in self._missing.items():
+            if count != self._sizes.get(layer):
+                raise ManifestMismatchError(
+                    f"Some weights of layer {layer!r} came without the others, which process_weights_after_loading has "
+                    f'processed already; send whole layers: only=["{layer}.*"].',
+                    phase="update",
+                )
 
     @classmethod
     def layer_of(cls, name: str) -> str:

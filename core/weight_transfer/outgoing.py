@@ -26,12 +26,14 @@ class Outgoing:
     Attributes:
         target: its name.
         version: the last one that was sent; None before the first.
+        update: the id of its weights.
         encoder: of its update infos.
     """
 
     def __init__(self, target: str) -> None:
         self.target = target
         self.version: Version | None = None
+        self.update: str | None = None
         self.encoder = WireEncoder()
         self._module: ModuleSource | None = None
         self._cast: CastSource | None = None

@@ -217,7 +217,7 @@ class WeightReceiver:
             if self._update.complete:
                 raise self._lifecycle.refusal("update_weights", "this update has its weights already; finish it")
             try:
-                return self._joined.receive(self._update, update_info, self._targets, self._served.versions)
+                return self._joined.receive(self._update, update_info, self._targets, self._served)
             except BaseException as error:
                 self._end_update(str(error))
                 raise
@@ -248,7 +248,7 @@ class WeightReceiver:
             self._joined.tell_end(update, version, None)
             with self._changed:
                 self._update, self._last_error = None, None
-                self._served.publish(update.target, version)
+                self._served.publish(update.target, version, update.id)
                 self._lifecycle.set(ReceiverState.READY)
 
     def abort_weight_update(self, reason: str = "the trainer aborted the update", session: str | None = None) -> None:

@@ -135,7 +135,7 @@ class WeightSender:
                 report = self._observed_send(guarded, manifest, version, outgoing)
             finally:
                 guarded.drain()
-            outgoing.version = version
+            outgoing.version, outgoing.update = version, guarded.update
             self._targets[target] = outgoing
             return report
 
@@ -289,7 +289,8 @@ class WeightSender:
             version=version,
             is_checkpoint_format=self.config.is_checkpoint_format,
             target=outgoing.target,
-            base=outgoing.version if manifest.partial else None,
+            update=source.update,
+            base=outgoing.update if manifest.partial else None,
             digests=tuple(tensor_digest(tensor) for _, tensor in source) if self.config.verify else None,
             **engine.describe_update(source, manifest, deadline),
         )

@@ -98,12 +98,14 @@ class Served:
 
     Attributes:
         versions: by target, of those whose weights are whole.
+        updates: the ids of these weights, by target, as far as the trainers have told them.
         torn: targets that an update has spoiled; while there is one, nothing is served.
         held_back: whether an update is open, so that nobody may begin to sample.
     """
 
     def __init__(self, changed: Signal) -> None:
         self.versions: dict[str, Version] = {}
+        self.updates: dict[str, str | None] = {}
         self.torn: set[str] = set()
         self.held_back = False
         self._changed = changed
@@ -133,10 +135,10 @@ class Served:
                     logger.warning("an update waits for %s to leave serving()", ", ".join(samplers))
                 self._changed.wait(min(deadline.remaining(), 0.1))
 
-    def publish(self, target: str, version: Version) -> None:
+    def publish(self, target: str, version: Version, update: str | None) -> None:
         """Let samplers in, to new weights."""
         with self._changed:
-            self.versions[target] = version
+            self.versions[target], self.updates[target] = version, update
             self.torn.discard(target)
             self.resume()
 
@@ -144,6 +146,7 @@ class Served:
         """The weights of ``target`` are no version any more."""
         with self._changed:
             self.versions.pop(target, None)
+            self.updates.pop(target, None)
             self.torn.add(target)
             self.resume()
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from weight_transfer.errors import ConfigError
 from weight_transfer.manifest import Manifest, ParamMeta, dtype_name
+from weight_transfer.state import is_lazy
 from weight_transfer.weights import ModuleWeights
 
 if TYPE_CHECKING:
@@ -25,7 +26,17 @@ class WeightSource(ABC):
     """A stream of named tensors that can be read again and again.
 
     Metadata and bytes are separate: `manifest` is cheap and moves nothing, iteration materialises.
+
+    What a base class says of its tensors does not hold for a subclass that iterates anew: there `stream`, `resident`,
+    `masters`, `cast` and `reuses_memory` are those of this class again, unless the subclass has its own.
     """
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        iterates = _depth(cls, "__iter__")
+        for name in ("stream", "resident", "masters", "cast", "reuses_memory"):
+            if _depth(cls, name) > iterates:
+                setattr(cls, name, vars(WeightSource)[name])
 
     @abstractmethod
     def manifest(self) -> Manifest:
@@ -91,6 +102,11 @@ class WeightSource(ABC):
         return True
 
 
+def _depth(cls: type, name: str) -> int:
+    """Return how far up from a class the base is that defines ``name``."""
+    return next(depth for depth, base in enumerate(cls.__mro__) if name in vars(base))
+
+
 def as_source(weights: nn.Module | WeightSource) -> WeightSource:
     """Return ``weights`` as a source; a module becomes a `ModuleSource`.
 
@@ -148,7 +164,7 @@ class ModuleSource(WeightSource):
             self._resident = {
                 name: tensor
                 for name, tensor in self._weights.items()
-                if name not in computed and not is_sharded(tensor)
+                if name not in computed and not is_sharded(tensor) and not is_lazy(tensor)
             }
             manifest = Manifest(
                 (ParamMeta(name, dtype_name(tensor.dtype), tensor.shape) for name, tensor in self._weights.items()),
@@ -164,16 +180,12 @@ class ModuleSource(WeightSource):
         return ((name, full_tensor(tensor)) for name, tensor in self._weights.items())
 
     def stream(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        if type(self) is not ModuleSource:  # a subclass may yield something else
-            return super().stream(names)
         return ((name, full_tensor(tensor)) for name, tensor in self._weights.items() if name in names)
 
     def cast(
         self, dtypes: Mapping[str, torch.dtype], names: Collection[str] | None = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Iterate; a sharded tensor is cast before it is gathered, which then moves fewer bytes."""
-        if type(self) is not ModuleSource:
-            return super().cast(dtypes, names)
         chosen = self._weights.items()
         return ((name, full_tensor(it, dtypes.get(name))) for name, it in chosen if names is None or name in names)
 
@@ -242,5 +254,5 @@ def full_tensor(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch
         if is_sharded(tensor):
             is_sum = any(placement.is_partial() for placement in getattr(tensor, "placements", ()))
             full = (tensor if dtype is None or is_sum else tensor.to(dtype)).full_tensor()  # type: ignore[attr-defined]
-        found: torch.Tensor = full.detach()
+        found: torch.Tensor = full.detach().resolve_conj().resolve_neg()
         return found if dtype is None else found.to(dtype)

@@ -88,9 +88,14 @@ def is_dense(tensor: torch.Tensor) -> bool:
     return type(tensor) in _DENSE and tensor.layout is torch.strided and not tensor.is_meta
 
 
+def is_lazy(tensor: torch.Tensor) -> bool:
+    """Whether the bytes of a tensor are not its values yet: those of ``conj()`` and its ``imag``."""
+    return tensor.is_conj() or tensor.is_neg()
+
+
 def memory_of(tensor: torch.Tensor) -> object:
     """Return a key that two tensors share if they are the same elements of the same memory."""
-    if is_dense(tensor) and tensor.numel():
+    if is_dense(tensor) and tensor.numel() and not is_lazy(tensor):
         return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
     return id(tensor)
 

@@ -37,6 +37,7 @@ class Update:
         self.since = time.monotonic()
         self.deadline = Deadline(timeout)
         self.version: Version | None = None
+        self.id: str | None = None
         self.target = MODEL
         self.nbytes = 0
         self.params = 0
@@ -57,7 +58,7 @@ class Update:
     ) -> None:
         """Take the typed info; from here on the engine may load."""
         self.deadline = Deadline(info.timeout)
-        self.version = info.version
+        self.version, self.id = info.version, info.update
         self.nbytes = info.manifest.nbytes
         self.params = len(info.manifest.params)
         self.begun = True

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from weight_transfer.events import Version
     from weight_transfer.loading import Weights
     from weight_transfer.manager import LoadedBackend
+    from weight_transfer.serving import Served
     from weight_transfer.update import Update
 
 
@@ -109,7 +110,7 @@ class Joined:
         update: Update,
         update_info: dict[str, Any],
         targets: Mapping[str, Target],
-        versions: Mapping[str, Version],
+        served: Served,
     ) -> dict[str, Any]:
         """Receive all weights and return the report.
 
@@ -117,10 +118,10 @@ class Joined:
             update: the guard in front of the loader.
             update_info: what the trainer says.
             targets: by name.
-            versions: that the targets have, as far as their weights are whole.
+            served: what the targets have.
         """
         with _naming(self._name, "update", update):
-            self._receive(update, update_info, targets, versions)
+            self._receive(update, update_info, targets, served)
         return WorkerReport(self.engine.transport, self.engine.warnings).to_dict()
 
     def _receive(
@@ -128,7 +129,7 @@ class Joined:
         update: Update,
         update_info: dict[str, Any],
         targets: Mapping[str, Target],
-        versions: Mapping[str, Version],
+        served: Served,
     ) -> None:
         engine = self.engine
         name = update_info.get("target", MODEL)
@@ -141,10 +142,10 @@ class Joined:
         update.target, target = name, targets[name]
         decoder = self._decoders.setdefault(name, WireDecoder())
         info = engine.parse_update_info(decoder.decode(update_info, engine.update_info_cls))
-        if info.manifest.partial and (info.base is None or versions.get(name) != info.base):
+        if info.manifest.partial and (info.base is None or served.updates.get(name) != info.base):
             raise ManifestMismatchError(
-                f"Some weights came, to be put to the others of version {info.base!r}, but this worker has "
-                f"{versions.get(name, 'none that are whole')!r}; send all of them first.",
+                "Some weights came, to be put to others that this trainer has sent before, but this worker has "
+                f"{_has(served.versions.get(name))}; send all of them first.",
                 phase="update",
             )
         loader = target.loaders[info.is_checkpoint_format]
@@ -180,6 +181,10 @@ class Joined:
             target=update.target,
         )
         self._backend.notify("weight_transfer_finished", event)
+
+
+def _has(version: Version | None) -> str:
+    return "none that are whole" if version is None else f"a version {version!r} that is not made of those"
 
 
 @contextmanager

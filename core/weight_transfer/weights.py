@@ -10,7 +10,7 @@ import torch
 
 from weight_transfer.errors import ConfigError
 from weight_transfer.overlap import overlapping
-from weight_transfer.state import State, copies_of, is_dense, state_of
+from weight_transfer.state import State, copies_of, is_dense, is_lazy, state_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,7 +22,8 @@ class ModuleWeights:
     """The parameters and persistent buffers of a module, and what else ``state_dict()`` has, each memory once.
 
     Walking a model with ten thousand parameters takes longer than many a transfer of them, so the walk is kept: it is
-    repeated only if a module, parameter or buffer was added, removed or replaced, or has another shape, dtype or place.
+    repeated only if a module, parameter, buffer or hook was added, removed or replaced, or has another shape, dtype,
+    place or persistence.
 
     Args:
         module: whose weights.
@@ -41,6 +42,14 @@ class ModuleWeights:
         self._shapes: list[torch.Size] = []
         self._dtypes: list[torch.dtype] = []
         self._places: list[int] = []
+        self._odd: list[torch.Tensor] = []
+        self._forms: list[object] = []
+        self._hooks: list[dict[int, Any]] = []
+        self._hooked = 0
+        self._transient: list[set[str]] = []
+        self._were_transient: list[set[str]] = []
+        self.looks = 0
+        """How often the module was looked at anew: whenever a weight was moved, among other reasons."""
 
     @property
     def aliases(self) -> Mapping[str, str]:
@@ -75,6 +84,11 @@ class ModuleWeights:
                 raise ConfigError(
                     f"Weight {name!r} is sharded over several ranks; give the receiver a load_weights of your own."
                 )
+            if is_lazy(tensor):
+                raise ConfigError(
+                    f"Weight {name!r} is a conjugate or negative view, whose bytes are not its values; make it a plain "
+                    "tensor, with resolve_conj() or resolve_neg()."
+                )
         shared = overlapping(self._state.weights)
         if shared is not None:
             what = (
@@ -93,38 +107,64 @@ class ModuleWeights:
         return (
             bool(self._tables)
             and not self._state.computed
-            and sum(map(len, self._tables)) == len(self._values)
+            and sum(map(len, self._tables)) == sum(map(len, self._filled)) == len(self._values)
+            and sum(map(len, self._hooks)) == self._hooked
+            and self._transient == self._were_transient
             and _all(operator.is_, chain.from_iterable(map(dict.values, self._filled)), self._values)
             and _all(operator.eq, chain.from_iterable(self._filled), self._names)
         )
 
     def _has_its_forms(self) -> bool:
         tensors = self._state.weights.values()
-        return _all(operator.eq, map(_shape, tensors), self._shapes) and _all(
-            operator.is_, map(_dtype, tensors), self._dtypes
+        return (
+            _all(operator.eq, map(_shape, tensors), self._shapes)
+            and _all(operator.is_, map(_dtype, tensors), self._dtypes)
+            and list(map(_form, self._odd)) == self._forms
         )
 
     def _walk(self) -> None:
         self._look()  # first: it may call hooks that change what the tables hold
+        modules = list(self._module.modules())
         tables = [
             table
-            for module in self._module.modules()
+            for module in modules
             for table in (module._modules, module._parameters, module._buffers)  # noqa: SLF001  (seen, not touched)
         ]
         self._tables = tables if all(isinstance(table, dict) for table in tables) else []  # a script's are not
         self._filled = [table for table in self._tables if table]
         self._names = list(chain.from_iterable(self._filled))
         self._values = list(chain.from_iterable(map(dict.values, self._filled)))
+        self._hooks = [
+            hooks
+            for module in modules
+            for hooks in (module._state_dict_hooks, module._state_dict_pre_hooks)  # noqa: SLF001
+        ]
+        self._hooked = sum(map(len, self._hooks))
+        self._transient = [
+            module._non_persistent_buffers_set  # noqa: SLF001
+            for module in modules
+            if self._tables and module._buffers  # noqa: SLF001
+        ]
+        self._were_transient = list(map(set, self._transient))
 
     def _look(self) -> None:
         """Read the module; keep the mapping if it says the same."""
         state = state_of(self._module, self._ignore)
         if not (state.is_same(self._state) and self._has_its_forms()):
             self._state = state
+        self.looks += 1
         tensors = self._state.weights.values()
         self._shapes, self._dtypes = list(map(_shape, tensors)), list(map(_dtype, tensors))
         self._dense = list(filter(is_dense, (*tensors, *self._state.tied)))
         self._places = list(map(_place, self._dense))
+        firsts = [self._state.weights[name] for name in dict.fromkeys(self._state.aliases.values())]
+        self._odd = [*filter(torch.is_complex, self._dense), *filter(is_dense, (*firsts, *self._state.tied))]
+        self._forms = list(map(_form, self._odd))
+
+
+def _form(tensor: torch.Tensor) -> object:
+    """Return how the elements of a tensor come from its memory, which may change while everything else stays."""
+    return tensor.stride(), tensor.is_conj()
 
 
 _shape = operator.attrgetter("shape")

@@ -494,6 +494,36 @@ def test_a_weight_whose_elements_are_one_is_refused() -> None:
         KernelFormatLoader(model).begin(sent_by(model)[0])
 
 
+def test_weights_that_share_memory_from_some_update_on_are_refused() -> None:
+    """The parameters are the same objects as before, and the manifest is the same."""
+    model = nn.Module()
+    model.a, model.b = nn.Parameter(torch.zeros(6)), nn.Parameter(torch.zeros(6))
+    manifest, _ = sent_by(model)
+    loader = KernelFormatLoader(model)
+    loader.begin(manifest)
+    model.a.data = torch.zeros(1).expand(6)
+    with pytest.raises(ManifestMismatchError, match="Weight 'a' has several elements in one place"):
+        loader.begin(manifest)
+    both = torch.zeros(8)
+    model.a.data, model.b.data = both[:6], both[2:]
+    for _ in range(2):
+        with pytest.raises(ManifestMismatchError, match="Weight 'a' shares memory with 'b'"):
+            loader.begin(manifest)
+    model.b.data = torch.zeros(6)
+    loader.begin(manifest)
+
+
+def test_a_conjugate_view_is_refused() -> None:
+    model = nn.Module()
+    model.phase = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    manifest, _ = sent_by(model)
+    loader = KernelFormatLoader(model)
+    loader.begin(manifest)
+    model.phase.data = model.phase.data.conj()
+    with pytest.raises(ManifestMismatchError, match="Weight 'phase' is a conjugate or negative view"):
+        loader.begin(manifest)
+
+
 # What a worker's model cannot take.
 
 

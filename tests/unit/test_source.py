@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.testing._internal.two_tensor import TwoTensor
 
 from weight_transfer import ConfigError, ModuleSource, WeightSource
+from weight_transfer.guarded import GuardedSource
 from weight_transfer.source import as_source
 
 
@@ -386,3 +387,105 @@ def test_a_module_that_contains_itself_is_walked_once() -> None:
 
 def test_a_source_shows_what_it_is() -> None:
     assert repr(ModuleSource(nn.Linear(2, 2))) == "ModuleSource(Linear)"
+
+
+class Halving:
+    """Iterates otherwise than the source that it is mixed into."""
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        buffer = torch.empty(16)
+        for name, tensor in super().__iter__():  # type: ignore[misc]
+            half = buffer[: tensor.numel()].view(tensor.shape)
+            yield name, half.copy_(tensor / 2)
+
+
+class HalvedModule(Halving, ModuleSource):
+    """Inherits everything else from a source whose tensors stay where they are."""
+
+
+def test_a_subclass_that_yields_something_else_has_nothing_resident() -> None:
+    """Otherwise a backend that reads resident tensors would send those of the base class."""
+    module = nn.Linear(3, 3)
+    source = HalvedModule(module)
+    manifest = source.manifest()
+    assert not source.resident()
+    assert source.reuses_memory
+    assert [name for name, _ in source] == [param.name for param in manifest.params]
+    for name, half in source.stream({"weight"}):
+        assert torch.equal(half, module.get_parameter(name) / 2)
+    for name, half in source.cast({"weight": torch.bfloat16, "bias": torch.bfloat16}):
+        assert torch.equal(half, (module.get_parameter(name) / 2).bfloat16())
+    assert ModuleSource(module).reuses_memory is False
+
+
+class Halves(nn.Module):
+    """Its second child is empty at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Module(), nn.Module()
+        self.other.weight = nn.Parameter(torch.zeros(2, 2))
+        self.register_buffer("scale", torch.zeros(3), persistent=False)
+
+
+def _move(module: Halves) -> None:
+    del module.other.weight
+    module.one.weight = nn.Parameter(torch.ones(2, 2))
+
+
+def _keep(module: Halves) -> None:
+    module.register_buffer("scale", module.scale)
+
+
+def _hook(module: Halves) -> None:
+    module.register_state_dict_post_hook(lambda _, saved, prefix, __: saved.update({prefix + "late": torch.ones(1)}))
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (_move, {"one.weight"}),
+        (_keep, {"other.weight", "scale"}),
+        (_hook, {"other.weight", "late"}),
+    ],
+    ids=["moved to an empty child", "persistent from now on", "saved by a hook from now on"],
+)
+def test_what_counts_as_a_weight_is_looked_at_anew(change: Callable[[Halves], None], names: set[str]) -> None:
+    module = Halves()
+    source = ModuleSource(module)
+    assert set(source.manifest().by_name) == {"other.weight"}
+    change(module)
+    assert set(source.manifest().by_name) == names
+    assert {name for name, _ in source} == names
+
+
+def test_a_tied_weight_that_is_turned_in_place_is_another_one() -> None:
+    module = nn.Module()
+    module.embed = nn.Parameter(torch.arange(4.0).view(2, 2))
+    module.head = nn.Parameter(module.embed.data)
+    source = ModuleSource(module)
+    assert source.manifest().aliases == {"head": "embed"}
+    module.head.data = module.head.data.t()
+    assert not source.manifest().aliases
+    assert {name: tensor.tolist() for name, tensor in source} == {
+        "embed": [[0.0, 1.0], [2.0, 3.0]],
+        "head": [[0.0, 2.0], [1.0, 3.0]],
+    }
+
+
+def test_a_conjugate_view_is_sent_by_its_values_and_is_not_resident() -> None:
+    """Its bytes are those of the tensor of which it is a view."""
+    module = nn.Module()
+    module.phase = nn.Parameter(torch.tensor([1 + 2j, 3 - 1j]))
+    source = ModuleSource(module)
+    source.manifest()
+    assert set(source.resident()) == {"phase"}
+    module.phase.data = module.phase.data.conj()
+    manifest = source.manifest()
+    assert not source.resident()
+    ((_, sent),) = GuardedSource(source, manifest, 1)
+    assert not sent.is_conj()
+    assert sent.tolist() == [1 - 2j, 3 + 1j]
+    module.phase.data = module.phase.data.conj()
+    source.manifest()
+    assert set(source.resident()) == {"phase"}

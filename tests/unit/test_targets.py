@@ -183,7 +183,7 @@ def test_a_part_is_never_put_to_weights_of_another_trainer(pair: Pair) -> None:
     pair.sender.send(policy(1), version=1)
     with WeightSender(LOOPBACK, [pair.receiver]) as other:
         other.send(policy(2), version=2)
-        with pytest.raises(ManifestMismatchError, match="to be put to the others of version 1, but this worker has 2"):
+        with pytest.raises(ManifestMismatchError, match="this worker has a version 2 that is not made of those"):
             pair.sender.send(policy(3), version=3, only=["0.*"])
         assert pair.receiver.version == 2
         assert same(pair.model, state(policy(2)))
@@ -196,7 +196,7 @@ def test_a_worker_that_was_restarted_needs_all_weights_first(pair: Pair) -> None
     pair.sender.send(policy(1))
     fresh = WeightReceiver(LOOPBACK, policy(9))
     pair.sender.add_worker(fresh)
-    with pytest.raises(ManifestMismatchError, match="this worker has 'none that are whole'; send all of them first"):
+    with pytest.raises(ManifestMismatchError, match="this worker has none that are whole; send all of them first"):
         pair.sender.send(policy(2), only=["0.*"])
     assert fresh.version is None
     pair.sender.send(policy(2))
@@ -227,7 +227,7 @@ Change = Callable[[dict[str, Any]], None]
 
 @pytest.mark.parametrize(
     "change",
-    [lambda info: info.pop("base"), lambda info: info.update(base=7)],
+    [lambda info: info.pop("base"), lambda info: info.update(base="another")],
     ids=["no base", "another base"],
 )
 def test_a_part_without_the_version_that_it_belongs_to_is_refused(
@@ -244,6 +244,58 @@ def test_a_part_without_the_version_that_it_belongs_to_is_refused(
     with pytest.raises(ManifestMismatchError, match="send all of them first"):
         pair.sender.send(policy(2), only=["0.*"])
     assert same(pair.model, state(policy(1)))
+
+
+def test_a_part_is_not_put_to_another_trainers_weights_of_the_same_version(pair: Pair) -> None:
+    pair.sender.send(policy(1), version=1)
+    with WeightSender(LOOPBACK, [pair.receiver]) as other:
+        other.send(policy(2), version=1)
+    with pytest.raises(ManifestMismatchError, match="a version 1 that is not made of those; send all of them first"):
+        pair.sender.send(policy(1), only=["0.*"])
+    assert pair.receiver.version == 1
+    assert same(pair.model, state(policy(2)))
+    pair.sender.send(policy(3), version=1)
+    pair.sender.send(policy(3), version=1, only=["0.*"])
+
+
+def test_a_part_is_not_put_to_older_weights_of_a_version_that_is_used_again(pair: Pair) -> None:
+    """A name such as "latest" for each version says nothing of the weights that a lost worker has."""
+    lost = policy(9)
+    with (
+        WeightReceiver(LOOPBACK, lost) as receiver,
+        WeightSender(LOOPBACK | {"on_worker_failure": "continue"}, [pair.receiver, receiver]) as sender,
+    ):
+        sender.send(policy(1), version="latest")
+        sender.remove_worker(receiver)
+        sender.send(policy(2), version="latest")
+        sender.add_worker(receiver)
+        with pytest.raises(ManifestMismatchError, match="send all of them first"):
+            sender.send(policy(3), version="latest", only=["0.*"])
+        assert same(lost, state(policy(1)))
+
+
+def test_a_part_of_a_layer_that_is_processed_after_loading_is_refused() -> None:
+    """The rest of the layer would be processed twice."""
+
+    def double(layer: nn.Module) -> None:
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.mul_(2)
+
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    sent = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    with (
+        WeightReceiver(LOOPBACK, model, process_weights_after_loading=double) as receiver,
+        WeightSender(LOOPBACK, [receiver]) as sender,
+    ):
+        sender.send(sent)
+        with pytest.raises(ManifestMismatchError, match=r"layer '1' came without the others.*send whole layers"):
+            sender.send(sent, only=["1.weight"])
+        assert receiver.version == 0
+        for only in (["1.*"], ["0.*"], ["0.*", "1.*"]):
+            sender.send(sent, only=only)
+            for mine, theirs in zip(model.parameters(), sent.parameters(), strict=True):
+                assert torch.equal(mine, 2 * theirs)
 
 
 def test_a_weight_that_is_missing_without_being_declared_is_an_error(pair: Pair) -> None:

@@ -15,7 +15,7 @@ def _merge(local: list[int], remote: list[int], sizes: list[int], **given: list[
     count = len(local)
     columns = [np.array(column, dtype=np.int64) for column in (local, remote, sizes)]
     regions = [np.array(given.get(key, [0] * count), dtype=np.int64) for key in ("here", "there")]
-    rows: list[list[int]] = merge(*columns, *regions, np.array(given.get("padded", [True] * count))).tolist()
+    rows: list[list[int]] = merge(*columns, *regions, np.array(given.get("padding", [511] * count))).tolist()
     return rows
 
 
@@ -32,8 +32,10 @@ def test_ranges_that_stand_in_another_order_there_stay_apart() -> None:
 
 
 def test_bytes_between_two_ranges_are_overwritten_only_if_they_are_padding() -> None:
-    assert len(_merge([1000, 1256], [5000, 5256], [100, 100], padded=[False, True])) == 2
-    assert len(_merge([1000, 1256], [5000, 5256], [256, 100], padded=[False, True])) == 1
+    assert len(_merge([1000, 1256], [5000, 5256], [100, 100], padding=[0, 156])) == 2
+    assert len(_merge([1000, 1256], [5000, 5256], [100, 100], padding=[156, 0])) == 1
+    assert len(_merge([1000, 1256], [5000, 5256], [256, 100], padding=[0, 156])) == 1
+    assert len(_merge([1024, 1536], [5120, 5632], [100, 100], padding=[156, 156])) == 2, "a small weight between them"
     assert len(_merge([1000, 2000], [5000, 6000], [100, 100])) == 2
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from weight_transfer_rdma.config import RdmaOptions
     from weight_transfer_rdma.nixl import Rows
 
+_BLOCK = 512  # bytes; blocks of torch's CUDA allocator begin at multiples of it
 _KILL_TIMEOUT = 30.0  # seconds for a call of NIXL that is under way
 _FIRST_PAUSE, _LONGEST_PAUSE = 2e-5, 2e-4  # seconds between two looks at transfers
 
@@ -250,7 +251,7 @@ class DeviceMemory:
         """Register the allocator's segments in which tensors lie, and take back the others."""
         segments = self._segments()
         addresses = np.full(len(tensors), -1, dtype=np.int64)
-        padded = np.zeros(len(tensors), dtype=bool)
+        padding = np.zeros(len(tensors), dtype=np.int64)
         used: dict[int, int] = {}
         for index, tensor in enumerate(tensors):
             if tensor is None or tensor.device != self._device or not tensor.is_contiguous() or not tensor.numel():
@@ -262,14 +263,15 @@ class DeviceMemory:
                 continue  # not from torch's allocator: it goes through the buckets
             addresses[index] = start = tensor.data_ptr()
             storage = tensor.untyped_storage()
-            padded[index] = storage.data_ptr() == start and storage.nbytes() == tensor.nbytes
+            if storage.resizable() and storage.data_ptr() + storage.nbytes() == start + tensor.nbytes:
+                padding[index] = -(start + tensor.nbytes) % _BLOCK
             used[int(segments.addresses[home])] = int(segments.sizes[home])
         kept = dict(used)
         for arena in self._arenas:
             home = _home(segments, arena)
             kept |= {int(segments.addresses[home]): int(segments.sizes[home])} if home >= 0 else _span(arena)
         self._register(kept, only=True)
-        return Located(addresses, padded, Regions.of(list(used.items())))
+        return Located(addresses, padding, Regions.of(list(used.items())))
 
     def _segments(self) -> Regions:
         """Return the segments of torch's allocator on the device."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from weight_transfer.buckets import ALIGNMENT
 from weight_transfer.export import Export, Exporter
 from weight_transfer.shared_memory import SharedMemory
 from weight_transfer_rdma.memory import Arena, Located
@@ -42,7 +43,7 @@ class HostMemory:
     def locate(self, manifest: Manifest, tensors: Mapping[str, torch.Tensor], deadline: Deadline) -> Located:
         export = self._exporter.refresh(manifest, tensors)
         if self._known is None or self._known[0] is not export:
-            self._known = export, self._located(export, deadline)
+            self._known = export, self._located(export, manifest, tensors, deadline)
         return self._known[1]
 
     @property
@@ -69,7 +70,9 @@ class HostMemory:
         self._arenas.clear()
         self._exporter.close()
 
-    def _located(self, export: Export, deadline: Deadline) -> Located:
+    def _located(
+        self, export: Export, manifest: Manifest, tensors: Mapping[str, torch.Tensor], deadline: Deadline
+    ) -> Located:
         assert self._agent is not None
         used = [self._exporter.segment(segment.id) for segment in export.segments]
         self._agent.unshare_all_but([*used, *self._arenas], deadline)
@@ -82,4 +85,15 @@ class HostMemory:
             bases[segment] + offset if segment >= 0 and str(index) not in export.strides else -1
             for index, (segment, offset) in enumerate(zip(export.segment_ids, export.offsets, strict=True))
         ]
-        return Located(np.array(addresses, dtype=np.int64), np.ones(len(addresses), dtype=bool), Regions.of(regions))
+        padding = [
+            _padding(tensors[param.name]) if address >= 0 else 0
+            for param, address in zip(manifest.params, addresses, strict=True)
+        ]
+        return Located(np.array(addresses, dtype=np.int64), np.array(padding, dtype=np.int64), Regions.of(regions))
+
+
+def _padding(tensor: torch.Tensor) -> int:
+    """Return how many bytes lie between the end of an adopted tensor and the next storage; 0 inside its own."""
+    storage = tensor.untyped_storage()
+    end = tensor.storage_offset() * tensor.element_size() + tensor.nbytes
+    return -end % ALIGNMENT if end == storage.nbytes() else 0

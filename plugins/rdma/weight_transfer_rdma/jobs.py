@@ -9,7 +9,7 @@ import attrs
 import numpy as np
 import torch
 
-from weight_transfer.buckets import Unpacker, plan_buckets
+from weight_transfer.buckets import ALIGNMENT, Unpacker, plan_buckets
 from weight_transfer.engine import LoadWeights
 from weight_transfer.errors import ManifestMismatchError
 from weight_transfer_rdma.plan import Regions, merge
@@ -98,7 +98,7 @@ class Planner:
                     self._sizes[chunk],
                     at_home[chunk],
                     self._regions[chunk],
-                    located.padded[chunk],
+                    located.padding[chunk],
                 )
                 names = [self._params[index].name for index in chunk.tolist()]
                 weights = [(name, destinations[name]) for name in names]
@@ -141,7 +141,7 @@ class Planner:
                     np.array([slot.nbytes for slot in used], dtype=np.int64),
                     np.zeros(len(used), dtype=np.int64),
                     self._regions[params],
-                    np.ones(len(used), dtype=bool),
+                    np.full(len(used), ALIGNMENT, dtype=np.int64),
                 )
                 handle = self._prepare(rows)
             jobs.append(Job(handle, 0, sum(slot.nbytes for slot in used), _unpacking(unpacker, number)))

@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import attrs
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from weight_transfer_rdma.plan import Integers, Regions
 
@@ -25,12 +23,12 @@ class Located:
 
     Attributes:
         addresses: -1 for those that it cannot reach or that are not contiguous.
-        padded: whether nothing but padding lies between the tensor's end and the next tensor.
+        padding: bytes behind the tensor's end that belong to nobody, whatever is sent.
         regions: the regions in which they lie.
     """
 
     addresses: Integers
-    padded: NDArray[np.bool_]
+    padding: Integers
     regions: Regions
 
 

@@ -46,16 +46,13 @@ class Regions:
         return found
 
 
-_PADDING = 512  # bytes; less than this lies between neighbours in an arena (256) or of torch's CUDA allocator (512)
-
-
 def merge(
     local: Integers,
     remote: Integers,
     sizes: Integers,
     local_regions: Integers,
     remote_regions: Integers,
-    padded: NDArray[np.bool_],
+    padding: Integers,
 ) -> Rows:
     """Return the reads that bring ``sizes`` bytes each from ``remote`` to ``local``.
 
@@ -68,22 +65,21 @@ def merge(
         sizes: bytes, all positive.
         local_regions: region of each range here.
         remote_regions: region of each range there.
-        padded: whether only padding lies between the end of a range here and the next.
+        padding: bytes behind the end of a range here that nobody uses.
 
     Returns:
         Rows of local address, remote address and bytes, sorted by local address.
     """
     order = np.argsort(local, kind="stable")
     local, remote, sizes = local[order], remote[order], sizes[order]
-    local_regions, remote_regions, padded = local_regions[order], remote_regions[order], padded[order]
+    local_regions, remote_regions, padding = local_regions[order], remote_regions[order], padding[order]
     gap = local[1:] - (local[:-1] + sizes[:-1])
     joined = (
         (np.diff(local) == np.diff(remote))
         & (gap >= 0)
-        & (gap < _PADDING)
+        & (gap <= padding[:-1])
         & (np.diff(local_regions) == 0)
         & (np.diff(remote_regions) == 0)
-        & (padded[:-1] | (gap == 0))
     )
     first = np.flatnonzero(np.concatenate([[True], ~joined]))
     last = np.concatenate([first[1:] - 1, [len(local) - 1]])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
+
 import pytest
 
 from weight_transfer.testing.conformance.kit import PLAIN, Cast, Kit, assert_same
@@ -9,6 +11,11 @@ from weight_transfer.testing.models import Weight, weight
 
 DRAFT: list[Weight] = [weight("embed", "float32", 300, 256), *(weight(f"w{i}", "bfloat16", 64, 33) for i in range(5))]
 """Shares a name and a shape with `PLAIN`, and spans several buckets."""
+
+PARTS: list[Weight] = [
+    part for plain in PLAIN for part in (plain, weight(f"{plain[0]}_scale", "float32", 8)) if part[0] != "embed_scale"
+]
+"""`PLAIN`, with small weights between."""
 
 loaders = pytest.mark.parametrize("in_place", [True, False], ids=["in place", "loader"])
 
@@ -40,15 +47,21 @@ class TargetsTests(Kit):
         """All, then a part, another part, and all again.
 
         If this fails: the engine takes the weights that are to be sent from something else than the manifest of this
-        update, or writes into the whole of a region in which only some weights are new.
+        update, or writes into the whole of a region in which only some weights are new, such as over a small weight
+        between two that are sent.
         """
-        worker = cast.worker(in_place=in_place)
-        trainer = cast.trainer([worker])
+        worker = cast.worker(PARTS, in_place=in_place)
+        trainer = cast.trainer([worker], PARTS)
         expected = trainer.ask("send", seed=1, version=1)["hashes"]
-        for version, only in ((2, ["layer3_*"]), (3, ["embed", "layer0_bias"]), (4, ["layer3_*"])):
+        for version, only in (
+            (2, ["layer3_*"]),
+            (3, ["embed", "layer0_bias"]),
+            (4, ["layer3_*"]),
+            (5, ["embed", "*_weight", "*_bias"]),  # all but small ones between them
+            (6, ["*_scale"]),
+        ):
             sent = trainer.ask("send_part", seed=version, version=version, only=only)
-            chosen = {name for name, *_ in PLAIN if name in only or ("layer3_*" in only and name.startswith("layer3_"))}
-            expected |= {name: value for name, value in sent.items() if name in chosen}
+            expected |= {name: value for name, value in sent.items() if any(fnmatchcase(name, each) for each in only)}
             assert_same(expected, worker.ask("hashes"))
             assert worker.ask("status")["version"] == version
         assert_same(trainer.ask("send", seed=9, version=9)["hashes"], worker.ask("hashes"))
