@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +65,12 @@ class MergedLoraSource(WeightSource):
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for part in self._parts:
             yield part.name, part.merged()
+
+    def stream(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield those called ``names`` alone; the others are not merged."""
+        if type(self) is not MergedLoraSource:  # a subclass may yield something else
+            return super().stream(names)
+        return ((part.name, part.merged()) for part in self._parts if part.name in names)
 
     def resident(self) -> Mapping[str, Tensor]:
         """Return the weights that no adapter touches."""

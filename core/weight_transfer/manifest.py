@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -194,23 +195,21 @@ class Manifest:
         theirs = {param.name: param for param in expected}
         takers, tied, missing = self._takers(theirs, aliases or {})
         extra = [name for name in self.by_name if name not in takers]
+        sent = ((self.by_name[name], theirs[taker]) for name, names in takers.items() for taker in names)
+        unlike = [(mine, their) for mine, their in sent if not mine.is_like(their)]
         problems = [
-            "" if self.partial else _named("is missing from the update", missing),
-            _named(f"does not exist in {whose}", extra),
+            "" if self.partial else _named("is missing from the update", "are missing from the update", missing),
+            _named(f"does not exist in {whose}", f"do not exist in {whose}", extra),
             *(f"{' and '.join(map(repr, names))} are one weight in {whose} but not on the trainer" for names in tied),
-            *(
-                f"{self.by_name[name]} was sent, but {whose} has {theirs[taker].dtype} {list(theirs[taker].shape)}"
-                + _declare(self.by_name[name], theirs[taker])
-                for name, names in takers.items()
-                for taker in names
-                if not self.by_name[name].is_like(theirs[taker])
-            ),
+            *(f"{mine} was sent, but {whose} has {their.dtype} {list(their.shape)}" for mine, their in unlike),
         ]
         found = [problem for problem in problems if problem]
         if found:
-            more = f" (and {len(found) - 3} more differences)" if len(found) > 3 else ""
+            left = len(found) - 3
+            more = f" (and {left} more difference{'s' if left > 1 else ''})" if left > 0 else ""
             rename = suggested_rename(self.by_name, theirs) if missing and extra else ""
             hint = f" On the trainer, ModuleSource(model, {rename}) gives them these names." if rename else ""
+            hint += next(filter(None, itertools.starmap(_declare, unlike)), "")
             raise ManifestMismatchError(f"The weights do not fit: {'; '.join(found[:3])}{more}.{hint}", phase="update")
         return takers
 
@@ -248,11 +247,10 @@ def _declare(mine: ParamMeta, theirs: ParamMeta) -> str:
     floating = torch_dtype(mine.dtype).is_floating_point and torch_dtype(theirs.dtype).is_floating_point
     if not floating or mine.shape != theirs.shape or mine.dtype == theirs.dtype:
         return ""
-    return f', to which nobody asked it to be cast; declare it on the trainer: cast = {{"*" = "{theirs.dtype}"}}'
+    return f' If they are to be cast, declare it on the trainer: cast = {{"*" = "{theirs.dtype}"}}.'
 
 
-def _named(problem: str, names: list[str]) -> str:
+def _named(one: str, several: str, names: list[str]) -> str:
     if not names:
         return ""
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"{names[0]!r}{more} {problem}"
+    return f"{names[0]!r} and {len(names) - 1} more {several}" if len(names) > 1 else f"{names[0]!r} {one}"

@@ -76,14 +76,17 @@ class Outgoing:
         """Return the part that matches ``only``; all of the source if that is None.
 
         Raises:
-            ConfigError: nothing was sent whole yet, or ``only`` is no list of patterns.
+            ConfigError: ``only`` is no list of patterns.
         """
         if only is None:
             return source
-        if self.version is None:
-            raise ConfigError(
-                "only: the workers need all weights before they can be sent some; call send without only first."
-            )
         if self._part is None or self._part.source is not source or self._part.only != tuple(only):
             self._part = PartialSource(source, only)
         return self._part
+
+    def require_base(self, manifest: Manifest) -> None:
+        """Raise if these are some of the weights, and nothing was sent whole yet."""
+        if manifest.partial and self.version is None:
+            raise ConfigError(
+                "The workers need all weights before they can be sent some: send all of them first, without only."
+            )

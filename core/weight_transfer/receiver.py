@@ -56,7 +56,7 @@ class WeightReceiver:
         observers: objects with hook implementations, beside the ones that the config names.
         targets: further models of this worker, such as ``{"draft": draft_model}``: ``send(..., target="draft")`` brings
             weights to one, which has a version of its own. They load by their own ``load_weights``, or by name.
-        ignore: glob patterns of names that the models have and the trainer does not send, such as ``"*._extra_state"``.
+        ignore: glob patterns of names that the models have and the trainer does not send, such as ``"*_extra_state"``.
 
     Raises:
         ConfigError: a config key is wrong, or ``model`` is no module.

@@ -127,6 +127,7 @@ class WeightSender:
             outgoing = self._targets.get(target) or Outgoing(target)
             source = outgoing.part(self._cast.around(outgoing.whole(weights), outgoing), only)
             manifest = source.manifest()  # from here on the source knows whether it is sharded
+            outgoing.require_base(manifest)
             version = self._next(version, outgoing, self._ranks(source))
             if not manifest.params:
                 raise ConfigError("The weights to send have no parameters.")

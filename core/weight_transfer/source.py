@@ -131,7 +131,7 @@ class ModuleSource(WeightSource):
     Args:
         module: read anew by `manifest`, so that replaced parameters are noticed at each update.
         rename: maps a weight's name to the one under which it is sent, or to None if it is not to be sent.
-        ignore: glob patterns of names that are not to be sent, such as ``"*._extra_state"``.
+        ignore: glob patterns of names that are not to be sent, such as ``"*_extra_state"``.
     """
 
     def __init__(

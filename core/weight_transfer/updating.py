@@ -70,6 +70,8 @@ def targets_of(
     Raises:
         ConfigError: one is no module, or has no name of its own.
     """
+    if not isinstance(others, Mapping):
+        raise ConfigError(f'targets: expected models by name, such as {{"draft": draft_model}}, got {others!r}.')
     targets = {MODEL: Target(_module("model", model), load_weights, process_weights_after_loading, ignore)}
     for name, other in others.items():
         if not isinstance(name, str) or not name or name == MODEL:

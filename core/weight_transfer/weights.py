@@ -31,6 +31,8 @@ class ModuleWeights:
     """
 
     def __init__(self, module: nn.Module, ignore: Sequence[str] = ()) -> None:
+        if isinstance(ignore, str):
+            raise ConfigError(f'ignore: expected a list of patterns such as ["*_extra_state"], got {ignore!r}.')
         self._module = module
         self._ignore = ignore
         self._state = State({}, {}, (), frozenset())

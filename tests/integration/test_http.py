@@ -114,6 +114,11 @@ def test_a_sender_with_a_wrong_token_says_so_at_once(receiver: wt.WeightReceiver
         assert caught.value.peer == server.url
 
 
+def test_a_model_is_not_served_by_itself() -> None:
+    with pytest.raises(wt.ConfigError, match=r"got Odd; wrap a model: WeightReceiver\(config, model\)"):
+        serve(Odd(2))  # type: ignore[arg-type]
+
+
 def test_listening_beyond_loopback_demands_a_token(receiver: wt.WeightReceiver) -> None:
     with pytest.raises(wt.ConfigError, match="needs a token"):
         serve(receiver, host="0.0.0.0")

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from weight_transfer import CastSource, ConfigError, MergedLoraSource
+from weight_transfer.lora import _Merge
+from weight_transfer.partial import PartialSource
 from weight_transfer.testing.models import digest
 
 with warnings.catch_warnings():
@@ -180,6 +182,25 @@ def test_only_what_adapters_touch_is_a_copy_and_it_stays_valid() -> None:
     assert source.resident()["embed.weight"] is model.get_base_model().embed.weight
     kept = dict(source)
     assert all(torch.equal(tensor, kept[name]) for name, tensor in expected(model).items())
+
+
+def test_a_part_is_merged_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lora(Base())
+    wanted, merged = expected(model), 0
+    add_to = _Merge.add_to
+
+    def counted(self: _Merge, weight: torch.Tensor) -> None:
+        nonlocal merged
+        merged += 1
+        add_to(self, weight)
+
+    monkeypatch.setattr(_Merge, "add_to", counted)
+    part = PartialSource(MergedLoraSource(model), ["layers.0.q.weight", "embed.*"])
+    part.manifest()
+    got = dict(part)
+    assert got.keys() == {"layers.0.q.weight", "embed.weight"}
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in got.items())
+    assert merged == 1
 
 
 def test_a_step_of_the_adapters_reaches_the_next_pass() -> None:

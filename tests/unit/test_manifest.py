@@ -134,7 +134,7 @@ def test_the_same_parameters_in_another_order_fit() -> None:
 
 def test_a_missing_parameter_is_named() -> None:
     assert complaint([*THREE[:2]], [*THREE]) == "The weights do not fit: 'c' is missing from the update."
-    assert complaint([THREE[0]], [*THREE]) == "The weights do not fit: 'b' and 1 more is missing from the update."
+    assert complaint([THREE[0]], [*THREE]) == "The weights do not fit: 'b' and 1 more are missing from the update."
 
 
 def test_an_extra_parameter_is_named() -> None:
@@ -158,8 +158,8 @@ def test_a_model_of_another_kind_gives_a_short_sentence() -> None:
         ParamMeta(f"x.{i}", "float32", (3,)) for i in range(50)
     ]
     text = complaint(sent, theirs)
-    assert "'y.0' and 49 more is missing from the update" in text
-    assert "'x.50' and 49 more does not exist in the worker's model" in text
+    assert "'y.0' and 49 more are missing from the update" in text
+    assert "'x.50' and 49 more do not exist in the worker's model" in text
     assert "x.0: float32 [2] was sent, but the worker's model has float32 [3]" in text
     assert text.endswith("(and 49 more differences).")
     assert len(text) < 300

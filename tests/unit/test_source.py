@@ -307,6 +307,11 @@ def test_a_tensor_that_only_the_state_dict_has_is_sent_and_read_anew_each_time()
     assert torch.equal(dict(source)["0.scale"], torch.ones(3))
 
 
+def test_what_to_ignore_is_a_list() -> None:
+    with pytest.raises(ConfigError, match=r"ignore: expected a list of patterns .* got '\*\.weight'"):
+        ModuleSource(nn.Linear(2, 2), ignore="*.weight")
+
+
 @pytest.mark.parametrize("extra", [{"amax": 1.0}, b"bytes", 3])
 def test_state_that_is_no_tensor_is_refused_by_name_unless_it_is_ignored(extra: object) -> None:
     module = nn.Sequential(Saving(extra))

@@ -22,6 +22,7 @@ from weight_transfer import (
     WeightSender,
     WeightSource,
 )
+from weight_transfer.partial import PartialSource
 
 LOOPBACK = {"backend": "loopback", "timeout": 10, "bucket_bytes": 256}
 
@@ -89,6 +90,11 @@ def test_a_target_that_the_worker_has_not_is_named_and_nothing_is_lost(pair: Pai
 def test_a_target_needs_a_name_of_its_own(name: Any) -> None:
     with pytest.raises(ConfigError, match="is no name for a further model"):
         WeightReceiver(LOOPBACK, policy(0), targets={name: draft(0)})
+
+
+def test_targets_are_models_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"targets: expected models by name, .* got \['draft'\]"):
+        WeightReceiver(LOOPBACK, policy(0), targets=["draft"])  # type: ignore[arg-type]
 
 
 def test_a_target_is_a_module() -> None:
@@ -218,8 +224,12 @@ def test_a_part_after_a_failed_update_is_refused() -> None:
 
 
 def test_a_first_update_of_some_weights_is_refused(pair: Pair) -> None:
-    with pytest.raises(ConfigError, match="only: the workers need all weights before they can be sent some"):
+    need = "The workers need all weights before they can be sent some"
+    with pytest.raises(ConfigError, match=need):
         pair.sender.send(policy(1), only=["0.*"])
+    with pytest.raises(ConfigError, match=need):
+        pair.sender.send(PartialSource(ModuleSource(policy(1)), ["0.*"]))
+    assert pair.receiver.version is None
 
 
 Change = Callable[[dict[str, Any]], None]
@@ -300,6 +310,6 @@ def test_a_part_of_a_layer_that_is_processed_after_loading_is_refused() -> None:
 
 def test_a_weight_that_is_missing_without_being_declared_is_an_error(pair: Pair) -> None:
     pair.sender.send(policy(1))
-    with pytest.raises(ManifestMismatchError, match="is missing from the update"):
+    with pytest.raises(ManifestMismatchError, match="are missing from the update"):
         pair.sender.send(ModuleSource(policy(2), rename=lambda name: None if name.startswith("1.") else name))
     assert pair.receiver.version == 0

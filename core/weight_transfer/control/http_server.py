@@ -75,7 +75,15 @@ def create_app(channel: ControlChannel, token: str | None = None, *, hosts: Sequ
         hosts: names by which this server may be called, such as ``["worker-3.cluster"]``; loopback always may.
             Default: any if there is a token, else loopback and the address that a request came in on. Pages of other
             origins are refused in any case.
+
+    Raises:
+        ConfigError: ``channel`` is none.
     """
+    if not hasattr(channel, "init_weight_transfer_engine"):
+        raise ConfigError(
+            f"What is served must be a WeightReceiver or another control channel, got {type(channel).__name__}; wrap a "
+            "model: WeightReceiver(config, model)."
+        )
     guard = Guard(token, hosts)
     calls = _Calls(channel)
 
@@ -268,7 +276,8 @@ def serve(
         hosts: see `create_app`.
 
     Raises:
-        ConfigError: the address is not loopback and there is no token, or it cannot be listened on.
+        ConfigError: the address is not loopback and there is no token, or it cannot be listened on; or ``receiver`` is
+            none.
     """
     config = getattr(receiver, "config", None)
     token = token or getattr(config, "token", None)
