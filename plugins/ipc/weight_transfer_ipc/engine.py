@@ -96,6 +96,9 @@ class IpcTrainerEngine(TrainerWeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
     def lose_worker(self, peer: str) -> None:
         for rank in [rank for rank, name in self._joining.copy().items() if name == peer]:
             self._joining.pop(rank, None)
+        for worker in list(self._workers.values()):
+            if worker.peer == peer:  # it may have refused the update without a word here
+                worker.interrupt()
 
     def abort_update(self) -> None:
         if self._joining and self._listener is not None:  # those that joined before are not to suffer

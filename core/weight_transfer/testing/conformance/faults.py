@@ -264,6 +264,24 @@ class FaultsTests(Kit):
         assert sent["lost"] == []
         assert_same(sent["hashes"], back.ask("hashes"), survivor.ask("hashes"))
 
+    @needs(Capability.CROSS_PROCESS, Capability.REJOIN)
+    @pytest.mark.parametrize("passing", [False, True], ids=["resident", "passing"])
+    def test_with_continue_a_worker_that_refuses_does_not_hold_the_others_up(self, cast: Cast, passing: bool) -> None:
+        """A worker whose model does not fit says so over the control channel alone, and its connection stays as it is.
+
+        If this fails: the trainer's engine goes on waiting for the worker that `lose_worker` has named.
+        """
+        going_on = {"on_worker_failure": "continue"} | self._patient()
+        other = cast.worker(PLAIN[:-1], in_place=True, config=going_on)
+        fitting = cast.worker(rank=2, config=going_on)
+        trainer = cast.trainer([other, fitting], config=going_on, passing=passing)
+        for version in (1, 2):
+            trainer.tell("send", seed=version, version=version)
+            sent = trainer.reply(self.grace)
+            assert [peer for peer, _ in sent["lost"]] == [other.url]
+            assert_same(sent["hashes"], fitting.ask("hashes"))
+            assert fitting.ask("status")["version"] == version
+
     def _patient(self) -> dict[str, Any]:
         return {"timeout": 4 * self.grace}
 
