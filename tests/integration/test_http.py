@@ -290,6 +290,34 @@ def test_a_closed_connection_ends_a_start_that_waits_and_the_old_version_is_serv
         receiver.close()
 
 
+def test_a_trainer_that_is_gone_when_its_start_succeeds_has_started_nothing() -> None:
+    gone, aborted = threading.Event(), threading.Event()
+
+    class Sampled:
+        """A worker whose samplers leave at the moment at which the trainer dies."""
+
+        def start_weight_update(self, session: str | None = None) -> None:
+            gone.wait(10)
+
+        def abort_weight_update(self, reason: str = "", session: str | None = None) -> None:
+            aborted.set()
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda **_: None
+
+    with serve(Sampled()) as server:  # type: ignore[arg-type]
+        for _ in range(20):
+            gone.clear()
+            aborted.clear()
+            url = httpx.URL(server.url)
+            with socket.create_connection((url.host, url.port)) as client:
+                head = f"POST /start_weight_update HTTP/1.1\r\nHost: {url.host}\r\nContent-Type: application/json\r\n"
+                client.sendall(f'{head}Content-Length: 15\r\n\r\n{{"session":"s"}}'.encode())
+                assert not gone.wait(0.05)
+            gone.set()
+            assert aborted.wait(5)
+
+
 def test_a_server_says_what_it_is(receiver: wt.WeightReceiver) -> None:
     with serve(receiver) as server:
         assert repr(server) == f"<Server {server.url}>"

@@ -193,7 +193,7 @@ MUTANTS = [
     Mutant(
         "ReceivesOn",
         "goes on receiving when it is told to give up",
-        "test_a_worker_that_aborts_does_not_wait_for_the_trainer[between two]",
+        "test_a_worker_that_aborts_does_not_wait_for_the_trainer[before the first byte]",
     ),
     Mutant("ChecksNoToken", "lets everybody in", "test_a_stranger_without_the_secret_is_not_let_in"),
     Mutant(

@@ -112,6 +112,10 @@ def create_app(channel: ControlChannel, token: str | None = None, *, hosts: Sequ
     )
 
 
+_PASSES = 4
+"""Of the event loop, in which it notices that a connection was closed before a call has ended."""
+
+
 class _Calls:
     """Calls a channel on threads, without the session if the channel does not carry it."""
 
@@ -138,10 +142,13 @@ class _Calls:
                     pass
                 abort: Callable[..., None] = self._channel.abort_weight_update
                 reason = {"reason": TRAINER_LEFT}
-                await self.run(abort, reason | _session_of(arguments))
+                with anyio.CancelScope(shield=True):  # the call may end at the same moment
+                    await self.run(abort, reason | _session_of(arguments))
 
             tasks.start_soon(watch)
             result = await self.run(call, arguments)
+            for _ in range(_PASSES):
+                await anyio.sleep(0)
             tasks.cancel_scope.cancel()
         return result
 

@@ -13,6 +13,7 @@ import torch
 
 from weight_transfer.control.http_server import serve
 from weight_transfer.errors import TransferTimeoutError, WeightTransferError, error_to_dict
+from weight_transfer.hookspecs import hookimpl
 from weight_transfer.receiver import WeightReceiver
 from weight_transfer.testing.actors import PATIENCE
 from weight_transfer.testing.forked import Family
@@ -75,11 +76,22 @@ def _scribble(tensor: torch.Tensor) -> None:
         tensor.zero_()
 
 
+class _Teller:
+    """Hears that an update begins: from then on an abort has to reach the engine."""
+
+    def __init__(self, told: threading.Event) -> None:
+        self._told = told
+
+    @hookimpl
+    def weight_transfer_started(self) -> None:
+        self._told.set()
+
+
 class Receiver(WeightReceiver):
     """Says when it is told of an update, and keeps the error of one that failed: the trainer may not be there any more.
 
     Attributes:
-        told: whether an update is under way.
+        told: whether the engine has been asked to receive.
         failure: of the last one.
         session: of the trainer that has joined last.
     """
@@ -88,8 +100,8 @@ class Receiver(WeightReceiver):
     session: str | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
         self.told = threading.Event()
+        super().__init__(*args, observers=(_Teller(self.told),), **kwargs)
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any] | None:
         self.session = init_info.get("session")
@@ -101,7 +113,6 @@ class Receiver(WeightReceiver):
         super().start_weight_update(session)
 
     def update_weights(self, update_info: dict[str, Any]) -> dict[str, Any]:
-        self.told.set()
         try:
             return super().update_weights(update_info)
         except WeightTransferError as error:

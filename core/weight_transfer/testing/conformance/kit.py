@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from weight_transfer.errors import WeightTransferError
 
 T = TypeVar("T")
-_MOMENT = 0.3  # seconds
+_MOMENT = 1.0  # seconds; who pulls pays them in full
 
 PLAIN: list[Weight] = [
     weight("embed", "float32", 300, 256),
