@@ -214,9 +214,10 @@ class CheckpointFormatLoader:
         """Refuse a part of a layer: what it does not hold has been processed already, and would be once more."""
         for layer, count in self._missing.items():
             if count != self._sizes.get(layer):
+                example = f': only=["{layer}.*"]' if layer else ""
                 raise ManifestMismatchError(
                     f"Some weights of layer {layer!r} came without the others, which process_weights_after_loading has "
-                    f'processed already; send whole layers: only=["{layer}.*"].',
+                    f"processed already; send whole layers{example}.",
                     phase="update",
                 )
 
