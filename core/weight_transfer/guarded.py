@@ -180,11 +180,13 @@ class GuardedSource(WeightSource):
     def watched(self) -> Iterator[None]:
         """Log, inside a ``with`` block, if the source does not yield for long: a rank that does not gather, say."""
         over = threading.Event()
-        threading.Thread(target=self._watch, args=(over,), name="weight-transfer watch", daemon=True).start()
+        watch = threading.Thread(target=self._watch, args=(over,), name="weight-transfer watch", daemon=True)
+        watch.start()
         try:
             yield
         finally:
             over.set()
+            watch.join()  # else it may keep the weights for a moment longer
 
     def _watch(self, over: threading.Event) -> None:
         while not over.wait(LONG / 2):

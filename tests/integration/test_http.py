@@ -326,7 +326,8 @@ def test_a_server_says_what_it_is(receiver: wt.WeightReceiver) -> None:
 
 def test_ctrl_c_ends_a_server_that_waits_quietly() -> None:
     script = """
-import torch, weight_transfer as wt
+import signal, torch, weight_transfer as wt
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
 with wt.WeightReceiver({"backend": "loopback"}, torch.nn.Linear(2, 2)) as receiver, wt.serve(receiver) as server:
     print("up", flush=True)
     server.wait()

@@ -182,5 +182,7 @@ def eventually(holds: Callable[[], bool], within: float) -> bool:
 
 
 def _perform(role: str, spec: dict[str, Any], pipe: Connection) -> None:
+    if threading.current_thread() is threading.main_thread():  # a shell's background jobs begin with Ctrl-C ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with pipe:
         import_module(role).main(Stage(pipe), **spec)
