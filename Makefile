@@ -23,9 +23,9 @@ $(INSTALLED): pyproject.toml $(PLUGINS) constraints.txt
 demo: $(INSTALLED) ## Train a small model and send it to two workers: 40 seconds on two cores (ARGS="--steps 50")
 	$(BIN)/weight-transfer demo $(ARGS)
 
-test: $(INSTALLED) ## Run the tests, three at a time: six minutes on two cores (ARGS="-k name")
-	@echo "The whole suite takes about six minutes on two CPU cores."
-	$(BIN)/python -m pytest -n 3 --dist worksteal -m 'not slow' $(ARGS)
+test: $(INSTALLED) ## Run the tests, four at a time: eight minutes on two cores (ARGS="-k name")
+	@echo "The whole suite takes about eight minutes on two CPU cores."
+	$(BIN)/python -m pytest -n 4 --dist worksteal -m 'not slow' $(ARGS)
 
 test-slow: $(INSTALLED) ## Run the tests that are too slow for each change, one at a time
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -55,7 +55,14 @@ def alive(pid: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize(("backend", "workers"), [("ipc", 2), ("loopback", 2), ("rdma", 2)])
+@pytest.mark.parametrize(
+    ("backend", "workers"),
+    [
+        ("ipc", 2),
+        pytest.param("loopback", 2, marks=pytest.mark.slow),
+        pytest.param("rdma", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_every_worker_ends_with_the_trainers_bits_and_tokens(backend: str, workers: int) -> None:
     whole = [sys.executable, "-m", "weight_transfer", "demo", "--backend", backend, "--workers", str(workers), *SHORT]
     done = subprocess.run(whole, capture_output=True, text=True, timeout=110, check=False)

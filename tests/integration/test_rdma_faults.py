@@ -56,7 +56,6 @@ def _pair(spawn: Spawn, transport: str) -> tuple[Actor, Actor]:
 @pytest.mark.parametrize(
     ("options", "transport", "warnings"),
     [
-        ({"transport": "tcp"}, "tcp (", []),
         ({"ucx": {"TLS": "tcp,self"}}, "tcp (", ["UCX reads from the trainer over TCP"]),
         ({"transport": "tcp", "link_rate": 1e-3}, "tcp (", []),
         ({"transport": "tcp", "link_rate": 1e6}, "tcp (", ["less than half of its share of the link"]),

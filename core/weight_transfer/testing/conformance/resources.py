@@ -11,7 +11,7 @@ _UPDATES = 50
 _SETTLE = 5.0  # seconds in which threads and descriptors of the control channel come back by themselves
 _SLACK = {
     "MiB of device memory": 1,  # it is rounded
-    "file descriptors": 1,  # the control channel keeps a second connection once an abort has needed one
+    "file descriptors": 2,  # an abort may need a second connection of the control channel: both ends
 }
 _LARGE = [weight(f"w{index}", "float32", 1024, 1024) for index in range(16)]  # 64 MiB
 
