@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from support.actors import Actor
 from support.mixed import MIXED, Mixed
+
+if TYPE_CHECKING:
+    from support.actors import Spawn
 
 LIMITS: dict[str, Any] = {"timeout": 30, "init_timeout": 30, "bucket_bytes": "64KiB"}
 IPC: dict[str, Any] = LIMITS | {"backend": "ipc"}
@@ -18,20 +18,6 @@ NCCL: dict[str, Any] = LIMITS | {"backend": "nccl", "nccl": {"direct_bytes": "24
 RDMA: dict[str, Any] = LIMITS | {"backend": "rdma"}
 CONFIGS = [IPC, IPC | {"bucket_bytes": 4099}, IPC | {"ipc": {"export": "stage"}}, NCCL, RDMA]
 IDS = ["ipc", "ipc, odd buckets", "ipc, staged", "nccl", "rdma"]
-Spawn = Callable[..., Actor]
-
-
-@pytest.fixture
-def spawn() -> Iterator[Spawn]:
-    """Start actors that end with the test."""
-    with ExitStack() as stack:
-
-        def start(role: str, **spec: Any) -> Actor:
-            actor = Actor(role, **spec)
-            stack.callback(actor.stop)
-            return actor.ready()
-
-        yield start
 
 
 def check(spawn: Spawn, config: dict[str, Any], devices: list[str], in_place: bool) -> None:

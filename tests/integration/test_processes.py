@@ -5,15 +5,15 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from support.actors import Actor
 from weight_transfer import PeerLostError, TransferError, TransferTimeoutError
 from weight_transfer.testing.resources import abandoned
+
+if TYPE_CHECKING:
+    from support.actors import Spawn
 
 ADOPT: dict[str, Any] = {"backend": "ipc", "timeout": 30, "init_timeout": 20}
 STAGE: dict[str, Any] = ADOPT | {"ipc": {"export": "stage"}, "bucket_bytes": "64KiB"}
@@ -25,21 +25,6 @@ TCP: dict[str, Any] = ADOPT | {
 }
 ALL = pytest.mark.parametrize("config", [ADOPT, STAGE, NCCL, TCP], ids=["ipc", "ipc, staged", "nccl", "rdma, tcp"])
 NOT_IN_A_KIT = pytest.mark.parametrize("config", [TCP], ids=["rdma, tcp"])
-
-Spawn = Callable[..., Actor]
-
-
-@pytest.fixture
-def spawn() -> Iterator[Spawn]:
-    """Start actors that end with the test."""
-    with ExitStack() as stack:
-
-        def start(role: str, **spec: Any) -> Actor:
-            actor = Actor(role, **spec)
-            stack.callback(actor.stop)
-            return actor.ready()
-
-        yield start
 
 
 def _port(url: str) -> int:

@@ -5,21 +5,22 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from support.actors import Actor
 from weight_transfer import PeerLostError, TransferError, TransferTimeoutError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from support.actors import Actor, Spawn
 
 ROWS = 120_000  # of 512 bytes: a read over TCP takes a tenth of a second or more
 TIMEOUT = 4
 TRANSPORTS = pytest.mark.parametrize("transport", ["tcp", pytest.param("shm", marks=pytest.mark.slow)])
-
-Spawn = Callable[..., Actor]
 
 
 def _config(transport: str) -> dict[str, Any]:
@@ -30,18 +31,6 @@ def _config(transport: str) -> dict[str, Any]:
         "init_timeout": 30,
         "rdma": {"transport": transport, "ucx": slow},
     }
-
-
-@pytest.fixture
-def spawn() -> Iterator[Spawn]:
-    with ExitStack() as stack:
-
-        def start(role: str, **spec: Any) -> Actor:
-            actor = Actor(role, **spec)
-            stack.callback(actor.stop)
-            return actor.ready()
-
-        yield start
 
 
 def _pair(spawn: Spawn, transport: str) -> tuple[Actor, Actor]:

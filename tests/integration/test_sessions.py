@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from support.actors import Actor
 from weight_transfer import LifecycleError, SessionError, TransferTimeoutError
 from weight_transfer.testing.actors import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from support.actors import Actor, Spawn
 
 IPC: dict[str, Any] = {"backend": "ipc", "timeout": 30, "init_timeout": 20}
 NCCL: dict[str, Any] = IPC | {"backend": "nccl"}
@@ -21,21 +23,6 @@ TCP: dict[str, Any] = IPC | {"backend": "rdma", "rdma": {"transport": "tcp", "ad
 BOTH = pytest.mark.parametrize("config", [IPC, NCCL], ids=["ipc", "nccl"])
 ALL = pytest.mark.parametrize("config", [IPC, NCCL, TCP], ids=["ipc", "nccl", "rdma"])
 AT_ONCE = 5.0  # seconds; the deadlines are longer
-
-Spawn = Callable[..., Actor]
-
-
-@pytest.fixture
-def spawn() -> Iterator[Spawn]:
-    """Start actors that end with the test."""
-    with ExitStack() as stack:
-
-        def start(role: str, **spec: Any) -> Actor:
-            actor = Actor(role, **spec)
-            stack.callback(actor.stop)
-            return actor.ready()
-
-        yield start
 
 
 def serves(worker: Actor, version: int) -> Callable[[], bool]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from weight_transfer.testing.actors import Actor as AnyActor
 from weight_transfer.testing.actors import Stage
 
-__all__ = ["Actor", "Stage"]
+__all__ = ["Actor", "Spawn", "Stage"]
 
 
 class Actor(AnyActor):
@@ -15,3 +16,7 @@ class Actor(AnyActor):
 
     def __init__(self, role: str, **spec: Any) -> None:
         super().__init__(f"support.{role}", **spec)
+
+
+Spawn = Callable[..., Actor]
+"""The fixture ``spawn``: takes an actor's arguments, and returns it once it is ready."""
