@@ -30,8 +30,8 @@ import shapes
 import torch
 
 import weight_transfer as wt
-from weight_transfer.integrity import tensor_digest
-from weight_transfer.manifest import digest_json
+from weight_transfer.memory.integrity import tensor_digest
+from weight_transfer.model.manifest import digest_json
 
 CAST = {"*": "bfloat16", "*router*": "float32"}
 EXPERTS = 64

@@ -26,8 +26,8 @@ from torch import nn
 
 import weight_transfer as wt
 from weight_transfer.errors import WeightTransferError, error_from_dict, error_to_dict
-from weight_transfer.integrity import tensor_digest
-from weight_transfer.manifest import digest_json
+from weight_transfer.memory.integrity import tensor_digest
+from weight_transfer.model.manifest import digest_json
 from weight_transfer_ipc import cuda
 from weight_transfer_ipc.device_memory import bytes_at
 from weight_transfer_ipc.engine import IpcWorkerEngine

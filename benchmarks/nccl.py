@@ -31,12 +31,12 @@ import torch
 from torch import nn
 
 import weight_transfer as wt
-from weight_transfer.deadline import Deadline
-from weight_transfer.integrity import tensor_digest
-from weight_transfer.loading import KernelFormatLoader
-from weight_transfer.manifest import digest_json
-from weight_transfer.structuring import unstructure
-from weight_transfer.update import Update
+from weight_transfer.config.structuring import unstructure
+from weight_transfer.memory.integrity import tensor_digest
+from weight_transfer.model.loading import KernelFormatLoader
+from weight_transfer.model.manifest import digest_json
+from weight_transfer.session.update import Update
+from weight_transfer.values.deadline import Deadline
 from weight_transfer_nccl.group import Group
 from weight_transfer_nccl.rendezvous import Rendezvous, new_secret, open_store
 

@@ -35,8 +35,8 @@ import torch
 from shapes import Weights, llama_8b, qwen_half_billion, qwen_moe, tiny
 
 import weight_transfer as wt
-from weight_transfer.deadline import Deadline
-from weight_transfer.integrity import tensor_digest
+from weight_transfer.memory.integrity import tensor_digest
+from weight_transfer.values.deadline import Deadline
 from weight_transfer_rdma.memory import memory_for
 from weight_transfer_rdma.nixl import Place
 from weight_transfer_rdma.receiving import RdmaWorkerEngine

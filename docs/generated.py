@@ -2,7 +2,7 @@
 
 A page asks for it with a comment on a line of its own:
 
-    <!-- keys: weight_transfer.config:WeightTransferConfig -->      a table of a configuration class
+    <!-- keys: weight_transfer.config.settings:WeightTransferConfig -->      a table of a configuration class
     <!-- command: weight-transfer backends -->                      what `--help` says
 """
 
@@ -19,8 +19,8 @@ import click
 import griffe
 
 from weight_transfer.cli import main
-from weight_transfer.config import WeightTransferConfig, to_bytes, to_seconds
-from weight_transfer.read_config import ENVIRONMENT
+from weight_transfer.config.settings import WeightTransferConfig, to_bytes, to_seconds
+from weight_transfer.plugins.read_config import ENVIRONMENT
 
 _REQUEST = re.compile(r"^<!-- (keys|command): (.+) -->$", re.MULTILINE)
 _TYPES: dict[Any, str] = {int: "whole number", float: "number", bool: "`true` or `false`", str: "text", Any: "table"}

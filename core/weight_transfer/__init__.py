@@ -11,12 +11,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _MODULES = {
-    "backend": ("API_VERSION", "Backend", "Capability"),
-    "casting": ("CastSource",),
-    "checkpoint": ("CheckpointSource",),
-    "config": ("ParallelConfig", "WeightTransferConfig"),
+    "config.settings": ("ParallelConfig", "WeightTransferConfig"),
     "control": ("ControlChannel", "HttpChannel", "LocalChannel", "Server", "create_app", "serve"),
-    "discovery": ("BackendRef", "Provider", "backends"),
     "engine": ("TrainerWeightTransferEngine", "WeightTransferEngine", "WorkerSlot"),
     "errors": (
         "BackendConflictError",
@@ -37,23 +33,27 @@ _MODULES = {
         "TransferTimeoutError",
         "WeightTransferError",
     ),
-    "events": ("TransferFinished", "TransferProgress", "TransferStarted"),
-    "hookspecs": ("hookimpl",),
-    "info": (
+    "model.casting": ("CastSource",),
+    "model.checkpoint": ("CheckpointSource",),
+    "model.info": (
         "WeightTransferInitInfo",
         "WeightTransferInitRequest",
         "WeightTransferUpdateInfo",
         "WeightTransferUpdateRequest",
     ),
-    "loading": ("CheckpointFormatLoader", "KernelFormatLoader"),
-    "lora": ("MergedLoraSource",),
-    "manager": ("LoadedBackend", "load_backend"),
-    "manifest": ("Manifest", "ParamMeta"),
-    "read_config": ("load_config",),
-    "receiver": ("ReceiverState", "WeightReceiver"),
-    "report": ("TransferReport", "WorkerReport"),
-    "sender": ("WeightSender",),
-    "source": ("ModuleSource", "WeightSource"),
+    "model.loading": ("CheckpointFormatLoader", "KernelFormatLoader"),
+    "model.lora": ("MergedLoraSource",),
+    "model.manifest": ("Manifest", "ParamMeta"),
+    "model.source": ("ModuleSource", "WeightSource"),
+    "plugins.backend": ("API_VERSION", "Backend", "Capability"),
+    "plugins.discovery": ("BackendRef", "Provider", "backends"),
+    "plugins.hookspecs": ("hookimpl",),
+    "plugins.manager": ("LoadedBackend", "load_backend"),
+    "plugins.read_config": ("load_config",),
+    "session.receiver": ("ReceiverState", "WeightReceiver"),
+    "session.sender": ("WeightSender",),
+    "values.events": ("TransferFinished", "TransferProgress", "TransferStarted"),
+    "values.report": ("TransferReport", "WorkerReport"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -25,16 +25,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import attrs
 
-from weight_transfer.info import WeightTransferInitInfo, WeightTransferUpdateInfo
-from weight_transfer.structuring import structure
+from weight_transfer.config.structuring import structure
+from weight_transfer.model.info import WeightTransferInitInfo, WeightTransferUpdateInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from weight_transfer.config import ParallelConfig, WeightTransferConfig
-    from weight_transfer.deadline import Deadline
-    from weight_transfer.manifest import Manifest
-    from weight_transfer.source import WeightSource
+    from weight_transfer.config.settings import ParallelConfig, WeightTransferConfig
+    from weight_transfer.model.manifest import Manifest
+    from weight_transfer.model.source import WeightSource
+    from weight_transfer.values.deadline import Deadline
 
 TInitInfo = TypeVar("TInitInfo", bound=WeightTransferInitInfo)
 TUpdateInfo = TypeVar("TUpdateInfo", bound=WeightTransferUpdateInfo)

@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 from collections.abc import Iterator
+from itertools import groupby
 
 import attrs
 import click
@@ -13,11 +14,12 @@ import pytest
 
 import weight_transfer
 from support.pages import ROOT, table, text_of
-from weight_transfer import errors, hookspecs, load_backend
-from weight_transfer.backend import Capability
+from weight_transfer import errors, load_backend
 from weight_transfer.cli import main
-from weight_transfer.config import ParallelConfig, WeightTransferConfig
-from weight_transfer.read_config import ENVIRONMENT
+from weight_transfer.config.settings import ParallelConfig, WeightTransferConfig
+from weight_transfer.plugins import hookspecs
+from weight_transfer.plugins.backend import Capability
+from weight_transfer.plugins.read_config import ENVIRONMENT
 from weight_transfer.testing import BackendConformance
 
 BACKENDS = ["ipc", "nccl", "rdma", "loopback"]
@@ -101,25 +103,34 @@ CORE = ROOT / "core" / "weight_transfer"
 
 
 def test_the_table_of_modules_is_complete_and_imports_go_up() -> None:
-    rows = [re.findall(r"`([\w.]+)`", row[0]) for row in table("architecture.md", "modules of `weight_transfer`")]
+    rows = [
+        [f"{folder}.{name}".lstrip(".") for name in re.findall(r"`(\w+)`", row[1])] or [folder]
+        for row in table("architecture.md", "folder of `weight_transfer`")
+        for folder in [row[0].strip("`")]
+    ]
     row_of = {name: index for index, names in enumerate(rows) for name in names}
     assert sum(map(len, rows)) == len(row_of), "a module stands in two rows"
-    top = {path.stem for path in CORE.glob("[!_]*.py")} | {path.parent.name for path in CORE.glob("*/__init__.py")}
-    assert {name.partition(".")[0] for name in row_of} == top
-    for path in CORE.rglob("*.py"):
-        parts = path.relative_to(CORE).with_suffix("").parts
-        if parts[0].startswith("__") or "template" in parts:
+    order = [folder for folder, _ in groupby(names[0].rpartition(".")[0] for names in rows) if folder]
+    assert len(order) == len(set(order)), "the rows of a folder stand apart"
+    modules = {".".join(path.relative_to(CORE).with_suffix("").parts): path for path in sorted(CORE.rglob("*.py"))}
+    modules = {name: path for name, path in modules.items() if not name.startswith("__") and "template" not in name}
+    assert not [name for name in row_of if name not in modules and f"{name}.__init__" not in modules]
+    for module, path in modules.items():
+        row = row_in(row_of, module)
+        if row is None:
+            assert path.name == "__init__.py", f"{module} stands in no row"
+            assert not [*imports_of(ast.parse(path.read_text()))], f"{module} is more than a docstring"
             continue
         for imported in imports_of(ast.parse(path.read_text())):
-            upper, lower = row_in(row_of, imported), row_in(row_of, ".".join(parts))
-            assert upper <= lower, f"{path.name} imports {imported}, which stands below it"
+            upper = row_in(row_of, imported)
+            assert upper is not None and upper <= row, f"{module} imports {imported}, which stands below it"
 
 
-def row_in(row_of: dict[str, int], module: str) -> int:
+def row_in(row_of: dict[str, int], module: str) -> int | None:
     """Return the row of a module or of the package that it lies in."""
-    while module not in row_of:
+    while module and module not in row_of:
         module = module.rpartition(".")[0]
-    return row_of[module]
+    return row_of.get(module)
 
 
 def imports_of(node: ast.AST) -> Iterator[str]:

@@ -20,7 +20,7 @@ import pytest
 
 from support.pages import PAGES, ROOT, Block, blocks
 from weight_transfer.cli import main
-from weight_transfer.read_config import load_config
+from weight_transfer.plugins.read_config import load_config
 
 PORT = re.compile(r"\b80\d\d\b")
 SECONDS = 60

@@ -17,8 +17,8 @@ from weight_transfer.cli import main
 
 BROKEN = "raise RuntimeError('its library is not here')\n"
 PLUGIN = """
-from weight_transfer.backend import API_VERSION, Backend, Probe
-from weight_transfer.hookspecs import hookimpl
+from weight_transfer.plugins.backend import API_VERSION, Backend, Probe
+from weight_transfer.plugins.hookspecs import hookimpl
 
 @hookimpl
 def weight_transfer_backend():

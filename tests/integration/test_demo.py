@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from weight_transfer.demo.view import Facts, Sample
-from weight_transfer.report import TransferReport
+from weight_transfer.values.report import TransferReport
 
 IDENTICAL = re.compile(
     r"^(worker \S+): version 4, weights bit-identical to the trainer's \(sha256 [0-9a-f]{16}\.\.\.\), "

@@ -17,7 +17,7 @@ from weight_transfer.testing.models import hashes
 from weight_transfer_rdma.nixl import installed
 
 if TYPE_CHECKING:
-    from weight_transfer.source import WeightSource
+    from weight_transfer.model.source import WeightSource
 
 TARGETS = ("model", "draft")
 

@@ -11,7 +11,7 @@ api = pytest.importorskip("mypy.api", reason="mypy is not installed")
 
 ROOT = Path(__file__).parents[2]
 GOOD = """
-from weight_transfer.config import ParallelConfig, WeightTransferConfig
+from weight_transfer.config.settings import ParallelConfig, WeightTransferConfig
 from weight_transfer_ipc.config import IpcOptions
 from weight_transfer_nccl.config import NcclOptions
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from weight_transfer.backend import API_VERSION, Backend
 from weight_transfer.engine import LoadWeights, WeightTransferEngine
-from weight_transfer.hookspecs import hookimpl
-from weight_transfer.info import WeightTransferInitInfo, WeightTransferUpdateInfo
+from weight_transfer.model.info import WeightTransferInitInfo, WeightTransferUpdateInfo
+from weight_transfer.plugins.backend import API_VERSION, Backend
+from weight_transfer.plugins.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     import torch
@@ -100,5 +100,5 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Replace the clock of all deadlines."""
     result = Clock()
-    monkeypatch.setattr("weight_transfer.deadline.time", result)
+    monkeypatch.setattr("weight_transfer.values.deadline.time", result)
     return result

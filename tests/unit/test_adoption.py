@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from weight_transfer import ConfigError, ModuleSource, WeightReceiver, WeightSender
-from weight_transfer.export import Export, Exporter
+from weight_transfer.memory.export import Export, Exporter
 from weight_transfer.testing.forked import ForkedChild
 from weight_transfer.testing.models import hashes, randomise
 

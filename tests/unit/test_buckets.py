@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weight_transfer import ParamMeta
-from weight_transfer.buckets import (
+from weight_transfer.model.manifest import dtype_name, torch_dtype
+from weight_transfer.plan.buckets import (
     ALIGNMENT,
     BucketPlan,
     Packer,
@@ -19,7 +20,6 @@ from weight_transfer.buckets import (
     plan_buckets,
     typed_view,
 )
-from weight_transfer.manifest import dtype_name, torch_dtype
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.bool, torch.complex64, torch.int8, torch.float64)
 SHAPES = st.one_of(st.just(()), st.lists(st.integers(0, 40), min_size=1, max_size=3).map(tuple))

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from weight_transfer import CheckpointSource, ConfigError, IntegrityError
-from weight_transfer.buckets import as_bytes
+from weight_transfer.plan.buckets import as_bytes
 
 MIB = 2**20
 

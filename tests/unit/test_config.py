@@ -17,7 +17,7 @@ from weight_transfer import (
     WeightTransferConfig,
     load_config,
 )
-from weight_transfer.switches import strict, tracing
+from weight_transfer.config.switches import strict, tracing
 from weight_transfer_ipc.config import IpcOptions
 
 Write = Callable[[str], Path]
@@ -397,8 +397,8 @@ def test_an_unknown_table_without_a_near_one_lists_the_backends() -> None:
 
 def test_an_options_class_that_cannot_be_imported_is_the_plugins_fault(install: Callable[..., Path]) -> None:
     plugin = """
-from weight_transfer.backend import API_VERSION, Backend
-from weight_transfer.hookspecs import hookimpl
+from weight_transfer.plugins.backend import API_VERSION, Backend
+from weight_transfer.plugins.hookspecs import hookimpl
 
 @hookimpl
 def weight_transfer_backend():

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from weight_transfer import ModuleSource
-from weight_transfer.export import Export, Exporter
-from weight_transfer.shared_memory import PrivateView, SharedMemory
+from weight_transfer.memory.export import Export, Exporter
+from weight_transfer.memory.shared_memory import PrivateView, SharedMemory
 
 
 def _export(module: nn.Module, exporter: Exporter) -> tuple[ModuleSource, Export]:

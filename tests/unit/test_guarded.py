@@ -21,8 +21,8 @@ from weight_transfer import (
     WeightSender,
     WeightSource,
 )
-from weight_transfer.guarded import GuardedSource
-from weight_transfer.manifest import dtype_name
+from weight_transfer.model.manifest import dtype_name
+from weight_transfer.session.guarded import GuardedSource
 
 LOOPBACK = {"backend": "loopback", "timeout": 10, "bucket_bytes": 256}
 Rows = list[tuple[str, torch.Tensor]]
@@ -237,9 +237,9 @@ def test_a_pass_with_collectives_is_finished_after_a_mismatch_too() -> None:
 def test_a_source_that_does_not_yield_for_long_is_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("weight_transfer.guarded.LONG", 0.05)
+    monkeypatch.setattr("weight_transfer.session.guarded.LONG", 0.05)
     logged = threading.Event()
-    monkeypatch.setattr(logging.getLogger("weight_transfer.guarded"), "warning", lambda *_: logged.set())
+    monkeypatch.setattr(logging.getLogger("weight_transfer.session.guarded"), "warning", lambda *_: logged.set())
 
     def slow() -> Iterator[Any]:
         for name, tensor in rows():

@@ -17,8 +17,8 @@ from weight_transfer import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from weight_transfer.info import WireDecoder, WireEncoder, sent_once
-from weight_transfer.structuring import unstructure
+from weight_transfer.config.structuring import unstructure
+from weight_transfer.model.info import WireDecoder, WireEncoder, sent_once
 
 
 @attrs.frozen

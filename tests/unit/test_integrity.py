@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weight_transfer.buckets import as_bytes
-from weight_transfer.integrity import _BLOCK, tensor_digest
+from weight_transfer.memory.integrity import _BLOCK, tensor_digest
+from weight_transfer.plan.buckets import as_bytes
 
 BYTES = st.binary(min_size=1, max_size=300)
 

@@ -16,9 +16,9 @@ from weight_transfer import (
     ModuleSource,
     ParamMeta,
 )
-from weight_transfer.buckets import as_bytes
-from weight_transfer.loading import Weights, destinations_of, loader_for
-from weight_transfer.manifest import dtype_name
+from weight_transfer.model.loading import Weights, destinations_of, loader_for
+from weight_transfer.model.manifest import dtype_name
+from weight_transfer.plan.buckets import as_bytes
 
 
 class Model(nn.Module):

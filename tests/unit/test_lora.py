@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from weight_transfer import CastSource, ConfigError, MergedLoraSource
-from weight_transfer.lora import _Merge
-from weight_transfer.partial import PartialSource
+from weight_transfer.model.lora import _Merge
+from weight_transfer.model.partial import PartialSource
 from weight_transfer.testing.models import digest
 
 with warnings.catch_warnings():

@@ -29,9 +29,9 @@ from weight_transfer import (
     hookimpl,
     load_backend,
 )
-from weight_transfer.backend import API_VERSION, Backend, Capability
 from weight_transfer.errors import PluginError
-from weight_transfer.manager import add_observers
+from weight_transfer.plugins.backend import API_VERSION, Backend, Capability
+from weight_transfer.plugins.manager import add_observers
 
 Install = Callable[..., Path]
 BACKENDS = "weight_transfer.backends"
@@ -40,8 +40,8 @@ CONFIG = WeightTransferConfig(backend="acme")
 PARALLEL = ParallelConfig()
 
 IMPORTS = """
-from weight_transfer.backend import API_VERSION, Backend, Probe
-from weight_transfer.hookspecs import hookimpl
+from weight_transfer.plugins.backend import API_VERSION, Backend, Probe
+from weight_transfer.plugins.hookspecs import hookimpl
 """
 
 FIELDS = {
@@ -111,14 +111,15 @@ def test_backends_reads_metadata_and_imports_no_plugin(install: Install) -> None
     modules = imported_by(
         "import weight_transfer; assert {'bomb', 'ipc', 'loopback'} <= {ref.name for ref in weight_transfer.backends()}"
     )
-    assert "weight_transfer.discovery" in modules
+    assert "weight_transfer.plugins.discovery" in modules
     assert not {"bomb_plugin", "weight_transfer_ipc", "weight_transfer.testing", "torch", "pluggy"} & modules
 
 
 def test_importing_the_package_reads_no_metadata() -> None:
     modules = imported_by("import weight_transfer")
     assert "weight_transfer" in modules
-    assert not {"torch", "pluggy", "importlib.metadata", "importlib_metadata", "weight_transfer.discovery"} & modules
+    unwanted = {"torch", "pluggy", "importlib.metadata", "importlib_metadata", "weight_transfer.plugins.discovery"}
+    assert not unwanted & modules
 
 
 def test_loading_one_backend_imports_no_other_and_no_transport(install: Install) -> None:
@@ -188,7 +189,7 @@ def test_a_name_like_no_other_gets_neither_a_guess_nor_a_pip_line() -> None:
 @pytest.mark.parametrize("name", ["nccl", "ipc", "rdma"])
 def test_only_a_name_that_we_publish_gets_a_pip_line(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(
-        "weight_transfer.manager.entry_points", lambda group, name=None: ()
+        "weight_transfer.plugins.manager.entry_points", lambda group, name=None: ()
     )  # as if nothing were installed
     error = refusal(BackendNotFoundError, name)
     assert str(error).endswith(f"installed are none. Install it with: pip install weight-transfer-{name}")
@@ -360,7 +361,7 @@ def test_an_info_that_takes_a_field_of_the_cores_breaks_the_contract(acme: Calla
     """The core would overwrite it, or be overwritten."""
     infos = """
 import attrs
-from weight_transfer.info import WeightTransferInitInfo
+from weight_transfer.model.info import WeightTransferInitInfo
 
 @attrs.frozen(kw_only=True)
 class Info(WeightTransferInitInfo):
@@ -448,7 +449,7 @@ class Failing(Recorder):
 STARTED = TransferStarted(role="trainer", backend="loopback", version=1, nbytes=1, params=1, workers=1)
 
 LISTENER = """
-from weight_transfer.hookspecs import hookimpl
+from weight_transfer.plugins.hookspecs import hookimpl
 heard = []
 
 @hookimpl

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weight_transfer import Manifest, ManifestMismatchError, ParamMeta
-from weight_transfer.manifest import dtype_name, torch_dtype
+from weight_transfer.model.manifest import dtype_name, torch_dtype
 
 DTYPES = ("bfloat16", "float32", "float8_e4m3fn", "int8", "bool", "complex64")
 METAS = st.builds(

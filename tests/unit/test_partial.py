@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from weight_transfer import CheckpointSource, ConfigError, ModuleSource
-from weight_transfer.partial import PartialSource
-from weight_transfer.safetensors_file import Entry, Reader
+from weight_transfer.model.partial import PartialSource
+from weight_transfer.model.safetensors_file import Entry, Reader
 
 
 def model() -> nn.Module:

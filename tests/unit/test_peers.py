@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from weight_transfer import ManifestMismatchError, PeerLostError, TransferError, TransferTimeoutError
-from weight_transfer.peers import Calls, Peer, cause_of
+from weight_transfer.session.peers import Calls, Peer, cause_of
 
 ECHOES = [PeerLostError("lost"), TransferTimeoutError("late")]
 

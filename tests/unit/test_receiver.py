@@ -31,8 +31,8 @@ from weight_transfer import (
     WeightReceiver,
     hookimpl,
 )
-from weight_transfer.integrity import tensor_digest
-from weight_transfer.loading import destinations_of
+from weight_transfer.memory.integrity import tensor_digest
+from weight_transfer.model.loading import destinations_of
 
 pytestmark = pytest.mark.timeout(30)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from weight_transfer.report import TransferReport, counted, sized
+from weight_transfer.values.report import TransferReport, counted, sized
 
 
 def report(**fields: Any) -> TransferReport:

@@ -37,7 +37,7 @@ from weight_transfer import (
     WeightSender,
     WeightSource,
 )
-from weight_transfer.buckets import Packer
+from weight_transfer.plan.buckets import Packer
 from weight_transfer.testing.loopback import engine as loopback
 
 pytestmark = pytest.mark.timeout(60)

@@ -22,8 +22,8 @@ from weight_transfer import (
     TransferTimeoutError,
     WeightReceiver,
     WeightSender,
-    serving,
 )
+from weight_transfer.session import serving
 from weight_transfer.testing.actors import eventually
 
 pytestmark = pytest.mark.timeout(60)
@@ -193,7 +193,7 @@ def test_long_waits_are_logged_with_whom_they_wait_for(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for module in ("serving", "peers"):
-        monkeypatch.setattr(f"weight_transfer.{module}.LONG", 0.05)
+        monkeypatch.setattr(f"weight_transfer.session.{module}.LONG", 0.05)
     with caplog.at_level(logging.WARNING):
         holding = threading.current_thread().name
         with pair.receiver.serving():

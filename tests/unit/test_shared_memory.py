@@ -10,8 +10,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from weight_transfer import shared_memory
-from weight_transfer.shared_memory import PrivateView, SharedMemory
+from weight_transfer.memory import shared_memory
+from weight_transfer.memory.shared_memory import PrivateView, SharedMemory
 
 
 def _pair(nbytes: int) -> tuple[torch.Tensor, PrivateView]:

@@ -13,8 +13,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.testing._internal.two_tensor import TwoTensor
 
 from weight_transfer import ConfigError, ModuleSource, WeightSource
-from weight_transfer.guarded import GuardedSource
-from weight_transfer.source import as_source
+from weight_transfer.model.source import as_source
+from weight_transfer.session.guarded import GuardedSource
 
 
 class Tied(nn.Module):

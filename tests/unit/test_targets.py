@@ -22,7 +22,7 @@ from weight_transfer import (
     WeightSender,
     WeightSource,
 )
-from weight_transfer.partial import PartialSource
+from weight_transfer.model.partial import PartialSource
 
 LOOPBACK = {"backend": "loopback", "timeout": 10, "bucket_bytes": 256}
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from weight_transfer import Manifest, ManifestMismatchError, ParamMeta
-from weight_transfer.info import WeightTransferUpdateInfo
-from weight_transfer.loading import KernelFormatLoader, Weights
-from weight_transfer.update import Update
+from weight_transfer.model.info import WeightTransferUpdateInfo
+from weight_transfer.model.loading import KernelFormatLoader, Weights
+from weight_transfer.session.update import Update
 
 COUNT = 40
 

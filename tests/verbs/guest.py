@@ -15,8 +15,8 @@ import time
 
 import numpy as np
 
-from weight_transfer.deadline import Deadline
 from weight_transfer.errors import PeerLostError, TransferTimeoutError
+from weight_transfer.values.deadline import Deadline
 from weight_transfer_rdma.config import RdmaOptions
 from weight_transfer_rdma.nixl import Place
 from weight_transfer_rdma.process import AgentProcess

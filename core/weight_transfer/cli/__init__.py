@@ -28,7 +28,7 @@ class _LazyGroup(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
-            from weight_transfer.structuring import nearest
+            from weight_transfer.config.structuring import nearest
 
             hint = nearest(args[0], _COMMANDS) or f"; there are {', '.join(_COMMANDS)}."
             raise click.UsageError(error.message.rstrip(".") + hint, ctx) from error
@@ -47,7 +47,7 @@ def _print_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool
     if not wanted or ctx.resilient_parsing:
         return
     from weight_transfer import __version__
-    from weight_transfer.discovery import BACKENDS_GROUP, OBSERVERS_GROUP, entry_points
+    from weight_transfer.plugins.discovery import BACKENDS_GROUP, OBSERVERS_GROUP, entry_points
 
     click.echo(f"weight-transfer {__version__}")
     for provider in sorted(

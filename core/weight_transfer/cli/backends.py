@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from weight_transfer.discovery import BackendRef
+    from weight_transfer.plugins.discovery import BackendRef
 
 Row = dict[str, Any]
 _INDENTED: dict[str, Any] = {"initial_indent": "  ", "subsequent_indent": "    ", "break_on_hyphens": False}
@@ -32,7 +32,7 @@ def backends(ctx: click.Context, as_json: bool, check: bool) -> None:
       weight-transfer backends
       weight-transfer backends --check --json
     """  # noqa: D301  (click wants the character itself)
-    from weight_transfer.discovery import backends as installed
+    from weight_transfer.plugins.discovery import backends as installed
 
     rows = [_described(ref) | (_checked(ref.name) if check else {}) for ref in installed()]
     if as_json:
@@ -58,7 +58,7 @@ def _described(ref: BackendRef) -> Row:
 def _checked(name: str) -> Row:
     """Load and probe one backend; what goes wrong is part of the answer."""
     from weight_transfer.errors import WeightTransferError
-    from weight_transfer.manager import load_backend
+    from weight_transfer.plugins.manager import load_backend
 
     row: Row = {"available": False, "reason": None, "fix": None, "capabilities": [], "summary": None}
     row |= {"diagnostics": {}, "error": None}

@@ -46,7 +46,7 @@ def demo(
     """  # noqa: D301  (click wants the character itself)
     click.echo(f"Training a small Llama for {steps} steps on the CPU: {_about(steps)} on two cores.")  # before imports
     from weight_transfer.demo import run_demo
-    from weight_transfer.read_config import load_config
+    from weight_transfer.plugins.read_config import load_config
 
     source: Any = config_file or os.environ.get("WEIGHT_TRANSFER_CONFIG") or {"backend": "ipc"}
     config = load_config(source, **({"backend": backend} if backend else {}))

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from weight_transfer.dtypes import joint_answer
 from weight_transfer.errors import ConfigError, WeightTransferError
-from weight_transfer.report import WorkerReport
+from weight_transfer.model.dtypes import joint_answer
+from weight_transfer.values.report import WorkerReport
 
 if TYPE_CHECKING:
-    from weight_transfer.events import Version
-    from weight_transfer.receiver import WeightReceiver
+    from weight_transfer.session.receiver import WeightReceiver
+    from weight_transfer.values.events import Version
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ except ImportError as error:  # pragma: no cover
 from weight_transfer.errors import ConfigError, HandshakeError, PeerLostError, TransferTimeoutError, error_from_dict
 
 if TYPE_CHECKING:
-    from weight_transfer.events import Version
+    from weight_transfer.values.events import Version
 
 _MARGIN = 2.0  # seconds that an answer may take beyond the timeout that the request itself carries
 

@@ -23,6 +23,7 @@ try:
 except ImportError as error:  # pragma: no cover
     raise ImportError("Serving over HTTP needs its extra: pip install 'weight-transfer[http]'") from error
 
+from weight_transfer.config.structuring import structure
 from weight_transfer.control.channel import takes_session
 from weight_transfer.control.guard import Guard, Refusal, is_loopback
 from weight_transfer.errors import (
@@ -33,7 +34,7 @@ from weight_transfer.errors import (
     TransferTimeoutError,
     error_to_dict,
 )
-from weight_transfer.info import (
+from weight_transfer.model.info import (
     TRAINER_LEFT,
     WeightTransferAbortRequest,
     WeightTransferFinishRequest,
@@ -41,13 +42,12 @@ from weight_transfer.info import (
     WeightTransferStartRequest,
     WeightTransferUpdateRequest,
 )
-from weight_transfer.structuring import structure
 
 if TYPE_CHECKING:
     from starlette.requests import Request
 
     from weight_transfer.control.channel import ControlChannel
-    from weight_transfer.receiver import WeightReceiver
+    from weight_transfer.session.receiver import WeightReceiver
 
 _START_TIMEOUT = 30.0  # seconds
 _KEEP_ALIVE = 3600  # seconds that an idle connection between two updates stays open

@@ -18,8 +18,8 @@ from rich.text import Text
 if TYPE_CHECKING:
     from weight_transfer.demo.proof import Verdict
     from weight_transfer.demo.view import Facts, Sample
-    from weight_transfer.events import Version
-    from weight_transfer.report import TransferReport
+    from weight_transfer.values.events import Version
+    from weight_transfer.values.report import TransferReport
 
 _PHASES = ("init", "start", "update", "finish")
 _PANEL_HEIGHT = 5  # lines, of which three are text

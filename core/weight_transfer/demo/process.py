@@ -12,13 +12,13 @@ import tempfile
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from weight_transfer.config.structuring import unstructure
 from weight_transfer.errors import PeerLostError, TransferTimeoutError
-from weight_transfer.structuring import unstructure
 
 if TYPE_CHECKING:
     import httpx
 
-    from weight_transfer.config import WeightTransferConfig
+    from weight_transfer.config.settings import WeightTransferConfig
 
 _START_TIMEOUT = 300.0  # seconds that a process may take to import and to build its model
 _END_TIMEOUT = 5.0  # seconds from the end of its stdin to SIGKILL

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from weight_transfer.events import Version
+from weight_transfer.values.events import Version
 
 if TYPE_CHECKING:
     import torch

@@ -9,16 +9,16 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from weight_transfer.backend import Capability
 from weight_transfer.demo.proof import prove
 from weight_transfer.demo.view import Facts, Sample, View
 from weight_transfer.demo.workers import Worker, check_workers, start_workers
 from weight_transfer.errors import ConfigError, WeightTransferError
-from weight_transfer.manager import LoadedBackend, load_backend
-from weight_transfer.report import counted
+from weight_transfer.plugins.backend import Capability
+from weight_transfer.plugins.manager import LoadedBackend, load_backend
+from weight_transfer.values.report import counted
 
 if TYPE_CHECKING:
-    from weight_transfer.config import WeightTransferConfig
+    from weight_transfer.config.settings import WeightTransferConfig
     from weight_transfer.demo.trainer import Trainer
 
 _TOKENS = 64  # generated after each update, and compared at the end
@@ -77,7 +77,7 @@ def _train(
     config: WeightTransferConfig, trainer: Trainer, team: Sequence[Worker], steps: int, every: int, view: View
 ) -> None:
     """Train and send; the workers sample while the next steps are trained."""
-    from weight_transfer.sender import WeightSender
+    from weight_transfer.session.sender import WeightSender
 
     loss = None
     samples: list[Future[None]] = []

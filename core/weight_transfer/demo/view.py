@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Protocol, Self
 import attrs
 import click
 
-from weight_transfer.events import Version
-from weight_transfer.report import counted
+from weight_transfer.values.events import Version
+from weight_transfer.values.report import counted
 
 if TYPE_CHECKING:
     from weight_transfer.demo.proof import Verdict
-    from weight_transfer.report import TransferReport
+    from weight_transfer.values.report import TransferReport
 
 
 @attrs.frozen(kw_only=True)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-    from weight_transfer.config import WeightTransferConfig
+    from weight_transfer.config.settings import WeightTransferConfig
 
 _GRACE = 3.0  # seconds that a process may take to end after its trainer did
 
@@ -33,7 +33,7 @@ class InferenceWorker:
 
     def __init__(self, config: WeightTransferConfig, seed: int) -> None:
         from weight_transfer.demo.model import make_model
-        from weight_transfer.receiver import WeightReceiver
+        from weight_transfer.session.receiver import WeightReceiver
 
         self.model = make_model(seed)
         self.receiver = WeightReceiver(config, self.model)
@@ -86,7 +86,7 @@ def main() -> None:
     import torch
 
     from weight_transfer.control import Server
-    from weight_transfer.read_config import load_config
+    from weight_transfer.plugins.read_config import load_config
 
     torch.set_num_threads(settings["threads"])
     worker = InferenceWorker(load_config(**settings["config"]), settings["seed"])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from weight_transfer.demo.process import ProcessWorker
 
 if TYPE_CHECKING:
-    from weight_transfer.config import WeightTransferConfig
+    from weight_transfer.config.settings import WeightTransferConfig
     from weight_transfer.control import ControlChannel
     from weight_transfer.demo.worker import InferenceWorker
     from weight_transfer.errors import WeightTransferError

@@ -12,12 +12,12 @@ import attrs
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
-from weight_transfer.events import TransferStarted
-from weight_transfer.hookspecs import hookimpl
-from weight_transfer.report import sized
+from weight_transfer.plugins.hookspecs import hookimpl
+from weight_transfer.values.events import TransferStarted
+from weight_transfer.values.report import sized
 
 if TYPE_CHECKING:
-    from weight_transfer.events import TransferFinished, TransferProgress
+    from weight_transfer.values.events import TransferFinished, TransferProgress
 
 _PATIENCE = 0.5  # seconds
 

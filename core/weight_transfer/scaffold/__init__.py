@@ -11,9 +11,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weight_transfer.discovery import backends
 from weight_transfer.errors import ConfigError
-from weight_transfer.manager import PUBLISHED
+from weight_transfer.plugins.discovery import backends
+from weight_transfer.plugins.manager import PUBLISHED
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from weight_transfer.config import ParallelConfig
-from weight_transfer.deadline import Deadline
+from weight_transfer.config.settings import ParallelConfig
+from weight_transfer.config.structuring import structure, unstructure
 from weight_transfer.engine import WorkerSlot
-from weight_transfer.manager import load_backend
-from weight_transfer.read_config import load_config
-from weight_transfer.structuring import structure, unstructure
+from weight_transfer.plugins.manager import load_backend
+from weight_transfer.plugins.read_config import load_config
+from weight_transfer.values.deadline import Deadline
 
 if TYPE_CHECKING:
     from weight_transfer.engine import TrainerWeightTransferEngine

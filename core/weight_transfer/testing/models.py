@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from weight_transfer.manifest import Manifest, ParamMeta, dtype_name, torch_dtype
-from weight_transfer.source import WeightSource
+from weight_transfer.model.manifest import Manifest, ParamMeta, dtype_name, torch_dtype
+from weight_transfer.model.source import WeightSource
 
 Weight = tuple[str, str, list[int], str]
 """Name, dtype, shape and layout: ``"contiguous"``, ``"transposed"``, ``"strided"`` (every second element of a larger

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from weight_transfer.control.http_client import HttpChannel
-from weight_transfer.sender import WeightSender
-from weight_transfer.source import ModuleSource, WeightSource
+from weight_transfer.model.source import ModuleSource, WeightSource
+from weight_transfer.session.sender import WeightSender
 from weight_transfer.testing.forked import Family
 from weight_transfer.testing.models import Model, PassingSource, Weight, cast, hashes, inference_tensors, randomise
 from weight_transfer.testing.resources import MemoryMark, Watch, held
 from weight_transfer.testing.unpickling import watched_unpickling
 
 if TYPE_CHECKING:
-    from weight_transfer.events import Version
     from weight_transfer.testing.actors import Stage
+    from weight_transfer.values.events import Version
 
 _AFTERWARDS = 999  # the seed of the bits that the model gets when it was sent
 

@@ -13,8 +13,8 @@ import torch
 
 from weight_transfer.control.http_server import serve
 from weight_transfer.errors import TransferTimeoutError, WeightTransferError, error_to_dict
-from weight_transfer.hookspecs import hookimpl
-from weight_transfer.receiver import WeightReceiver
+from weight_transfer.plugins.hookspecs import hookimpl
+from weight_transfer.session.receiver import WeightReceiver
 from weight_transfer.testing.actors import PATIENCE
 from weight_transfer.testing.forked import Family
 from weight_transfer.testing.models import Model, Weight, digest, hashes, raw_bytes

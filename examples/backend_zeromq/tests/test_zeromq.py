@@ -11,13 +11,13 @@ import pytest
 import torch
 import zmq
 
-from weight_transfer.config import ParallelConfig
-from weight_transfer.deadline import Deadline
+from weight_transfer.config.settings import ParallelConfig
 from weight_transfer.engine import WorkerSlot
 from weight_transfer.errors import ManifestMismatchError, PeerLostError, TransferTimeoutError
-from weight_transfer.manager import load_backend
-from weight_transfer.read_config import load_config
-from weight_transfer.source import ModuleSource
+from weight_transfer.model.source import ModuleSource
+from weight_transfer.plugins.manager import load_backend
+from weight_transfer.plugins.read_config import load_config
+from weight_transfer.values.deadline import Deadline
 
 SLOT = WorkerSlot(peer="worker", rank_offset=1, count=1, world_size=2)
 COMMON = {"rank_offset": 1, "world_size": 2, "timeout": 5.0}

@@ -17,9 +17,9 @@ from weight_transfer import (
     load_backend,
     load_config,
 )
-from weight_transfer.deadline import Deadline
-from weight_transfer.shared_memory import PrivateView, SharedMemory
+from weight_transfer.memory.shared_memory import PrivateView, SharedMemory
 from weight_transfer.testing.actors import eventually
+from weight_transfer.values.deadline import Deadline
 from weight_transfer_ipc.connection import Connection, Listener
 
 

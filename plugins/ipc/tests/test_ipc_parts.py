@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from weight_transfer import HandshakeError, ManifestMismatchError
-from weight_transfer.config import ParallelConfig, WeightTransferConfig
-from weight_transfer.deadline import Deadline
-from weight_transfer.export import Export, Segment
-from weight_transfer.manifest import Manifest, ParamMeta
+from weight_transfer.config.settings import ParallelConfig, WeightTransferConfig
+from weight_transfer.memory.export import Export, Segment
+from weight_transfer.model.manifest import Manifest, ParamMeta
+from weight_transfer.values.deadline import Deadline
 from weight_transfer_ipc.config import IpcOptions
 from weight_transfer_ipc.connection import Connection, Listener
 from weight_transfer_ipc.engine import IpcWorkerEngine

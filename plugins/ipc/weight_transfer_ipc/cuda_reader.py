@@ -11,8 +11,8 @@ import attrs
 import torch
 
 from weight_transfer.errors import HandshakeError, ManifestMismatchError, TransferError
-from weight_transfer.lending import private_copies
-from weight_transfer.loading import destinations_of
+from weight_transfer.model.lending import private_copies
+from weight_transfer.model.loading import destinations_of
 from weight_transfer_ipc import cuda
 from weight_transfer_ipc.conversion import load_converted, split
 from weight_transfer_ipc.copies import Copies, Spans, has_kernel
@@ -24,10 +24,10 @@ from weight_transfer_ipc.ring import RING
 from weight_transfer_ipc.views import Views, chunks, views_of
 
 if TYPE_CHECKING:
-    from weight_transfer.deadline import Deadline
     from weight_transfer.engine import LoadWeights
-    from weight_transfer.export import Export
-    from weight_transfer.manifest import Manifest
+    from weight_transfer.memory.export import Export
+    from weight_transfer.model.manifest import Manifest
+    from weight_transfer.values.deadline import Deadline
     from weight_transfer_ipc.connection import Connection
     from weight_transfer_ipc.infos import DeviceMemory, IpcUpdateInfo
 

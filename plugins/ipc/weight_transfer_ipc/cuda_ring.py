@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from weight_transfer.buckets import BucketPlan, Packer, Unpacker, plan_buckets
-from weight_transfer.loading import destinations_of
+from weight_transfer.model.loading import destinations_of
+from weight_transfer.plan.buckets import BucketPlan, Packer, Unpacker, plan_buckets
 from weight_transfer_ipc import cuda
 from weight_transfer_ipc.copies import Copies, Spans, has_kernel
 from weight_transfer_ipc.cuda_export import layouts
@@ -26,9 +26,9 @@ from weight_transfer_ipc.infos import Allocation
 from weight_transfer_ipc.ring import RING, RingLayout, each
 
 if TYPE_CHECKING:
-    from weight_transfer.deadline import Deadline
     from weight_transfer.engine import LoadWeights
-    from weight_transfer.manifest import Manifest
+    from weight_transfer.model.manifest import Manifest
+    from weight_transfer.values.deadline import Deadline
     from weight_transfer_ipc.connection import Connection
 
 POLL = 2e-5  # seconds between two looks at the GPU or the sockets

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import attrs
 
-from weight_transfer.export import Export
-from weight_transfer.info import WeightTransferInitInfo, WeightTransferUpdateInfo, sent_once
+from weight_transfer.memory.export import Export
+from weight_transfer.model.info import WeightTransferInitInfo, WeightTransferUpdateInfo, sent_once
 from weight_transfer_ipc.ring import RingLayout
 
 

@@ -10,8 +10,8 @@ from weight_transfer.errors import ManifestMismatchError
 if TYPE_CHECKING:
     import torch
 
-    from weight_transfer.export import Export
-    from weight_transfer.manifest import Manifest
+    from weight_transfer.memory.export import Export
+    from weight_transfer.model.manifest import Manifest
 
 Views = list[tuple[str, "torch.Tensor"]]
 

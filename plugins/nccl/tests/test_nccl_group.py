@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from weight_transfer import ConfigError, HandshakeError, PeerLostError, TransferTimeoutError, load_backend, load_config
-from weight_transfer.config import ParallelConfig
-from weight_transfer.deadline import Deadline
+from weight_transfer.config.settings import ParallelConfig
+from weight_transfer.values.deadline import Deadline
 from weight_transfer_nccl.group import Group
 from weight_transfer_nccl.rendezvous import Rendezvous, new_secret, open_store, reach_store
 

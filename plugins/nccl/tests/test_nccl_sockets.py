@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from weight_transfer import PeerLostError, TransferError
-from weight_transfer.deadline import Deadline
+from weight_transfer.values.deadline import Deadline
 from weight_transfer_nccl.group import Group
 from weight_transfer_nccl.rendezvous import Rendezvous, new_secret, open_store
 from weight_transfer_nccl.sockets import published_end

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from weight_transfer import PeerLostError, TransferError, TransferTimeoutError
-from weight_transfer.deadline import Deadline
-from weight_transfer.shared_memory import SharedMemory
+from weight_transfer.memory.shared_memory import SharedMemory
+from weight_transfer.values.deadline import Deadline
 from weight_transfer_rdma.config import RdmaOptions
 from weight_transfer_rdma.nixl import VRAM, Place, transport_in
 from weight_transfer_rdma.process import AgentProcess
@@ -155,7 +155,7 @@ def test_agents_go_with_their_engine_also_in_the_middle_of_a_call() -> None:
     """The engine stops its agent, so that it cannot see the end of its socket, and is killed."""
     code = (
         "import os, signal, time\n"
-        "from weight_transfer.deadline import Deadline\n"
+        "from weight_transfer.values.deadline import Deadline\n"
         "from weight_transfer_rdma.config import RdmaOptions\n"
         "from weight_transfer_rdma.process import AgentProcess\n"
         "agent = AgentProcess('orphan', RdmaOptions(), 'nobody', Deadline(30))\n"
@@ -207,7 +207,7 @@ def test_two_agents_in_this_process_read_from_each_other_and_end() -> None:
     """What serves CUDA memory, on host memory; in a process of its own, for NIXL's threads and variables."""
     code = (
         "import logging, os, numpy as np\n"
-        "from weight_transfer.deadline import Deadline\n"
+        "from weight_transfer.values.deadline import Deadline\n"
         "from weight_transfer.errors import TransferError\n"
         "from weight_transfer_rdma.config import RdmaOptions\n"
         "from weight_transfer_rdma.device import LocalAgent\n"

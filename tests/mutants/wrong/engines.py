@@ -15,9 +15,9 @@ import attrs
 import torch
 from weight_transfer_acme.engine import AcmeTrainerEngine, AcmeUpdateInfo, AcmeWorkerEngine, Connection
 
-from weight_transfer.deadline import Deadline
 from weight_transfer.errors import PeerLostError, TransferError
-from weight_transfer.loading import destinations_of
+from weight_transfer.model.loading import destinations_of
+from weight_transfer.values.deadline import Deadline
 
 _LATE = 0.3  # seconds
 _open: list[int] = []

@@ -10,9 +10,9 @@ from typing import Any
 import attrs
 import pytest
 
-from weight_transfer.backend import Capability, Probe
 from weight_transfer.engine import TrainerWeightTransferEngine, WeightTransferEngine
 from weight_transfer.errors import TransferError, WeightTransferError, error_from_dict, error_to_dict
+from weight_transfer.plugins.backend import Capability, Probe
 from weight_transfer.testing.conformance.kit import PLAIN, Cast, Kit
 from weight_transfer.testing.resources import held
 

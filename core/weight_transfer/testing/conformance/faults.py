@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from weight_transfer.backend import Capability
 from weight_transfer.errors import (
     ManifestMismatchError,
     PeerLostError,
@@ -15,6 +14,7 @@ from weight_transfer.errors import (
     WeightTransferError,
     error_from_dict,
 )
+from weight_transfer.plugins.backend import Capability
 from weight_transfer.testing.actors import eventually
 from weight_transfer.testing.conformance.kit import PLAIN, Cast, Kit, assert_same, needs
 from weight_transfer.testing.models import weight

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import pytest
 import torch
 
-from weight_transfer.backend import Capability
-from weight_transfer.config import ParallelConfig, WeightTransferConfig
-from weight_transfer.manager import LoadedBackend, load_backend
-from weight_transfer.read_config import load_config
+from weight_transfer.config.settings import ParallelConfig, WeightTransferConfig
+from weight_transfer.plugins.backend import Capability
+from weight_transfer.plugins.manager import LoadedBackend, load_backend
+from weight_transfer.plugins.read_config import load_config
 from weight_transfer.testing.actors import PATIENCE, Actor
 from weight_transfer.testing.models import Weight, weight
 

@@ -7,8 +7,7 @@ from contextlib import suppress
 
 import pytest
 
-from weight_transfer.backend import Capability
-from weight_transfer.deadline import Deadline
+from weight_transfer.config.structuring import structure, unstructure
 from weight_transfer.engine import WorkerSlot
 from weight_transfer.errors import (
     HandshakeError,
@@ -17,8 +16,9 @@ from weight_transfer.errors import (
     TransferError,
     TransferTimeoutError,
 )
-from weight_transfer.structuring import structure, unstructure
+from weight_transfer.plugins.backend import Capability
 from weight_transfer.testing.conformance.kit import Cast, Kit, assert_same, needs, within
+from weight_transfer.values.deadline import Deadline
 
 _LONE = [WorkerSlot(peer="nobody", rank_offset=1, count=1, world_size=2)]
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from weight_transfer.backend import Capability
 from weight_transfer.errors import TransferError
+from weight_transfer.plugins.backend import Capability
 from weight_transfer.testing.conformance.bits import loaders, sources
 from weight_transfer.testing.conformance.kit import PLAIN, Cast, Kit, Member, assert_same, needs
 from weight_transfer.testing.models import Weight, weight

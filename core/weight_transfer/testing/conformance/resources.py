@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from weight_transfer.backend import Capability
+from weight_transfer.plugins.backend import Capability
 from weight_transfer.testing.actors import eventually
 from weight_transfer.testing.conformance.kit import Cast, Kit, Member, needs
 from weight_transfer.testing.models import weight

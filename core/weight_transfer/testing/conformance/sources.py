@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from weight_transfer.backend import Capability
+from weight_transfer.plugins.backend import Capability
 from weight_transfer.testing.conformance.bits import ZOO, loaders
 from weight_transfer.testing.conformance.kit import PLAIN, Cast, Kit, assert_same, needs
 from weight_transfer.testing.models import Weight, weight

@@ -7,8 +7,8 @@ from typing import Any
 
 import attrs
 
-from weight_transfer.backend import Capability
 from weight_transfer.errors import HandshakeError, PeerLostError, TransferTimeoutError
+from weight_transfer.plugins.backend import Capability
 from weight_transfer.testing.conformance.kit import Cast, Kit, needs
 
 

@@ -1,7 +1,7 @@
 """A plugin that was written for a later core."""
 
-from weight_transfer.backend import Backend
-from weight_transfer.hookspecs import hookimpl
+from weight_transfer.plugins.backend import Backend
+from weight_transfer.plugins.hookspecs import hookimpl
 
 
 @hookimpl

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from weight_transfer.backend import API_VERSION, Backend, Capability, Probe
-from weight_transfer.hookspecs import hookimpl
+from weight_transfer.plugins.backend import API_VERSION, Backend, Capability, Probe
+from weight_transfer.plugins.hookspecs import hookimpl
 
 
 @hookimpl

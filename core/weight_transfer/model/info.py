@@ -1,0 +1,211 @@
+"""The typed contents of init and update requests. On the wire they are plain JSON dicts.
+
+A field marked with `sent_once` (the manifest, a backend's table of addresses) travels in full only when it
+changed; otherwise its digest goes in its place. `WireEncoder` and `WireDecoder` do that for every
+backend, so that the control traffic of a steady-state update does not grow with the number of parameters.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import attrs
+
+from weight_transfer.config.settings import to_seconds
+from weight_transfer.config.structuring import register, unstructure
+from weight_transfer.errors import ManifestMismatchError
+from weight_transfer.model.manifest import Manifest, digest_json
+
+_ONCE = "weight_transfer_sent_once"
+
+TRAINER_LEFT = "the trainer closed its connection"
+"""The reason of an abort that a control channel orders because nobody waits for the answer any more."""
+
+MODEL = "model"
+"""The target that every receiver has: its model."""
+
+register(Manifest, Manifest.from_wire, Manifest.to_wire)
+
+
+def sent_once(**arguments: Any) -> Any:
+    """Declare an attrs field that travels in full only when its value changed.
+
+    Return the *same object* from update to update while the value is unchanged: its digest is computed once per object.
+    """
+    return attrs.field(**arguments, metadata={_ONCE: True})
+
+
+@attrs.frozen(kw_only=True)
+class WeightTransferInitInfo:
+    """What a worker needs to join; backends add fields.
+
+    Attributes:
+        rank_offset: rank, in the transfer group, of the first worker behind this channel. The trainer has rank 0;
+            a worker's rank is ``rank_offset + parallel_config.rank``.
+        world_size: members of the transfer group: the trainer and all workers.
+        timeout: seconds that joining may take.
+        session: the trainer's name for this join; the worker then refuses calls that do not carry it.
+        report_dtypes: the format, ``"checkpoint"`` or ``"kernel"``, of whose weights the worker is to answer the
+            dtypes; None, and then not sent at all, if nobody asks.
+    """
+
+    rank_offset: int
+    world_size: int
+    timeout: float = attrs.field(converter=to_seconds)
+    session: str | None = None
+    report_dtypes: Literal["checkpoint", "kernel"] | None = None
+
+
+@attrs.frozen(kw_only=True)
+class WeightTransferUpdateInfo:
+    """One update; backends add fields.
+
+    Attributes:
+        manifest: what is sent, in order.
+        timeout: seconds that the update may take from now.
+        version: the version that will be published if all goes well.
+        is_checkpoint_format: see `WeightTransferConfig`.
+        target: which of the receiver's models they are for.
+        update: an id of these weights. A version may be used again for others, and by another trainer.
+        base: if they are some of the weights (``manifest.partial``): the id of those whose others are kept.
+        digests: digest of each parameter in the manifest's order, if the config says ``verify``.
+        session: that of the init info.
+    """
+
+    manifest: Manifest = sent_once()
+    timeout: float = attrs.field(converter=to_seconds)
+    version: int | str | None = None
+    is_checkpoint_format: bool = True
+    target: str = MODEL
+    update: str | None = None
+    base: str | None = None
+    digests: tuple[str, ...] | None = None
+    session: str | None = None
+
+
+def redefined_fields(cls: type[Any]) -> list[str]:
+    """Return the fields that an info class of a backend declares though the core's own class has them."""
+    own = {field.name for field in attrs.fields(cls) if not field.inherited}
+    bases = [base for base in (WeightTransferInitInfo, WeightTransferUpdateInfo) if issubclass(cls, base)]
+    return sorted(field.name for base in bases for field in attrs.fields(base) if cls is not base and field.name in own)
+
+
+@attrs.frozen
+class WeightTransferInitRequest:
+    """Body of ``/init_weight_transfer_engine``."""
+
+    init_info: dict[str, Any] = attrs.field(factory=dict)
+
+
+@attrs.frozen
+class WeightTransferStartRequest:
+    """Body of ``/start_weight_update``."""
+
+    session: str | None = None
+
+
+@attrs.frozen
+class WeightTransferUpdateRequest:
+    """Body of ``/update_weights``."""
+
+    update_info: dict[str, Any] = attrs.field(factory=dict)
+
+
+@attrs.frozen
+class WeightTransferFinishRequest:
+    """Body of ``/finish_weight_update``."""
+
+    weight_version: int | str | None = None
+    session: str | None = None
+
+
+@attrs.frozen
+class WeightTransferAbortRequest:
+    """Body of ``/abort_weight_update``."""
+
+    reason: str = "the trainer aborted the update"
+    session: str | None = None
+
+
+@attrs.define
+class _Sent:
+    value: Any
+    digest: str
+    data: Any
+
+
+class WireEncoder:
+    """The trainer's side: turns update infos into dicts for workers that may know some fields already."""
+
+    def __init__(self) -> None:
+        self._sent: dict[str, _Sent] = {}
+
+    def encode(self, info: WeightTransferUpdateInfo, known: dict[str, str]) -> dict[str, Any]:
+        """Return ``info`` as JSON-safe data.
+
+        Args:
+            info: the update.
+            known: digest by field name of what the worker has; update it with `digests` once the worker answered.
+        """
+        changing = {f.name: getattr(info, f.name) for f in attrs.fields(type(info)) if _ONCE not in f.metadata}
+        data = {name: unstructure(value) for name, value in changing.items() if value is not None}
+        for name, sent in self._current(info).items():
+            data[name] = {"digest": sent.digest}
+            if known.get(name) != sent.digest:
+                data[name]["value"] = sent.data
+        return data
+
+    def digests(self, info: WeightTransferUpdateInfo) -> dict[str, str]:
+        """Return the digest of each field that is sent once."""
+        return {name: sent.digest for name, sent in self._current(info).items()}
+
+    def _current(self, info: WeightTransferUpdateInfo) -> dict[str, _Sent]:
+        for name in _once_fields(type(info)):
+            value = getattr(info, name)
+            if name not in self._sent or self._sent[name].value is not value:
+                data = unstructure(value)
+                self._sent[name] = _Sent(value, digest_json(data), data)
+        return {name: self._sent[name] for name in _once_fields(type(info))}
+
+
+class WireDecoder:
+    """The worker's side: puts what it was sent once back into the dict of an update."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[str, Any]] = {}
+
+    def decode(self, data: dict[str, Any], cls: type[WeightTransferUpdateInfo]) -> dict[str, Any]:
+        """Return ``data`` with a value in place of each digest; a dict without digests passes through.
+
+        Raises:
+            ManifestMismatchError: a digest is unknown here, or a value does not have the digest it came with.
+        """
+        result = dict(data)
+        for name in _once_fields(cls):
+            wire = data.get(name)
+            if not isinstance(wire, dict) or "digest" not in wire:
+                continue
+            if "value" in wire:
+                if digest_json(wire["value"]) != wire["digest"]:
+                    raise ManifestMismatchError(
+                        f"Field {name!r} of the update does not have the digest it came with; send it again."
+                    )
+                result[name] = wire["value"]
+            elif self._known.get(name, ("", None))[0] == wire["digest"]:
+                result[name] = self._known[name][1]
+            else:
+                raise ManifestMismatchError(
+                    f"Field {name!r} of the update came as a digest that is unknown here; initialise this worker again."
+                )
+        return result
+
+    def remember(self, data: dict[str, Any], info: WeightTransferUpdateInfo) -> None:
+        """Keep the parsed fields of ``info``, so that the next update can name them by digest."""
+        for name in _once_fields(type(info)):
+            wire = data.get(name)
+            if isinstance(wire, dict) and "digest" in wire:
+                self._known[name] = (wire["digest"], getattr(info, name))
+
+
+def _once_fields(cls: type[Any]) -> list[str]:
+    return [field.name for field in attrs.fields(cls) if _ONCE in field.metadata]

@@ -1,0 +1,178 @@
+"""The weights of a module by name, read again at each update without walking it again."""
+
+from __future__ import annotations
+
+import operator
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from weight_transfer.errors import ConfigError
+from weight_transfer.model.overlap import overlapping
+from weight_transfer.model.state import State, copies_of, is_dense, is_lazy, state_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from torch import nn
+
+
+class ModuleWeights:
+    """The parameters and persistent buffers of a module, and what else ``state_dict()`` has, each memory once.
+
+    Walking a model with ten thousand parameters takes longer than many a transfer of them, so the walk is kept: it is
+    repeated only if a module, parameter, buffer or hook was added, removed or replaced, or has another shape, dtype,
+    place or persistence.
+
+    Args:
+        module: whose weights.
+        ignore: glob patterns of names to leave out.
+    """
+
+    def __init__(self, module: nn.Module, ignore: Sequence[str] = ()) -> None:
+        if isinstance(ignore, str):
+            raise ConfigError(f'ignore: expected a list of patterns such as ["*_extra_state"], got {ignore!r}.')
+        self._module = module
+        self._ignore = ignore
+        self._state = State({}, {}, (), frozenset())
+        self._tables: list[dict[str, Any]] = []
+        self._filled: list[dict[str, Any]] = []
+        self._names: list[str] = []
+        self._values: list[object] = []
+        self._dense: list[torch.Tensor] = []
+        self._shapes: list[torch.Size] = []
+        self._dtypes: list[torch.dtype] = []
+        self._places: list[int] = []
+        self._odd: list[torch.Tensor] = []
+        self._forms: list[object] = []
+        self._hooks: list[dict[int, Any]] = []
+        self._hooked = 0
+        self._transient: list[set[str]] = []
+        self._were_transient: list[set[str]] = []
+        self.looks = 0
+        """How often the module was looked at anew: whenever a weight was moved, among other reasons."""
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Further names of the weights that `read` returned last, and whose they are."""
+        return self._state.aliases
+
+    @property
+    def computed(self) -> frozenset[str]:
+        """Names of the weights that are no tensors of the module's own, but were made for `read`."""
+        return self._state.computed
+
+    def read(self) -> Mapping[str, torch.Tensor]:
+        """Return the weights; the same object as long as all of them are the same, of the same shapes and dtypes.
+
+        Raises:
+            ConfigError: the module holds something that cannot be read or sent; the sentence names it.
+        """
+        if not self._unchanged():
+            self._walk()
+        elif not (self._has_its_forms() and _all(operator.eq, map(_place, self._dense), self._places)):
+            self._look()
+        return self._state.weights
+
+    def require_writable(self) -> None:
+        """Refuse what cannot be written tensor by tensor, in place.
+
+        Raises:
+            ConfigError: a weight is sharded, shares memory with another one, or is only computed; it is named.
+        """
+        for name, tensor in self._state.weights.items():
+            if hasattr(type(tensor), "full_tensor"):
+                raise ConfigError(
+                    f"Weight {name!r} is sharded over several ranks; give the receiver a load_weights of your own."
+                )
+            if is_lazy(tensor):
+                raise ConfigError(
+                    f"Weight {name!r} is a conjugate or negative view, whose bytes are not its values; make it a plain "
+                    "tensor, with resolve_conj() or resolve_neg()."
+                )
+        shared = overlapping(self._state.weights)
+        if shared is not None:
+            what = (
+                "has several elements in one place" if shared[0] == shared[1] else f"shares memory with {shared[1]!r}"
+            )
+            raise ConfigError(f"Weight {shared[0]!r} {what}, so that one would overwrite the other; give it its own.")
+        copies = copies_of(self._module, self._state.computed, self._ignore) if self._state.computed else []
+        if copies:
+            raise ConfigError(
+                f"Weight {copies[0]!r} is computed when the model is saved, and cannot be written in place; give the "
+                f'receiver a load_weights of your own, or leave it out on both sides: ignore=["{copies[0]}"].'
+            )
+
+    def _unchanged(self) -> bool:
+        """Compare what the module's tables hold, without creating an object per weight."""
+        return (
+            bool(self._tables)
+            and not self._state.computed
+            and sum(map(len, self._tables)) == sum(map(len, self._filled)) == len(self._values)
+            and sum(map(len, self._hooks)) == self._hooked
+            and self._transient == self._were_transient
+            and _all(operator.is_, chain.from_iterable(map(dict.values, self._filled)), self._values)
+            and _all(operator.eq, chain.from_iterable(self._filled), self._names)
+        )
+
+    def _has_its_forms(self) -> bool:
+        tensors = self._state.weights.values()
+        return (
+            _all(operator.eq, map(_shape, tensors), self._shapes)
+            and _all(operator.is_, map(_dtype, tensors), self._dtypes)
+            and list(map(_form, self._odd)) == self._forms
+        )
+
+    def _walk(self) -> None:
+        self._look()  # first: it may call hooks that change what the tables hold
+        modules = list(self._module.modules())
+        tables = [
+            table
+            for module in modules
+            for table in (module._modules, module._parameters, module._buffers)  # noqa: SLF001  (seen, not touched)
+        ]
+        self._tables = tables if all(isinstance(table, dict) for table in tables) else []  # a script's are not
+        self._filled = [table for table in self._tables if table]
+        self._names = list(chain.from_iterable(self._filled))
+        self._values = list(chain.from_iterable(map(dict.values, self._filled)))
+        self._hooks = [
+            hooks
+            for module in modules
+            for hooks in (module._state_dict_hooks, module._state_dict_pre_hooks)  # noqa: SLF001
+        ]
+        self._hooked = sum(map(len, self._hooks))
+        self._transient = [
+            module._non_persistent_buffers_set  # noqa: SLF001
+            for module in modules
+            if self._tables and module._buffers  # noqa: SLF001
+        ]
+        self._were_transient = list(map(set, self._transient))
+
+    def _look(self) -> None:
+        """Read the module; keep the mapping if it says the same."""
+        state = state_of(self._module, self._ignore)
+        if not (state.is_same(self._state) and self._has_its_forms()):
+            self._state = state
+        self.looks += 1
+        tensors = self._state.weights.values()
+        self._shapes, self._dtypes = list(map(_shape, tensors)), list(map(_dtype, tensors))
+        self._dense = list(filter(is_dense, (*tensors, *self._state.tied)))
+        self._places = list(map(_place, self._dense))
+        firsts = [self._state.weights[name] for name in dict.fromkeys(self._state.aliases.values())]
+        self._odd = [*filter(torch.is_complex, self._dense), *filter(is_dense, (*firsts, *self._state.tied))]
+        self._forms = list(map(_form, self._odd))
+
+
+def _form(tensor: torch.Tensor) -> object:
+    """Return how the elements of a tensor come from its memory, which may change while everything else stays."""
+    return tensor.stride(), tensor.is_conj()
+
+
+_shape = operator.attrgetter("shape")
+_dtype = operator.attrgetter("dtype")
+_place = torch.Tensor.data_ptr
+
+
+def _all(holds: Callable[[Any, Any], bool], found: Iterable[Any], expected: Iterable[Any]) -> bool:
+    return all(map(holds, found, expected))

@@ -1,0 +1,353 @@
+"""The sender's workers as a whole: joined to the engine's group, started, finished, aborted, and counted when lost."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from weight_transfer.config.settings import RECEIVER
+from weight_transfer.config.structuring import structure, unstructure
+from weight_transfer.errors import (
+    ConfigError,
+    HandshakeError,
+    LifecycleError,
+    PeerLostError,
+    SessionError,
+    TransferError,
+    TransferTimeoutError,
+    WeightTransferError,
+)
+from weight_transfer.model.dtypes import common_dtypes, dtypes_by_name
+from weight_transfer.plugins.backend import Capability
+from weight_transfer.session.peers import Calls, Peer, cause_of, logged_wait, make_peer, make_slots
+from weight_transfer.values.deadline import Deadline
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from weight_transfer.config.settings import ParallelConfig, WeightTransferConfig
+    from weight_transfer.control import ControlChannel
+    from weight_transfer.engine import TrainerWeightTransferEngine
+    from weight_transfer.plugins.manager import LoadedBackend
+    from weight_transfer.values.events import Version
+
+logger = logging.getLogger(__name__)
+
+_ABORT_TIMEOUT = 10.0  # seconds that workers get to abort a failed update
+_RETRY_INTERVAL = 0.1  # seconds between two looks at a worker that does not answer yet
+
+_ASKED = ("report_dtypes", "session")
+"""Keys of the init info that are left out unless they say something: other systems' workers do not know them."""
+
+Lost = dict[Peer, WeightTransferError]
+"""Workers that failed, in the order of their failures."""
+
+
+class Fleet:
+    """The workers, and the trainer's engine that they have joined.
+
+    Each phase returns the workers that it lost, or raises the first failure: ``on_worker_failure`` decides.
+
+    Attributes:
+        peers: all workers, lost ones included: they may come back; none after `close`.
+        engine: the trainer's engine; None before the first join, and after a failure of a backend without ``REJOIN``.
+    """
+
+    def __init__(
+        self,
+        backend: LoadedBackend,
+        config: WeightTransferConfig,
+        parallel_config: ParallelConfig,
+    ) -> None:
+        self.peers: list[Peer] = []
+        self._numbers = itertools.count()
+        self.engine: TrainerWeightTransferEngine[Any, Any] | None = None
+        self._backend = backend
+        self._config = config
+        self._parallel_config = parallel_config
+        self._device: str | None = None
+        self._report_dtypes = {}
+        if RECEIVER in config.cast.values():
+            self._report_dtypes["report_dtypes"] = "checkpoint" if config.is_checkpoint_format else "kernel"
+        self._rejoins = Capability.REJOIN in backend.backend.capabilities
+        self._session = secrets.token_hex(8)
+        self._joins = itertools.count(1)
+        self._unreachable: dict[Peer, PeerLostError] = {}
+        self._cancelled: TransferError | None = None
+        self._calls: Calls | None = None
+        self._latest: object = None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the others go on when one worker fails in the middle of an update."""
+        return self._rejoins and self._config.on_worker_failure == "continue"
+
+    @property
+    def started(self) -> list[Peer]:
+        """The workers on which the update is open."""
+        return [peer for peer in self.peers if peer.started]
+
+    def add(self, worker: str | ControlChannel, count: int) -> None:
+        """Take in a control channel with ``count`` workers behind it; they join before the next update."""
+        peer = make_peer(worker, next(self._numbers), count, self._config)
+        for other in self.peers:
+            if peer.address == other.address or peer.channel is other.channel:
+                peer.close()
+                raise ConfigError(f"Worker {other.address} is there already; name each worker once.")
+        self.peers.append(peer)
+
+    def remove(self, worker: str | ControlChannel) -> None:
+        """Let go of a control channel. Ranks move up, so the others join a new group."""
+        found = [peer for peer in self.peers if worker is peer.channel or peer.is_at(worker)]
+        if not found:
+            known = ", ".join(peer.address for peer in self.peers)
+            raise ConfigError(f"There is no worker {worker}; there are {known}.")
+        if len(self.peers) == 1:
+            raise ConfigError(f"Worker {found[0].address} is the last one; close the sender instead.")
+        self.drop_engine()
+        self.peers.remove(found[0])
+        found[0].close()
+
+    def place(self, device: str) -> None:
+        """Tell the engine where the weights lie; it is made anew if they have moved."""
+        if self._parallel_config.device is None:
+            if self._device not in (None, device):
+                self.drop_engine()
+            self._device = device
+
+    def join(self) -> Lost:
+        """Join the workers that are not joined; all of them, if the backend cannot take in a single one."""
+        if all(peer.joined for peer in self.peers):
+            return {}
+        deadline = Deadline(self._config.init_timeout)
+        lost = self.greet(deadline)
+        present = [peer for peer in self.peers if peer not in lost]
+        if not self._rejoins:
+            self.drop_engine()
+        joining = [peer for peer in present if not peer.joined]
+        if not joining:
+            return lost
+        engine = self.engine = self.engine or self._create_engine()
+        slots = make_slots(self.peers if self._rejoins else present)
+        fields = engine.open_endpoint([slots[peer] for peer in joining], deadline)
+        infos: dict[Peer, dict[str, Any]] = {}
+        for peer, own in zip(joining, fields, strict=True):
+            slot = slots[peer]
+            common = {"rank_offset": slot.rank_offset, "world_size": slot.world_size, "timeout": deadline.remaining()}
+            info = structure({**own, **common, **self._report_dtypes}, engine.init_info_cls, "init_info")
+            infos[peer] = {key: value for key, value in unstructure(info).items() if key not in _ASKED or value}
+        session = f"{self._session}.{next(self._joins)}"
+        calls = self.call(joining, lambda peer: peer.join(infos[peer], session), "init", on_failure=self.react)
+        self.require_going_on()
+        try:
+            with logged_wait(lambda: f"waiting for {calls.silent or 'the engine'} in phase init"):
+                engine.join_workers(deadline)
+        except WeightTransferError as error:
+            cause = calls.explain(error)
+            if not (calls.failures and self.goes_on):
+                if cause is error:
+                    raise
+                raise cause from error
+        lost |= self.settle(calls.wait(deadline))
+        for peer in joining:
+            peer.joined = peer not in lost
+            peer.dtypes = dtypes_by_name(calls.results.get(peer), peer.address)
+        return lost
+
+    def connect(self) -> None:
+        """Join all workers, or leave none half joined."""
+        try:
+            self.require_one(self.join())
+        except BaseException as error:
+            self.abort(str(error))
+            raise
+
+    def greet(self, deadline: Deadline) -> Lost:
+        """Wait until the workers answer that have not, and learn from their status what they are."""
+        strangers = [peer for peer in self.peers if not (peer.joined or peer.greeted)]
+        self._unreachable = {}
+        failures = self.call(strangers, lambda peer: self._greet(peer, deadline), "init").wait(deadline)
+        late = {peer for peer, error in failures.items() if isinstance(error, TransferTimeoutError)}
+        failures = {
+            peer: self._unreachable.get(peer, error) if peer in late else error for peer, error in failures.items()
+        }
+        lost = self.settle(failures)
+        for one, other in itertools.combinations(self.peers, 2):
+            if one.ids & other.ids:
+                raise ConfigError(f"{one.address} and {other.address} are the same worker; name each worker once.")
+        return lost
+
+    def versions(self, target: str) -> list[Version]:
+        """Return the versions of ``target`` that the workers have; waits until they answer."""
+        self.greet(Deadline(self._config.init_timeout))
+        statuses = [peer.status for peer in self.peers if peer.greeted or peer.joined]
+        served = [(status.get("versions") or {}).get(target, status.get("version")) for status in statuses]
+        return [version for version in served if isinstance(version, (int, str))]
+
+    def dtypes(self, called: Mapping[str, Sequence[str]]) -> dict[str, str]:
+        """Return the dtypes that the workers, which must have joined, have for weights of these names.
+
+        Raises:
+            HandshakeError: a worker does not know, lacks one, or differs from another; they are named.
+        """
+        return common_dtypes({peer.address: peer.dtypes for peer in self.peers if peer.joined}, called)
+
+    def _greet(self, peer: Peer, deadline: Deadline) -> None:
+        status_of = getattr(peer.channel, "status", None)
+        peer.status = self._first_status(peer, status_of, deadline) if status_of is not None else {}
+        backend = peer.status.get("backend", self._config.backend)
+        if backend != self._config.backend:
+            raise HandshakeError(
+                f"The worker uses backend {backend!r}, the trainer {self._config.backend!r}; use one.",
+                peer=peer.address,
+                phase="init",
+            )
+        peer.count = int(peer.status.get("workers", peer.count))
+        peer.greeted = True
+
+    def _first_status(self, peer: Peer, status_of: Callable[[], dict[str, Any]], deadline: Deadline) -> dict[str, Any]:
+        """Ask until the worker answers; with ``"continue"``, only as long as no other one has."""
+        while True:
+            try:
+                return status_of()
+            except PeerLostError as error:
+                self._unreachable[peer] = error
+                others = self._config.on_worker_failure == "continue" and any(p.joined or p.greeted for p in self.peers)
+                if error.permanent or others or self._cancelled or deadline.remaining() < _RETRY_INTERVAL:
+                    raise
+                time.sleep(_RETRY_INTERVAL)
+
+    def start(self, deadline: Deadline) -> Lost:
+        """Open the update; a worker that was restarted since the last one joins again first."""
+        lost: Lost = {}
+        failures = self._start_joined(deadline)
+        gone = {peer: error for peer, error in failures.items() if isinstance(error, (LifecycleError, PeerLostError))}
+        lost |= self.settle({peer: error for peer, error in failures.items() if peer not in gone})
+        if gone:
+            for peer in gone:
+                peer.forget()
+            lost |= self.join()
+            lost |= self.settle(self._start_joined(deadline))
+        return lost
+
+    def _start_joined(self, deadline: Deadline) -> Lost:
+        peers = [peer for peer in self.peers if peer.joined and not peer.started]
+        failures = self.call(peers, lambda peer: peer.start(), "start").wait(deadline)
+        for peer in peers:
+            peer.started = peer not in failures
+        return failures
+
+    def finish(self, version: Version, deadline: Deadline) -> Lost:
+        """Have the version published."""
+        peers = self.started
+        failures = self.call(peers, lambda peer: peer.finish(version), "finish").wait(deadline)
+        for peer in peers:
+            peer.started = False
+        return self.settle(failures)
+
+    def settle(self, failures: Lost) -> Lost:
+        """Decide about workers that failed: raise the first error, or go on without them, as the config says."""
+        others = any(peer.joined for peer in self.peers) or len(failures) < len(self.peers)
+        cause = cause_of(failures)
+        if cause is not None and (self._config.on_worker_failure == "abort" or not others):
+            raise cause
+        for peer, error in failures.items():
+            peer.forget()
+            if self.engine is not None:
+                self.engine.lose_worker(peer.address)
+            logger.warning("going on without worker %s: %s", peer.address, error)
+        return failures
+
+    def react(self, peer: Peer) -> None:
+        """Tell the engine at once of a worker that failed to join or to update; callable from any thread."""
+        if self.engine is None:
+            return
+        if self.goes_on:
+            self.engine.lose_worker(peer.address)
+        else:
+            self.engine.abort_update()
+
+    def require_one(self, lost: Lost) -> None:
+        """Raise the last failure if no worker is left: they may have failed one after another, in different phases."""
+        if lost and not any(peer.joined for peer in self.peers):
+            raise next(reversed(lost.values()))
+
+    def abort(self, reason: str) -> None:
+        """After a failure: all workers that were called, answered or not, leave this trainer, and join it next time."""
+        self._latest = self._calls = None
+        if self.engine is not None:
+            self.engine.abort_update()
+        called = [peer for peer in self.peers if peer.called and hasattr(peer.channel, "abort_weight_update")]
+        calls = Calls(called, lambda peer: peer.abort(reason), "abort")
+        for peer, error in calls.wait(Deadline(min(_ABORT_TIMEOUT, self._config.timeout))).items():
+            if not isinstance(error, SessionError):  # then it is another trainer's by now
+                logger.warning("worker %s did not confirm the abort: %s", peer.address, error)
+        if self.engine is not None:
+            self.engine.release_source()
+        if not self._rejoins:
+            self.drop_engine()
+        for peer in self.peers:
+            peer.forget()
+
+    def _create_engine(self) -> TrainerWeightTransferEngine[Any, Any]:
+        parallel = self._parallel_config
+        if parallel.device is None:
+            parallel = attrs.evolve(parallel, device=self._device or "cpu")
+        return self._backend.create_trainer_engine(self._config, parallel)
+
+    def drop_engine(self) -> None:
+        """Shut the engine down; all workers have to join a new one."""
+        if self.engine is not None:
+            self.engine.shutdown()
+            self.engine = None
+        for peer in self.peers:
+            peer.forget()
+
+    def close(self) -> None:
+        """Shut the engine down, and the channels that the sender made."""
+        self.drop_engine()
+        for peer in self.peers:
+            peer.close()
+        self.peers, self._calls = [], None
+
+    def call(
+        self,
+        peers: list[Peer],
+        call: Callable[[Peer], object],
+        phase: str,
+        on_failure: Callable[[Peer], None] | None = None,
+    ) -> Calls:
+        """Call workers of an update that may be cancelled; ``on_failure`` hears of no call but the latest."""
+        this = self._latest = object()
+
+        def failed(peer: Peer) -> None:
+            if on_failure is not None and self._latest is this:  # else an echo of what was given up already
+                on_failure(peer)
+
+        calls = self._calls = Calls(peers, call, phase, failed)
+        if self._cancelled is not None:
+            calls.cancel(self._cancelled)
+        return calls
+
+    def cancel(self, reason: str) -> None:
+        """Make what is under way raise soon; callable from any thread."""
+        self._cancelled = TransferError(f"The update was aborted: {reason}.")
+        if self._calls is not None:
+            self._calls.cancel(self._cancelled)
+        if self.engine is not None:
+            self.engine.abort_update()
+
+    def go_on(self) -> None:
+        """Forget that something was cancelled."""
+        self._cancelled = None
+
+    def require_going_on(self) -> None:
+        """Raise if what is under way was cancelled."""
+        if self._cancelled is not None:
+            raise self._cancelled

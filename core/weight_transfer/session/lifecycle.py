@@ -1,0 +1,161 @@
+"""The states of a worker's session: which call may run now, whose it is, and one at a time.
+
+
+    created ──init──▶ ready ──start──▶ updating ──update, finish──▶ ready (new version)
+       ▲                ▲                 │
+       │                │                 ├─ refused before the engine began ─▶ ready (old version)
+       │                └───────init──────┼─ failed or aborted before the first byte ─▶ created (old version)
+       └─ aborted, or the trainer is gone ┴─ failed or aborted after it ─▶ failed (no version)
+
+In ``created`` and ``failed`` there is no engine; ``init_weight_transfer_engine`` and a full update lead out of both. A
+`WeightSender` does that by itself at its next ``send``.
+
+A trainer names its session when it initialises a worker. From then on the worker takes calls of that session only, so
+that a trainer that was replaced can no longer start, load, publish or abort anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum, StrEnum
+from typing import TYPE_CHECKING
+
+from weight_transfer.errors import LifecycleError, SessionError
+from weight_transfer.values.deadline import Deadline
+
+if TYPE_CHECKING:
+    from weight_transfer.session.serving import Signal
+
+
+class ReceiverState(StrEnum):
+    """Where a receiver stands; see the drawing in this module."""
+
+    CREATED = "created"
+    READY = "ready"
+    UPDATING = "updating"
+    FAILED = "failed"
+    CLOSED = "closed"
+
+
+class Anyone(Enum):
+    """Stands for a session where a call may come from any: the worker's own calls, and a new trainer's init."""
+
+    ANYONE = "anyone"
+
+
+ANYONE = Anyone.ANYONE
+_GIVING_UP = "the end of an abandoned update"
+_ADVICE = {
+    ReceiverState.CREATED: "call init_weight_transfer_engine first",
+    ReceiverState.READY: "call start_weight_update first",
+    ReceiverState.UPDATING: "finish or abort the running update first",
+    ReceiverState.FAILED: "the last update failed; call init_weight_transfer_engine and send a full update",
+    ReceiverState.CLOSED: "create a new receiver",
+}
+
+
+class Lifecycle:
+    """Where a receiver stands. All of it is guarded by ``changed``, which is notified of every change.
+
+    Args:
+        changed: the receiver's condition.
+        timeout: seconds to wait for an operation that has to end.
+        backend: for errors.
+
+    Attributes:
+        state: the state.
+        session: the session of the trainer that initialised the receiver last; None for one without.
+        busy: the operation that is under way.
+    """
+
+    def __init__(self, changed: Signal, timeout: float, backend: str) -> None:
+        self.state = ReceiverState.CREATED
+        self.session: str | None = None
+        self.busy: str | None = None
+        self._changed = changed
+        self._timeout = timeout
+        self._backend = backend
+        self._initialised = False
+
+    def set(self, state: ReceiverState) -> None:
+        """Enter a state."""
+        with self._changed:
+            self.state = state
+            self._changed.notify_all()
+
+    def hand_to(self, session: str | None) -> None:
+        """Take calls of this session only."""
+        with self._changed:
+            self.session, self._initialised = session, True
+
+    @contextmanager
+    def operation(
+        self, method: str, session: str | Anyone | None, *states: ReceiverState, waits: bool = False
+    ) -> Iterator[None]:
+        """Let one operation at a time run, of the right session, and in one of ``states`` only (none: in any).
+
+        Args:
+            method: for errors.
+            session: whose call it is.
+            states: in which it may run; none: in any.
+            waits: for a running operation, instead of refusing.
+        """
+        with self._changed:
+            self.require_open(method)
+            self.require_session(method, session)
+            if waits or self.busy == _GIVING_UP:
+                self._wait_until_idle(method)
+            if self.busy:
+                raise self.refusal(method, f"{self.busy} is under way")
+            if states and self.state not in states:
+                raise self.refusal(method, f"allowed in state {' or '.join(states)} only; {_ADVICE[self.state]}")
+            self.busy = method
+        try:
+            yield
+        finally:
+            self._set_idle()
+
+    @contextmanager
+    def giving_up(self) -> Iterator[None]:
+        """Keep other operations waiting while an abandoned update is ended; called by whoever saw that nobody is busy.
+
+        The lock may be held when this begins; it need not be held inside.
+        """
+        with self._changed:
+            self.busy = _GIVING_UP
+        try:
+            yield
+        finally:
+            self._set_idle()
+
+    def require_open(self, method: str) -> None:
+        """Refuse what comes after the end; closing twice is fine."""
+        if self.state is ReceiverState.CLOSED and method != "close":
+            raise self.refusal(method, "this receiver is closed; create a new one")
+
+    def require_session(self, method: str, session: str | Anyone | None) -> None:
+        """Refuse another trainer than the one that initialised the receiver last."""
+        if session is ANYONE or session == self.session or not self._initialised:
+            return
+        came = "without a session" if session is None else f"of session {session}"
+        has = "has joined a trainer without one" if self.session is None else f"has joined session {self.session}"
+        message = f"{method} {came} is refused: this worker {has}. A WeightSender joins it again at its next send."
+        raise SessionError(message, method=method, state=str(self.state), backend=self._backend)
+
+    def refusal(self, method: str, why: str) -> LifecycleError:
+        """Return the error that says why ``method`` cannot be called now."""
+        message = f"{method} cannot be called in state {self.state}: {why}."
+        return LifecycleError(message, method=method, state=str(self.state))
+
+    def _wait_until_idle(self, method: str) -> None:
+        deadline = Deadline(self._timeout)
+        while self.busy:
+            if deadline.expired:
+                raise deadline.timeout(f"{method} waited for {self.busy} to end", backend=self._backend)
+            self._changed.wait(deadline.remaining())
+
+    def _set_idle(self) -> None:
+        with self._changed:
+            self.busy = None
+            self._changed.notify_all()

@@ -1,0 +1,92 @@
+"""What a sender keeps from update to update of one target: its version, and the sources that it was sent from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from weight_transfer.errors import ConfigError
+from weight_transfer.model.casting import CastSource
+from weight_transfer.model.info import WireEncoder
+from weight_transfer.model.partial import PartialSource
+from weight_transfer.model.source import ModuleSource, WeightSource, as_source
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from weight_transfer.model.manifest import Manifest
+    from weight_transfer.values.events import Version
+
+
+class Outgoing:
+    """One target's side in the trainer.
+
+    Sources remember their manifests, so the methods return the same object for the same arguments.
+
+    Attributes:
+        target: its name.
+        version: the last one that was sent; None before the first.
+        update: the id of its weights.
+        encoder: of its update infos.
+    """
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.version: Version | None = None
+        self.update: str | None = None
+        self.encoder = WireEncoder()
+        self._module: ModuleSource | None = None
+        self._cast: CastSource | None = None
+        self._uncast: WeightSource | None = None
+        self._part: PartialSource | None = None
+
+    def whole(self, weights: nn.Module | WeightSource) -> WeightSource:
+        """Return all of the weights as a source.
+
+        Raises:
+            ConfigError: they are neither a module nor a source.
+        """
+        if self._module is None or self._module.module is not weights:
+            source = as_source(weights)
+            if source is weights or not isinstance(source, ModuleSource):
+                return source
+            self._module = source
+        return self._module
+
+    def cast(self, source: WeightSource, *chosen: Callable[[Manifest], Mapping[str, str]]) -> WeightSource:
+        """Return a source whose weights are cast to the dtypes that are ``chosen``, one choice after the other."""
+        if self._cast is None or self._uncast is not source:
+            cast: WeightSource = source
+            for choose in chosen:  # what the workers have is known to one rank alone: it casts what is gathered
+                cast = CastSource.choosing(cast, choose)
+            assert isinstance(cast, CastSource)
+            self._uncast, self._cast = source, cast
+        return self._cast
+
+    def forget_cast(self) -> None:
+        """Choose dtypes anew next time."""
+        self._cast = None
+
+    def forget(self) -> None:
+        """Let go of all sources, and thereby of the weights."""
+        self.encoder = WireEncoder()
+        self._module = self._cast = self._uncast = self._part = None
+
+    def part(self, source: WeightSource, only: Sequence[str] | None) -> WeightSource:
+        """Return the part that matches ``only``; all of the source if that is None.
+
+        Raises:
+            ConfigError: ``only`` is no list of patterns.
+        """
+        if only is None:
+            return source
+        if self._part is None or self._part.source is not source or self._part.only != tuple(only):
+            self._part = PartialSource(source, only)
+        return self._part
+
+    def require_base(self, manifest: Manifest) -> None:
+        """Raise if these are some of the weights, and nothing was sent whole yet."""
+        if manifest.partial and self.version is None:
+            raise ConfigError(
+                "The workers need all weights before they can be sent some: send all of them first, without only."
+            )

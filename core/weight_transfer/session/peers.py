@@ -1,0 +1,286 @@
+"""The sender's view of its workers: who they are, what they know, and calls to all of them at once."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from weight_transfer.control.channel import ControlChannel, takes_session
+from weight_transfer.engine import WorkerSlot
+from weight_transfer.errors import (
+    ConfigError,
+    PeerLostError,
+    TransferError,
+    TransferTimeoutError,
+    WeightTransferError,
+)
+from weight_transfer.values.deadline import LONG, Deadline
+
+if TYPE_CHECKING:
+    from weight_transfer.config.settings import WeightTransferConfig
+    from weight_transfer.values.events import Version
+
+logger = logging.getLogger(__name__)
+
+_GRACE = 0.5  # seconds
+_METHODS = ("init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update")
+
+
+@attrs.define(eq=False)
+class Peer:
+    """One control channel and the workers behind it.
+
+    Attributes:
+        address: its URL, or ``worker 0`` for a channel without one.
+        channel: the channel.
+        count: workers behind it.
+        owned: whether the sender made the channel, and closes it.
+        joined: whether they have joined the engine's current group.
+        called: whether they were told of this trainer since they were last forgotten: then they must hear of an abort.
+        started: whether an update is open on them.
+        greeted: whether they have answered.
+        status: what they answered; empty for a channel without ``status``.
+        session: by what they know this trainer, if the channel carries sessions.
+        init_info: what they were sent to join.
+        dtypes: of their weights by name, if they were asked and know.
+        known: digest by field name of what they have been sent once, by target.
+    """
+
+    address: str
+    channel: ControlChannel
+    count: int
+    owned: bool = False
+    joined: bool = False
+    called: bool = False
+    started: bool = False
+    greeted: bool = False
+    status: dict[str, Any] = attrs.field(factory=dict)
+    session: str | None = None
+    init_info: dict[str, Any] = attrs.field(factory=dict)
+    dtypes: dict[str, str] | None = None
+    known: dict[str, dict[str, str]] = attrs.field(factory=dict)
+
+    @property
+    def ids(self) -> set[str]:
+        """The receivers behind it, as far as they tell."""
+        return {part for part in str(self.status.get("id") or "").split(",") if part}
+
+    def join(self, init_info: dict[str, Any], session: str) -> object:
+        """Have them join; from then on the session goes with each call, if the channel carries sessions."""
+        self.session = session if takes_session(self.channel) else None
+        self.called = True
+        self.init_info = init_info | self._session
+        return self.channel.init_weight_transfer_engine(self.init_info)
+
+    def start(self) -> None:
+        """Open an update."""
+        self.called = True
+        call: Callable[..., None] = self.channel.start_weight_update
+        call(**self._session)
+
+    def update(self, info: dict[str, Any]) -> object:
+        """Have them receive."""
+        return self.channel.update_weights(info | self._session)
+
+    def finish(self, version: Version) -> None:
+        """Have them publish."""
+        call: Callable[..., None] = self.channel.finish_weight_update
+        call(version, **self._session)
+
+    def abort(self, reason: str) -> None:
+        """Have them give up."""
+        call: Callable[..., None] = self.channel.abort_weight_update
+        call(reason, **self._session)
+
+    @property
+    def _session(self) -> dict[str, Any]:
+        return {} if self.session is None else {"session": self.session}
+
+    def is_at(self, worker: object) -> bool:
+        """Whether ``worker`` is this one's address."""
+        return isinstance(worker, str) and worker.rstrip("/") == self.address
+
+    def close(self) -> None:
+        """Close the channel if the sender made it."""
+        close = getattr(self.channel, "close", None)
+        if self.owned and close is not None:
+            close()
+
+    def forget(self) -> None:
+        """They have to join anew."""
+        self.joined = self.called = self.started = self.greeted = False
+        self.known = {}
+
+
+def make_peer(worker: str | ControlChannel, index: int, count: int, config: WeightTransferConfig) -> Peer:
+    """Return the peer of a worker; a URL becomes an HTTP channel.
+
+    Args:
+        worker: a URL or a control channel.
+        index: its number, the name of a channel without an address.
+        count: workers behind it.
+        config: token and timeouts of an HTTP channel.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    channel: ControlChannel
+    if isinstance(worker, str):
+        from weight_transfer.control.http_client import HttpChannel
+
+        channel = HttpChannel(
+            worker, token=config.token, timeout=config.timeout, connect_timeout=min(5.0, config.init_timeout / 2)
+        )
+    elif all(callable(getattr(worker, method, None)) for method in _METHODS):
+        channel = worker
+    else:
+        raise ConfigError(
+            f"{worker!r} is no worker; give its URL, such as 'http://127.0.0.1:8001', a WeightReceiver, or a control "
+            "channel."
+        )
+    address = getattr(channel, "address", None) or f"worker {index}"
+    return Peer(str(address), channel, count, owned=channel is not worker)
+
+
+def make_slots(peers: Sequence[Peer]) -> dict[Peer, WorkerSlot]:
+    """Give each peer its place in a group of the trainer (rank 0) and these peers, in order."""
+    world_size = 1 + sum(peer.count for peer in peers)
+    slots, offset = {}, 1
+    for peer in peers:
+        slots[peer] = WorkerSlot(peer=peer.address, rank_offset=offset, count=peer.count, world_size=world_size)
+        offset += peer.count
+    return slots
+
+
+_ECHOES = (PeerLostError, TransferTimeoutError)
+
+
+def cause_of(failures: Mapping[Peer, WeightTransferError]) -> WeightTransferError | None:
+    """Return the failure that the others follow from: when one member fails, others lose it, or wait in vain."""
+    own = (error for error in failures.values() if not isinstance(error, _ECHOES))
+    return next(own, next(iter(failures.values()), None))
+
+
+class Calls:
+    """The same call to several peers at once, each on a thread of its own.
+
+    The threads are daemons: a channel that never returns costs a thread, not the trainer.
+
+    Attributes:
+        failures: the errors that are known so far.
+        results: what the others returned.
+
+    Args:
+        peers: whom to call.
+        call: what to call; its exceptions are collected.
+        phase: for messages and for the ``phase`` of errors.
+        on_failure: called at once, from the failing call's thread, with each peer that fails.
+    """
+
+    def __init__(
+        self,
+        peers: Sequence[Peer],
+        call: Callable[[Peer], object],
+        phase: str,
+        on_failure: Callable[[Peer], None] | None = None,
+    ) -> None:
+        self._phase = phase
+        self._on_failure = on_failure
+        self._answers: queue.SimpleQueue[tuple[Peer | None, WeightTransferError | None]] = queue.SimpleQueue()
+        self._pending = list(peers)
+        self.failures: dict[Peer, WeightTransferError] = {}
+        self.results: dict[Peer, object] = {}
+        for peer in peers:
+            name = f"weight-transfer {phase} {peer.address}"
+            threading.Thread(target=self._run, args=(peer, call), name=name, daemon=True).start()
+
+    def wait(self, deadline: Deadline) -> dict[Peer, WeightTransferError]:
+        """Return the peers that failed, in the order of their failures; one that is late has failed too."""
+        patience, told = Deadline(LONG), False
+        while self._pending:
+            left = deadline.remaining()
+            try:
+                self._take(left if told else min(left, patience.remaining()))
+            except queue.Empty:
+                if not told and not deadline.expired:
+                    told = True
+                    level = logging.INFO if self._phase == "update" else logging.WARNING
+                    logger.log(level, "waiting for %s in phase %s", self.silent, self._phase)
+                    continue
+                for late in self._pending:
+                    what = f"waiting for the worker to answer in phase {self._phase}"
+                    self.failures[late] = deadline.timeout(what, phase=self._phase, peer=late.address)
+                break
+        return self.failures
+
+    def explain(self, error: WeightTransferError) -> WeightTransferError:
+        """Return what is behind an engine's ``error``: the first worker's failure; after a timeout, who is silent.
+
+        Workers get a moment to answer; see `cause_of`.
+        """
+        until = Deadline(_GRACE)
+        while self._pending and isinstance(cause_of(self.failures), (*_ECHOES, type(None))):
+            try:
+                self._take(until.remaining())
+            except queue.Empty:
+                break
+        first = cause_of(self.failures)
+        if self._pending and isinstance(first or error, TransferTimeoutError):
+            message = f"{self.silent} did not answer in phase {self._phase} before the deadline."
+            return TransferTimeoutError(message, phase=self._phase, peer=self.silent, cause=str(first or error))
+        return first or error
+
+    def cancel(self, error: WeightTransferError) -> None:
+        """Make whoever waits raise ``error``; callable from any thread."""
+        self._answers.put((None, error))
+
+    @property
+    def silent(self) -> str:
+        """The addresses of those that have not answered yet."""
+        return ", ".join(peer.address for peer in self._pending)
+
+    def _take(self, timeout: float) -> None:
+        """Wait for one answer."""
+        peer, error = self._answers.get(timeout=timeout)
+        if peer is None:
+            assert error is not None
+            raise error
+        self._pending.remove(peer)
+        if error is not None:
+            self.failures[peer] = error
+
+    def _run(self, peer: Peer, call: Callable[[Peer], object]) -> None:
+        error: WeightTransferError | None = None
+        try:
+            self.results[peer] = call(peer)
+        except WeightTransferError as known:
+            error = known
+        except BaseException as foreign:  # noqa: BLE001  (a channel of the user's own may raise anything; it is reported)
+            cause = f"{type(foreign).__name__}: {foreign}"
+            error = TransferError(f"The worker's control channel failed in phase {self._phase}.", cause=cause)
+        if isinstance(error, TransferError):
+            error.peer = error.peer or peer.address
+            error.phase = error.phase or self._phase
+        elif error is not None:
+            error.message = f"{peer.address}: {error.message}"
+        self._answers.put((peer, error))
+        if error is not None and self._on_failure is not None:
+            self._on_failure(peer)
+
+
+@contextmanager
+def logged_wait(what: Callable[[], str]) -> Iterator[None]:
+    """Log ``what`` is waited for if that takes long."""
+    timer = threading.Timer(LONG, lambda: logger.warning("%s", what()))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

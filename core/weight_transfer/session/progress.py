@@ -1,0 +1,51 @@
+"""What a trainer's update tells of itself: bytes as events, and seconds by phase."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from weight_transfer.values.events import TransferProgress
+
+if TYPE_CHECKING:
+    from weight_transfer.model.info import WeightTransferUpdateInfo
+
+_INTERVAL = 0.1  # seconds
+
+
+class Progress:
+    """Turns an engine's byte counts into events, a few a second."""
+
+    def __init__(self, notify: Any, info: WeightTransferUpdateInfo, backend: str) -> None:
+        self._notify = notify
+        self._info = info
+        self._backend = backend
+        self._done = 0
+        self._told = 0.0
+
+    @property
+    def left(self) -> int:
+        """Bytes that nobody has reported: those that the workers pulled."""
+        return self._info.manifest.nbytes - self._done
+
+    def __call__(self, nbytes: int) -> None:
+        self._done += nbytes
+        total, now = self._info.manifest.nbytes, time.monotonic()
+        if now - self._told >= _INTERVAL or self._done == total:
+            self._told = now
+            event = TransferProgress(
+                role="trainer", backend=self._backend, version=self._info.version, done=self._done, total=total
+            )
+            self._notify("weight_transfer_progress", event)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Put into ``seconds`` how long a ``with`` block took."""
+    since = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[phase] = time.perf_counter() - since

@@ -1,0 +1,385 @@
+"""The worker's session: takes updates, and never lets a torn one be served.
+
+Its states are drawn in `weight_transfer.session.lifecycle`.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from weight_transfer.config.settings import ParallelConfig, WeightTransferConfig
+from weight_transfer.model.dtypes import dtypes_answer
+from weight_transfer.model.info import MODEL
+from weight_transfer.plugins.manager import add_observers, load_backend
+from weight_transfer.plugins.read_config import load_config
+from weight_transfer.session.lifecycle import ANYONE, Anyone, Lifecycle, ReceiverState
+from weight_transfer.session.serving import Served, Signal, Watch
+from weight_transfer.session.update import Update
+from weight_transfer.session.updating import Joined, device_of, targets_of
+from weight_transfer.values.deadline import Deadline
+from weight_transfer.values.versions import as_version
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from weight_transfer.model.loading import Weights
+    from weight_transfer.values.events import Version
+
+__all__ = ["ReceiverState", "WeightReceiver"]
+
+_ABORT_INTERVAL = 0.2  # seconds
+
+
+_ANSWER = 0.9
+"""Part of ``timeout`` after which samplers are given up, so that their names reach the trainer in time."""
+
+
+class WeightReceiver:
+    """Receives weight versions into a model of this process. Its methods may be called from any thread.
+
+    Give it to `serve`, to a `WeightSender` of the same process, or call
+    the methods that carry vLLM's names from your own RPC.
+
+    Args:
+        config: anything that `load_config` takes.
+        model: the model that serves.
+        parallel_config: this worker's place among the workers behind one control channel.
+        load_weights: loads weights in checkpoint format; default is the model's own ``load_weights`` method, else a
+            copy by name.
+        process_weights_after_loading: called with each layer's module once its last parameter has arrived.
+        observers: objects with hook implementations, beside the ones that the config names.
+        targets: further models of this worker, such as ``{"draft": draft_model}``: ``send(..., target="draft")`` brings
+            weights to one, which has a version of its own. They load by their own ``load_weights``, or by name.
+        ignore: glob patterns of names that the models have and the trainer does not send, such as ``"*_extra_state"``.
+
+    Raises:
+        ConfigError: a config key is wrong, or ``model`` is no module.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        model: nn.Module,
+        *,
+        parallel_config: ParallelConfig | None = None,
+        load_weights: Callable[[Weights], object] | None = None,
+        process_weights_after_loading: Callable[[nn.Module], object] | None = None,
+        observers: tuple[object, ...] = (),
+        targets: Mapping[str, nn.Module] | None = None,
+        ignore: Sequence[str] = (),
+    ) -> None:
+        self.config: WeightTransferConfig = load_config(config)
+        self._targets = targets_of(model, load_weights, process_weights_after_loading, targets or {}, ignore)
+        parallel = parallel_config or ParallelConfig()
+        self.parallel_config = attrs.evolve(parallel, device=parallel.device or device_of(model))
+        self._id = secrets.token_hex(8)
+        self._backend = load_backend(self.config.backend)
+        add_observers(self._backend, self.config.observers, observers)
+        self._changed = Signal()
+        self._served = Served(self._changed)
+        self._lifecycle = Lifecycle(self._changed, self.config.timeout, self.config.backend)
+        self._joined: Joined | None = None
+        self._update: Update | None = None
+        self._last_error: str | None = None
+
+    @property
+    def state(self) -> ReceiverState:
+        """Where this receiver stands now."""
+        self._give_up_if_abandoned()
+        return self._lifecycle.state
+
+    @property
+    def version(self) -> Version | None:
+        """The model's version that is served; None before the first, during an update and after a failure."""
+        self._give_up_if_abandoned()
+        return self._served.current
+
+    @property
+    def versions(self) -> dict[str, Version | None]:
+        """The version of each target, by its name; None as long as its weights are no whole version."""
+        with self._changed:
+            return {target: self._served.versions.get(target) for target in self._targets}
+
+    def serving(self, timeout: float | None = None) -> AbstractContextManager[Version]:
+        """Hold one version still while sampling from it: ``with receiver.serving() as version: ...``.
+
+        Waits until a version is served. An update that arrives meanwhile waits until the block is left. A block inside
+        another one, on the same thread or task or on one that was started inside, does not wait.
+
+        Args:
+            timeout: seconds to wait for a version; default is ``config.timeout``.
+
+        Raises:
+            TransferTimeoutError: no version was served within that time.
+            LifecycleError: the receiver is closed; or the wait would block the event loop that runs on this thread, on
+                which `aserving` waits.
+        """
+
+        def look() -> None:
+            self._give_up_if_abandoned()
+            self._lifecycle.require_open("serving")
+
+        return self._served.hold(self._watch(look, timeout))
+
+    def aserving(self, timeout: float | None = None) -> AbstractAsyncContextManager[Version]:
+        """`serving` for asyncio: ``async with receiver.aserving() as version: ...``; the event loop goes on meanwhile.
+
+        Args:
+            timeout: seconds to wait for a version; default is ``config.timeout``.
+
+        Raises:
+            TransferTimeoutError: no version was served within that time.
+            LifecycleError: the receiver is closed.
+        """
+
+        def look() -> None:
+            if self._abandoned():  # closing an engine may take a moment
+                threading.Thread(target=self._give_up_if_abandoned, daemon=True).start()
+            self._lifecycle.require_open("aserving")
+
+        return self._served.ahold(self._watch(look, timeout))
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any] | None:
+        """Join a trainer. In a later call the previous engine is shut down first; a served version stays served.
+
+        Returns:
+            The names of the model's weights by dtype, as ``{"dtypes": ...}``, if the trainer asks and the loader copies
+            by name; else None.
+
+        Raises:
+            ConfigError: ``init_info`` is wrong; the sentence names the key.
+            BackendUnavailableError: this machine lacks what the backend needs.
+            HandshakeError, PeerLostError, TransferTimeoutError: joining failed.
+        """
+        with self._operation("init_weight_transfer_engine", ANYONE):
+            self._leave("a trainer initialised this worker anew")
+            self._lifecycle.set(ReceiverState.CREATED)
+            self._lifecycle.hand_to(init_info.get("session"))
+            self._joined = Joined(self._backend.create_worker_engine(self.config, self.parallel_config), self._backend)
+            try:
+                info = self._joined.join(init_info)
+            except BaseException as error:
+                self._last_error = str(error)
+                self._drop_engine()
+                self._lifecycle.set(ReceiverState.CREATED)
+                raise
+            self._lifecycle.set(ReceiverState.READY)
+            return dtypes_answer(info, self._targets[MODEL].loaders)
+
+    def start_weight_update(self, session: str | None = None) -> None:
+        """Begin an update: wait until nobody samples any more, and serve no version until it is over.
+
+        Args:
+            session: that of the init info, if it had one; also in the calls below.
+
+        Raises:
+            LifecycleError: there is no engine, or an update is under way.
+            SessionError: another trainer has joined since.
+            TransferTimeoutError: somebody went on sampling for 0.9 of ``config.timeout``; the version stays served.
+        """
+        with self._operation("start_weight_update", session, ReceiverState.READY), self._changed:
+            self._update = update = Update(self.config.timeout)
+            self._served.held_back = True
+            self._lifecycle.set(ReceiverState.UPDATING)
+            answer = Deadline(_ANSWER * self.config.timeout)  # the trainer's deadline comes a moment later
+
+            def check(what: str) -> None:
+                update.check(what)
+                answer.check(what, backend=self.config.backend, phase="start")
+
+            try:
+                self._served.await_samplers(check, answer)
+            except BaseException as error:
+                self._end_update(str(error))
+                raise
+
+    def update_weights(self, update_info: dict[str, Any]) -> dict[str, Any]:
+        """Receive and load every weight; returns when all of them are in place and verified.
+
+        Returns:
+            A `WorkerReport` as a dict: how the bytes travelled, and warnings.
+
+        Raises:
+            LifecycleError: no update was started, or this one has its weights already.
+            SessionError: another trainer has joined since.
+            ConfigError: ``update_info`` is wrong; the sentence names the key.
+            ManifestMismatchError: the weights do not fit the model; nothing was changed.
+            TransferError: anything else; unless the model is untouched, no version is served.
+        """
+        with self._operation("update_weights", update_info.get("session"), ReceiverState.UPDATING):
+            assert self._joined is not None and self._update is not None
+            if self._update.complete:
+                raise self._lifecycle.refusal("update_weights", "this update has its weights already; finish it")
+            try:
+                return self._joined.receive(self._update, update_info, self._targets, self._served)
+            except BaseException as error:
+                self._end_update(str(error))
+                raise
+
+    def finish_weight_update(self, weight_version: Version | None = None, session: str | None = None) -> None:
+        """Publish the version.
+
+        Args:
+            weight_version: its name, if none came with the update; else the same one, or None.
+            session: see `start_weight_update`.
+
+        Raises:
+            LifecycleError: the update has not received its weights, or was announced as another version.
+            SessionError: another trainer has joined since.
+        """
+        with self._operation("finish_weight_update", session, ReceiverState.UPDATING):
+            update = self._update
+            if self._joined is None or update is None or not update.complete:
+                raise self._lifecycle.refusal(
+                    "finish_weight_update", "its weights have not arrived; call update_weights first"
+                )
+            version = update.version if weight_version is None else as_version(weight_version)
+            if version is None:
+                raise self._lifecycle.refusal("finish_weight_update", "the update has no version; name one")
+            if update.version is not None and repr(version) != repr(update.version):
+                why = f"these weights were announced as version {update.version!r}, not {version!r}"
+                raise self._lifecycle.refusal("finish_weight_update", why)
+            self._joined.tell_end(update, version, None)
+            with self._changed:
+                self._update, self._last_error = None, None
+                self._served.publish(update.target, version, update.id)
+                self._lifecycle.set(ReceiverState.READY)
+
+    def abort_weight_update(self, reason: str = "the trainer aborted the update", session: str | None = None) -> None:
+        """Give up the running update or join, also from another thread, and leave the trainer: it has to join anew.
+
+        Returns once nothing writes into the model any more.
+
+        Args:
+            reason: for errors.
+            session: see `start_weight_update`.
+
+        Raises:
+            SessionError: another trainer has joined since; its update goes on.
+            TransferTimeoutError: the engine went on for ``config.timeout`` seconds.
+        """
+        if self._lifecycle.state is not ReceiverState.CLOSED:
+            self._abort("abort_weight_update", reason, session)
+
+    def status(self) -> dict[str, Any]:
+        """Return ``state``, ``version``, ``versions`` by target, ``backend``, ``workers`` (1), ``error`` and ``id``.
+
+        The error is of the time since the last good update. The id is this receiver's own, by which a trainer knows a
+        worker that it was given under two addresses.
+        """
+        return {
+            "state": str(self.state),
+            "version": self.version,
+            "versions": self.versions,
+            "backend": self.config.backend,
+            "workers": 1,
+            "error": self._last_error,
+            "id": self._id,
+        }
+
+    def close(self) -> None:
+        """Abort a running update and shut the engine down. The model keeps its weights, and nothing here keeps it."""
+        self._abort("close", "the worker is closing", ANYONE)
+        with self._operation("close", ANYONE):
+            self._targets = {}
+            self._lifecycle.set(ReceiverState.CLOSED)
+
+    def __enter__(self) -> WeightReceiver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<WeightReceiver {self.config.backend}: {self._lifecycle.state}, version {self._served.current!r}>"
+
+    def _watch(self, look: Callable[[], None], timeout: float | None) -> Watch:
+        deadline = Deadline(self.config.timeout if timeout is None else timeout)
+        return Watch(look, deadline, lambda: self._lifecycle.state, self.config.backend)
+
+    def _abort(self, method: str, reason: str, session: str | Anyone | None) -> None:
+        deadline = Deadline(self.config.timeout)
+        while True:
+            with self._changed:
+                self._lifecycle.require_session(method, session)
+                update, joined, busy = self._update, self._joined, self._lifecycle.busy
+                if update is not None:
+                    update.abort(reason)
+                self._changed.notify_all()
+            if busy not in ("init_weight_transfer_engine", "update_weights") or deadline.expired:
+                break
+            if joined is not None:  # else its engine is being made; it may also not have come to what is to be aborted
+                joined.engine.abort_update()
+            with self._changed:
+                self._changed.wait_for(lambda: self._lifecycle.busy != busy, _ABORT_INTERVAL)  # noqa: B023  (called here)
+        with self._operation(method, session, waits=True):
+            if self._joined is joined:  # else the operation that was under way has let go of it
+                self._leave(reason)
+
+    def _leave(self, reason: str) -> None:
+        """End what is open with the present trainer, and let go of its engine."""
+        self._end_update(reason)
+        self._drop_engine()
+        if self._lifecycle.state is ReceiverState.READY:
+            self._lifecycle.set(ReceiverState.CREATED)
+
+    def _end_update(self, reason: str) -> None:
+        """Leave the updating state after a failure: served as before if untouched, else no version."""
+        update, joined = self._update, self._joined
+        if update is None:
+            return
+        self._last_error = reason
+        if update.begun and joined is not None:
+            joined.tell_end(update, update.version, reason)
+            self._drop_engine()
+        with self._changed:  # an abort that still sees the update waits for this
+            self._update = None
+            if update.touched:
+                self._served.tear(update.target)
+                self._lifecycle.set(ReceiverState.FAILED)
+            else:
+                self._served.resume()
+                self._lifecycle.set(ReceiverState.CREATED if self._joined is None else ReceiverState.READY)
+
+    def _drop_engine(self) -> None:
+        joined, self._joined = self._joined, None
+        if joined is not None:
+            joined.engine.shutdown()
+
+    @contextmanager
+    def _operation(
+        self, method: str, session: str | Anyone | None, *states: ReceiverState, waits: bool = False
+    ) -> Iterator[None]:
+        self._give_up_if_abandoned()
+        with self._lifecycle.operation(method, session, *states, waits=waits):
+            yield
+
+    def _abandoned(self) -> str | None:
+        """Return why the present trainer will not go on, if that is so; None while it may."""
+        with self._changed:
+            if self._lifecycle.busy or self._joined is None:
+                return None
+            if self._joined.engine.lost:
+                return "the trainer has closed its connection or died"
+            if self._update is not None and self._update.deadline.expired:
+                return "the trainer did not go on with the update within its deadline"
+        return None
+
+    def _give_up_if_abandoned(self) -> None:
+        """A trainer that died between two calls leaves an update open; the engine's notice or its deadline ends it."""
+        with ExitStack() as stack:
+            with self._changed:
+                reason = self._abandoned()
+                if reason is None or self._joined is None:
+                    return
+                stack.enter_context(self._lifecycle.giving_up())
+            lost = self._joined.engine.lost
+            self._end_update(reason)
+            if lost:
+                self._leave(reason)

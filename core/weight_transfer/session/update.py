@@ -1,0 +1,182 @@
+"""One update on a worker: the guard between an engine and the model's loader."""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from weight_transfer.errors import IntegrityError, ManifestMismatchError, PeerLostError, TransferError
+from weight_transfer.model.info import MODEL, TRAINER_LEFT
+from weight_transfer.model.loading import InPlaceLoader
+from weight_transfer.model.manifest import torch_dtype
+from weight_transfer.values.deadline import Deadline
+from weight_transfer.values.events import TransferProgress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from weight_transfer.model.info import WeightTransferUpdateInfo
+    from weight_transfer.model.loading import WeightLoader, Weights
+    from weight_transfer.model.manifest import ParamMeta
+    from weight_transfer.values.events import Version
+
+_PROGRESS_INTERVAL = 0.1  # seconds
+_MANY = 16
+
+
+class Update:
+    """The ``load_weights`` that an engine is given: it lets weights through to the loader, and nothing else.
+
+    It refuses weights after the deadline or an abort, names that are not in the manifest or come twice, wrong shapes
+    and dtypes, and, if digests came along, wrong bytes.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self.since = time.monotonic()
+        self.deadline = Deadline(timeout)
+        self.version: Version | None = None
+        self.id: str | None = None
+        self.target = MODEL
+        self.nbytes = 0
+        self.params = 0
+        self.begun = False
+        self.touched = False
+        self.complete = False
+        self.abort_reason: str | None = None
+        self._backend = ""
+        self._done = 0
+        self._told = 0.0
+
+    def begin(
+        self,
+        info: WeightTransferUpdateInfo,
+        loader: WeightLoader,
+        progress: Callable[[TransferProgress], None],
+        backend: str,
+    ) -> None:
+        """Take the typed info; from here on the engine may load."""
+        self.deadline = Deadline(info.timeout)
+        self.version, self.id = info.version, info.update
+        self.nbytes = info.manifest.nbytes
+        self.params = len(info.manifest.params)
+        self.begun = True
+        self._manifest = info.manifest
+        self._loader = loader
+        self._progress = progress
+        self._backend = backend
+        self._missing: dict[str, ParamMeta] = dict(info.manifest.by_name)
+        self._digests = dict(zip(self._missing, info.digests, strict=True)) if info.digests else {}
+
+    def abort(self, reason: str) -> None:
+        """Let no further weights through."""
+        self.abort_reason = reason
+
+    @property
+    def aborted(self) -> bool:
+        return self.abort_reason is not None
+
+    def abort_error(self, **fields: Any) -> TransferError:
+        """Return the error that says why the update was aborted; a trainer that left is a peer that was lost."""
+        reason = str(self.abort_reason).rstrip(".")
+        if reason == TRAINER_LEFT:
+            return PeerLostError("The trainer closed its connection, or died.", peer="trainer", **fields)
+        return TransferError(f"The update was aborted: {reason}.", **fields)
+
+    def check(self, what: str = "receiving weights") -> None:
+        """Raise if the deadline has passed or the update was aborted; ``what`` is being done."""
+        if self.aborted:
+            raise self.abort_error(phase="update", version=self.version)
+        self.deadline.check(what, phase="update", backend=self._backend)
+
+    def destinations(self) -> Mapping[str, Tensor] | None:
+        """Return the worker's own tensors by name, if the loader only copies; else None.
+
+        An engine that writes there calls `write_in_place` first.
+        """
+        return self._loader.destinations() if isinstance(self._loader, InPlaceLoader) else None
+
+    def write_in_place(self) -> None:
+        """Say that bytes are about to be written into `destinations`; raises like `check`."""
+        self.check()
+        self.touched = True
+
+    def __call__(self, weights: Weights) -> None:
+        self.check()
+        in_place = self._accept_in_place(weights)
+        if not in_place:
+            for name, tensor in weights:
+                self._accept(name, tensor)
+        self.touched = True
+        if not in_place:
+            self._loader(weights)
+        self._tell()
+
+    def finish(self) -> None:
+        """Raise unless every parameter was loaded and the deadline has not passed."""
+        self.check()
+        if self._missing:
+            some = next(iter(self._missing))
+            raise ManifestMismatchError(
+                f"{len(self._missing)} of {self.params} parameters did not arrive, such as {some!r}.",
+                phase="update",
+                version=self.version,
+            )
+        self._loader.finish()
+        self.complete = True
+
+    def _accept_in_place(self, weights: Weights) -> bool:
+        """Accept all of ``weights`` at once if they are the worker's own tensors, whose forms the loader has checked.
+
+        Thousands of tensors cost less than one by one, and there is nothing left to load.
+        """
+        destinations = None if self._digests else self.destinations()
+        if destinations is None or len(weights) < _MANY:
+            return False
+        by_name = dict(weights)
+        if len(by_name) < len(weights) or not by_name.keys() <= self._missing.keys():
+            return False
+        if not all(map(operator.is_, by_name.values(), map(destinations.get, by_name))):
+            return False
+        if len(by_name) == len(self._missing):
+            self._missing.clear()
+            self._done = self.nbytes
+        else:
+            self._done += sum(self._missing.pop(name).nbytes for name in by_name)
+        return True
+
+    def _accept(self, name: str, tensor: Tensor) -> None:
+        meta = self._missing.pop(name, None)
+        if meta is None:
+            raise ManifestMismatchError(f"Parameter {name!r} arrived twice or is not in the manifest.", phase="update")
+        if tensor.shape != meta.shape or tensor.dtype is not torch_dtype(meta.dtype):
+            got = f"{tensor.dtype} {list(tensor.shape)}"
+            raise ManifestMismatchError(f"Parameter {meta} arrived as {got}.", phase="update", version=self.version)
+        if self._digests:
+            self._verify(name, tensor)
+        self._done += meta.nbytes
+
+    def _verify(self, name: str, tensor: Tensor) -> None:
+        from weight_transfer.memory.integrity import tensor_digest
+
+        expected, got = self._digests[name], tensor_digest(tensor)
+        if expected != got:
+            raise IntegrityError(
+                f"Parameter {name!r} arrived with other bytes than were sent; send the update again.",
+                phase="update",
+                version=self.version,
+                param=name,
+                expected=expected,
+                got=got,
+            )
+
+    def _tell(self) -> None:
+        now = time.monotonic()
+        if now - self._told >= _PROGRESS_INTERVAL or self._done == self.nbytes:
+            self._told = now
+            self._progress(
+                TransferProgress(
+                    role="worker", backend=self._backend, version=self.version, done=self._done, total=self.nbytes
+                )
+            )
