@@ -21,8 +21,7 @@ ZOO = "test_every_dtype_shape_and_layout_arrives[loader-module]"
 
 PLUGIN = """
 {top}
-from weight_transfer.plugins.backend import API_VERSION, Backend, Capability
-from weight_transfer.plugins.hookspecs import hookimpl
+from weight_transfer.authoring import API_VERSION, Backend, Capability, hookimpl
 
 @hookimpl
 def weight_transfer_backend():

@@ -22,16 +22,20 @@ import torch
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from weight_transfer.authoring import (
+    Deadline,
+    Slot,
+    Unpacker,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+    as_bytes,
+    plan_buckets,
+)
 from weight_transfer.engine import LoadWeights, TrainerWeightTransferEngine, WeightTransferEngine, WorkerSlot
 from weight_transfer.errors import HandshakeError, ManifestMismatchError, PeerLostError
-from weight_transfer.model.info import WeightTransferInitInfo, WeightTransferUpdateInfo
-from weight_transfer.plan.buckets import Slot, Unpacker, as_bytes, plan_buckets
-from weight_transfer.values.deadline import Deadline
 
 if TYPE_CHECKING:
-    from weight_transfer.config.settings import ParallelConfig, WeightTransferConfig
-    from weight_transfer.model.manifest import Manifest
-    from weight_transfer.model.source import WeightSource
+    from weight_transfer.authoring import Manifest, ParallelConfig, WeightSource, WeightTransferConfig
 
 _BACKEND = "zeromq"
 _HELLO = struct.Struct("!32sI")  # the token, and the worker's rank

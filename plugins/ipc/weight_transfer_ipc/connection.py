@@ -18,8 +18,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from weight_transfer.authoring import Deadline
 from weight_transfer.errors import HandshakeError, PeerLostError
-from weight_transfer.values.deadline import Deadline
 
 _LENGTH = struct.Struct("!I")
 _CREDENTIALS = struct.Struct("3i")  # struct ucred of unix(7): pid, uid, gid

@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from weight_transfer.model.loading import destinations_of
-from weight_transfer.model.manifest import torch_dtype
+from weight_transfer.authoring import destinations_of, torch_dtype
 
 if TYPE_CHECKING:
+    from weight_transfer.authoring import Manifest
     from weight_transfer.engine import LoadWeights
-    from weight_transfer.model.manifest import Manifest
     from weight_transfer_ipc.views import Views
 
 

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from weight_transfer.authoring import Export, Segment, dtype_name
 from weight_transfer.errors import BackendUnavailableError
-from weight_transfer.memory.export import Export, Segment
-from weight_transfer.model.manifest import dtype_name
 from weight_transfer_ipc import cuda
 from weight_transfer_ipc.infos import Allocation
 
 if TYPE_CHECKING:
-    from weight_transfer.model.manifest import Manifest
+    from weight_transfer.authoring import Manifest
 
 logger = logging.getLogger(__name__)
 

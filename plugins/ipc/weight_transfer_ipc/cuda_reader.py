@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
+from weight_transfer.authoring import destinations_of, private_copies
 from weight_transfer.errors import HandshakeError, ManifestMismatchError, TransferError
-from weight_transfer.model.lending import private_copies
-from weight_transfer.model.loading import destinations_of
 from weight_transfer_ipc import cuda
 from weight_transfer_ipc.conversion import load_converted, split
 from weight_transfer_ipc.copies import Copies, Spans, has_kernel
@@ -24,10 +23,8 @@ from weight_transfer_ipc.ring import RING
 from weight_transfer_ipc.views import Views, chunks, views_of
 
 if TYPE_CHECKING:
+    from weight_transfer.authoring import Deadline, Export, Manifest
     from weight_transfer.engine import LoadWeights
-    from weight_transfer.memory.export import Export
-    from weight_transfer.model.manifest import Manifest
-    from weight_transfer.values.deadline import Deadline
     from weight_transfer_ipc.connection import Connection
     from weight_transfer_ipc.infos import DeviceMemory, IpcUpdateInfo
 

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from weight_transfer.model.loading import destinations_of
-from weight_transfer.plan.buckets import BucketPlan, Packer, Unpacker, plan_buckets
+from weight_transfer.authoring import BucketPlan, Packer, Unpacker, destinations_of, plan_buckets
 from weight_transfer_ipc import cuda
 from weight_transfer_ipc.copies import Copies, Spans, has_kernel
 from weight_transfer_ipc.cuda_export import layouts
@@ -26,9 +25,8 @@ from weight_transfer_ipc.infos import Allocation
 from weight_transfer_ipc.ring import RING, RingLayout, each
 
 if TYPE_CHECKING:
+    from weight_transfer.authoring import Deadline, Manifest
     from weight_transfer.engine import LoadWeights
-    from weight_transfer.model.manifest import Manifest
-    from weight_transfer.values.deadline import Deadline
     from weight_transfer_ipc.connection import Connection
 
 POLL = 2e-5  # seconds between two looks at the GPU or the sockets

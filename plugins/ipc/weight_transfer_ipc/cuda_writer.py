@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from weight_transfer.model.staging import staged_tensors
+from weight_transfer.authoring import staged_tensors
 from weight_transfer_ipc import cuda
 from weight_transfer_ipc.cuda_export import CudaExporter, Readiness
 from weight_transfer_ipc.cuda_ring import CudaRingWriter
@@ -15,11 +15,7 @@ from weight_transfer_ipc.ring import RingLayout
 if TYPE_CHECKING:
     import torch
 
-    from weight_transfer.config.settings import WeightTransferConfig
-    from weight_transfer.memory.export import Export
-    from weight_transfer.model.manifest import Manifest
-    from weight_transfer.model.source import WeightSource
-    from weight_transfer.values.deadline import Deadline
+    from weight_transfer.authoring import Deadline, Export, Manifest, WeightSource, WeightTransferConfig
     from weight_transfer_ipc.connection import Connection
 
 

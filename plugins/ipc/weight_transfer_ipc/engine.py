@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from weight_transfer.authoring import Deadline
 from weight_transfer.engine import LoadWeights, TrainerWeightTransferEngine, WeightTransferEngine, WorkerSlot
 from weight_transfer.errors import HandshakeError, PeerLostError, TransferTimeoutError
-from weight_transfer.values.deadline import Deadline
 from weight_transfer_ipc import cuda
 from weight_transfer_ipc.connection import Connection, Listener
 from weight_transfer_ipc.cuda_reader import CudaReader, require_reachable
@@ -27,9 +27,7 @@ from weight_transfer_ipc.host_writer import HostWriter
 from weight_transfer_ipc.infos import IpcInitInfo, IpcUpdateInfo
 
 if TYPE_CHECKING:
-    from weight_transfer.config.settings import ParallelConfig, WeightTransferConfig
-    from weight_transfer.model.manifest import Manifest
-    from weight_transfer.model.source import WeightSource
+    from weight_transfer.authoring import Manifest, ParallelConfig, WeightSource, WeightTransferConfig
 
 logger = logging.getLogger(__name__)
 

@@ -5,18 +5,15 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from weight_transfer.authoring import PrivateView, destinations_of
 from weight_transfer.errors import HandshakeError, ManifestMismatchError
-from weight_transfer.memory.shared_memory import PrivateView
-from weight_transfer.model.loading import destinations_of
 from weight_transfer_ipc.conversion import load_converted, split
 from weight_transfer_ipc.ring import RING, RingReader
 from weight_transfer_ipc.views import Views, chunks, views_of
 
 if TYPE_CHECKING:
+    from weight_transfer.authoring import Deadline, Export, Manifest
     from weight_transfer.engine import LoadWeights
-    from weight_transfer.memory.export import Export
-    from weight_transfer.model.manifest import Manifest
-    from weight_transfer.values.deadline import Deadline
     from weight_transfer_ipc.connection import Connection
     from weight_transfer_ipc.infos import IpcUpdateInfo
 

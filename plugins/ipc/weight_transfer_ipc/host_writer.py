@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from weight_transfer.authoring import Export, Exporter, staged_tensors
 from weight_transfer.errors import PeerLostError
-from weight_transfer.memory.export import Export, Exporter
-from weight_transfer.model.staging import staged_tensors
 from weight_transfer_ipc.ring import RING, RingLayout, RingWriter
 
 if TYPE_CHECKING:
-    from weight_transfer.config.settings import WeightTransferConfig
-    from weight_transfer.model.manifest import Manifest
-    from weight_transfer.model.source import WeightSource
-    from weight_transfer.values.deadline import Deadline
+    from weight_transfer.authoring import Deadline, Manifest, WeightSource, WeightTransferConfig
     from weight_transfer_ipc.connection import Connection
 
 

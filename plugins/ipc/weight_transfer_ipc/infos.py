@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import attrs
 
-from weight_transfer.memory.export import Export
-from weight_transfer.model.info import WeightTransferInitInfo, WeightTransferUpdateInfo, sent_once
+from weight_transfer.authoring import Export, WeightTransferInitInfo, WeightTransferUpdateInfo, sent_once
 from weight_transfer_ipc.ring import RingLayout
 
 

@@ -11,17 +11,22 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from weight_transfer.authoring import (
+    ALIGNMENT,
+    Packer,
+    PrivateView,
+    SharedMemory,
+    Unpacker,
+    destinations_of,
+    plan_buckets,
+)
 from weight_transfer.errors import PeerLostError
-from weight_transfer.memory.shared_memory import PrivateView, SharedMemory
-from weight_transfer.model.loading import destinations_of
-from weight_transfer.plan.buckets import ALIGNMENT, Packer, Unpacker, plan_buckets
 
 if TYPE_CHECKING:
     import torch
 
+    from weight_transfer.authoring import Deadline, Manifest
     from weight_transfer.engine import LoadWeights
-    from weight_transfer.model.manifest import Manifest
-    from weight_transfer.values.deadline import Deadline
     from weight_transfer_ipc.connection import Connection
 
 RING = 0

@@ -10,8 +10,7 @@ from weight_transfer.errors import ManifestMismatchError
 if TYPE_CHECKING:
     import torch
 
-    from weight_transfer.memory.export import Export
-    from weight_transfer.model.manifest import Manifest
+    from weight_transfer.authoring import Export, Manifest
 
 Views = list[tuple[str, "torch.Tensor"]]
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import attrs
 
-from weight_transfer.config.settings import to_bytes
+from weight_transfer.authoring import to_bytes
 from weight_transfer.errors import ConfigError
 
 

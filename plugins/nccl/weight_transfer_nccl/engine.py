@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
+from weight_transfer.authoring import Deadline, WeightTransferInitInfo, WeightTransferUpdateInfo
 from weight_transfer.engine import LoadWeights, TrainerWeightTransferEngine, WeightTransferEngine, WorkerSlot
 from weight_transfer.errors import ConfigError, HandshakeError, ManifestMismatchError
-from weight_transfer.model.info import WeightTransferInitInfo, WeightTransferUpdateInfo
-from weight_transfer.values.deadline import Deadline
 from weight_transfer_nccl.group import Group
 from weight_transfer_nccl.plan import Layout, Plan, make_plan
 from weight_transfer_nccl.receiving import Receiving
@@ -19,9 +18,7 @@ from weight_transfer_nccl.rendezvous import Rendezvous, new_secret, open_store
 from weight_transfer_nccl.sending import Sending
 
 if TYPE_CHECKING:
-    from weight_transfer.config.settings import ParallelConfig, WeightTransferConfig
-    from weight_transfer.model.manifest import Manifest
-    from weight_transfer.model.source import WeightSource
+    from weight_transfer.authoring import Manifest, ParallelConfig, WeightSource, WeightTransferConfig
 
 
 @attrs.frozen(kw_only=True)

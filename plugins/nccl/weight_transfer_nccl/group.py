@@ -22,7 +22,7 @@ from weight_transfer_nccl.rendezvous import Rendezvous, dist, first_line, reach_
 from weight_transfer_nccl.sockets import End, break_connections, published_end
 
 if TYPE_CHECKING:
-    from weight_transfer.values.deadline import Deadline
+    from weight_transfer.authoring import Deadline
 
 _POLL = 0.02  # seconds between two looks at the store
 _GRACE = 0.5  # seconds in which a thread may say why it failed at its deadline

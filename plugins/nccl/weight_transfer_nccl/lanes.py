@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from weight_transfer.values.deadline import Deadline
+    from weight_transfer.authoring import Deadline
 
 _POLL = 5e-5  # seconds between two looks at the GPU at the end of an update
 

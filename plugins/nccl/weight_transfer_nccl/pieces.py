@@ -6,14 +6,12 @@ import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from weight_transfer.model.manifest import torch_dtype
-from weight_transfer.plan.buckets import Slot, as_bytes, copy_converted, laid_out
+from weight_transfer.authoring import Slot, as_bytes, copy_converted, laid_out, torch_dtype
 
 if TYPE_CHECKING:
     import torch
 
-    from weight_transfer.model.manifest import Manifest
-    from weight_transfer.model.source import WeightSource
+    from weight_transfer.authoring import Manifest, WeightSource
     from weight_transfer_nccl.plan import Batch
 
 _address = operator.methodcaller("data_ptr")

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import attrs
 
-from weight_transfer.model.manifest import Manifest, digest_json
-from weight_transfer.plan.buckets import ALIGNMENT, Slot
+from weight_transfer.authoring import ALIGNMENT, Manifest, Slot, digest_json
 
 _SLIVER = 2**20  # bytes; no large tensor is cut to fill less than this at the end of a batch
 

@@ -9,17 +9,14 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
-from weight_transfer.model.loading import destinations_of
-from weight_transfer.model.manifest import torch_dtype
-from weight_transfer.plan.buckets import Slot, bucket_views, typed_view
+from weight_transfer.authoring import Slot, bucket_views, destinations_of, torch_dtype, typed_view
 from weight_transfer_nccl.buffers import WINDOW, Buffers
 from weight_transfer_nccl.lanes import Lane
 from weight_transfer_nccl.pieces import Places, piece_of
 
 if TYPE_CHECKING:
+    from weight_transfer.authoring import Deadline, Manifest
     from weight_transfer.engine import LoadWeights
-    from weight_transfer.model.manifest import Manifest
-    from weight_transfer.values.deadline import Deadline
     from weight_transfer_nccl.group import Group, Work
     from weight_transfer_nccl.plan import Batch, Layout, Plan
 

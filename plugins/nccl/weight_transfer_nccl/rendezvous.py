@@ -13,7 +13,7 @@ import torch.distributed
 from weight_transfer.errors import HandshakeError, PeerLostError
 
 if TYPE_CHECKING:
-    from weight_transfer.values.deadline import Deadline
+    from weight_transfer.authoring import Deadline
 
 dist: Any = torch.distributed  # what it holds depends on the build, so type checkers see half of it
 

@@ -10,16 +10,14 @@ from typing import TYPE_CHECKING
 import attrs
 import torch
 
-from weight_transfer.model.staging import uncast_tensors
-from weight_transfer.plan.buckets import bucket_views, laid_out
+from weight_transfer.authoring import bucket_views, laid_out, uncast_tensors
 from weight_transfer_nccl.buffers import WINDOW, Buffers
 from weight_transfer_nccl.group import Work
 from weight_transfer_nccl.lanes import Lane
 from weight_transfer_nccl.pieces import Masters, Places, StreamedBytes, piece_of
 
 if TYPE_CHECKING:
-    from weight_transfer.model.source import WeightSource
-    from weight_transfer.values.deadline import Deadline
+    from weight_transfer.authoring import Deadline, WeightSource
     from weight_transfer_nccl.group import Group
     from weight_transfer_nccl.plan import Batch, Layout, Plan
 

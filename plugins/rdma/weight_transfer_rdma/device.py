@@ -21,16 +21,15 @@ import attrs
 import numpy as np
 import torch
 
+from weight_transfer.authoring import SharedMemory
 from weight_transfer.errors import BackendUnavailableError, TransferError, TransferTimeoutError
-from weight_transfer.memory.shared_memory import SharedMemory
 from weight_transfer_rdma.memory import Arena, Located
 from weight_transfer_rdma.nixl import VRAM, Agent, Place, Transport, environment, installed, transport_in
 from weight_transfer_rdma.plan import Regions
 from weight_transfer_rdma.process import foreign
 
 if TYPE_CHECKING:
-    from weight_transfer.model.manifest import Manifest
-    from weight_transfer.values.deadline import Deadline
+    from weight_transfer.authoring import Deadline, Manifest
     from weight_transfer_rdma.config import RdmaOptions
     from weight_transfer_rdma.nixl import Rows
 

@@ -16,7 +16,7 @@ def diagnose() -> dict[str, str]:
 def _read_once() -> str:
     import numpy as np
 
-    from weight_transfer.values.deadline import Deadline
+    from weight_transfer.authoring import Deadline
     from weight_transfer_rdma.config import RdmaOptions
     from weight_transfer_rdma.host import HostMemory
 

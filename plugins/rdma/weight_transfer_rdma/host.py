@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from weight_transfer.memory.export import Export, Exporter
-from weight_transfer.memory.shared_memory import SharedMemory
-from weight_transfer.plan.buckets import ALIGNMENT
+from weight_transfer.authoring import ALIGNMENT, Export, Exporter, SharedMemory
 from weight_transfer_rdma.memory import Arena, Located
 from weight_transfer_rdma.nixl import Place
 from weight_transfer_rdma.plan import Regions
@@ -18,8 +16,7 @@ from weight_transfer_rdma.process import AgentProcess
 if TYPE_CHECKING:
     import torch
 
-    from weight_transfer.model.manifest import Manifest
-    from weight_transfer.values.deadline import Deadline
+    from weight_transfer.authoring import Deadline, Manifest
     from weight_transfer_rdma.config import RdmaOptions
 
 

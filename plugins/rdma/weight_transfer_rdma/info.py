@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 
-from weight_transfer.model.info import WeightTransferInitInfo, WeightTransferUpdateInfo, sent_once
+from weight_transfer.authoring import WeightTransferInitInfo, WeightTransferUpdateInfo, sent_once
 from weight_transfer_rdma.nixl import DRAM, Place
 
 WORD = 8

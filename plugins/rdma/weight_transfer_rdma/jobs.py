@@ -9,14 +9,13 @@ import attrs
 import numpy as np
 import torch
 
+from weight_transfer.authoring import ALIGNMENT, Unpacker, plan_buckets
 from weight_transfer.engine import LoadWeights
 from weight_transfer.errors import ManifestMismatchError
-from weight_transfer.plan.buckets import ALIGNMENT, Unpacker, plan_buckets
 from weight_transfer_rdma.plan import Regions, merge
 
 if TYPE_CHECKING:
-    from weight_transfer.model.manifest import Manifest
-    from weight_transfer.values.deadline import Deadline
+    from weight_transfer.authoring import Deadline, Manifest
     from weight_transfer_rdma.info import Endpoint, Table
     from weight_transfer_rdma.memory import Located, RunningAgent
     from weight_transfer_rdma.nixl import Place

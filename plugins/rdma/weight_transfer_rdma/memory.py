@@ -11,8 +11,7 @@ import torch
 from weight_transfer_rdma.plan import Integers, Regions
 
 if TYPE_CHECKING:
-    from weight_transfer.model.manifest import Manifest
-    from weight_transfer.values.deadline import Deadline
+    from weight_transfer.authoring import Deadline, Manifest
     from weight_transfer_rdma.config import RdmaOptions
     from weight_transfer_rdma.nixl import Place, Rows, Transport
 

@@ -6,8 +6,7 @@ import platform
 import sys
 from importlib.util import find_spec
 
-from weight_transfer.plugins.backend import API_VERSION, Backend, Capability, Probe
-from weight_transfer.plugins.hookspecs import hookimpl
+from weight_transfer.authoring import API_VERSION, Backend, Capability, Probe, hookimpl
 
 _MACHINES = ("x86_64", "aarch64")
 

@@ -16,14 +16,13 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
-from weight_transfer.config.switches import tracing
+from weight_transfer.authoring import tracing
 from weight_transfer.errors import BackendUnavailableError, PeerLostError, TransferError, TransferTimeoutError
 from weight_transfer_rdma.nixl import Place, Transport, environment, installed, transport_in
 from weight_transfer_rdma.wire import Message, receive, send
 
 if TYPE_CHECKING:
-    from weight_transfer.memory.shared_memory import SharedMemory
-    from weight_transfer.values.deadline import Deadline
+    from weight_transfer.authoring import Deadline, SharedMemory
     from weight_transfer_rdma.config import RdmaOptions
     from weight_transfer_rdma.nixl import Rows
 

@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from weight_transfer.authoring import ALIGNMENT, Deadline, destinations_of
 from weight_transfer.engine import LoadWeights, WeightTransferEngine
 from weight_transfer.errors import HandshakeError, TransferError, TransferTimeoutError
-from weight_transfer.model.loading import destinations_of
-from weight_transfer.plan.buckets import ALIGNMENT
-from weight_transfer.values.deadline import Deadline
 from weight_transfer_rdma.info import PROBE_BYTES, WORD, Endpoint, RdmaInitInfo, RdmaUpdateInfo
 from weight_transfer_rdma.jobs import Job, Planner
 from weight_transfer_rdma.link import doubt_about, link_rate, slow_link
@@ -27,7 +25,7 @@ from weight_transfer_rdma.nixl import VRAM, Transport
 if TYPE_CHECKING:
     import torch
 
-    from weight_transfer.config.settings import ParallelConfig, WeightTransferConfig
+    from weight_transfer.authoring import ParallelConfig, WeightTransferConfig
     from weight_transfer_rdma.memory import Arena, Located, RunningAgent
 
 logger = logging.getLogger(__name__)

@@ -10,20 +10,16 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
+from weight_transfer.authoring import ALIGNMENT, Manifest, Packer, plan_buckets, staged_tensors
 from weight_transfer.engine import TrainerWeightTransferEngine, WorkerSlot
 from weight_transfer.errors import HandshakeError, PeerLostError, TransferError
-from weight_transfer.model.manifest import Manifest
-from weight_transfer.model.staging import staged_tensors
-from weight_transfer.plan.buckets import ALIGNMENT, Packer, plan_buckets
 from weight_transfer_rdma.info import PROBE_BYTES, WORD, Endpoint, RdmaInitInfo, RdmaUpdateInfo, Table
 from weight_transfer_rdma.memory import Arena, Located, RunningAgent, memory_for
 from weight_transfer_rdma.nixl import VRAM
 from weight_transfer_rdma.plan import Integers
 
 if TYPE_CHECKING:
-    from weight_transfer.config.settings import ParallelConfig, WeightTransferConfig
-    from weight_transfer.model.source import WeightSource
-    from weight_transfer.values.deadline import Deadline
+    from weight_transfer.authoring import Deadline, ParallelConfig, WeightSource, WeightTransferConfig
 
 _FLAGS_BYTES = 64 * 1024
 _PARTS, _LEAST = 4, 2**20  # of one bucket of the configuration, and the bytes that each has at least

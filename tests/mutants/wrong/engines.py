@@ -15,9 +15,8 @@ import attrs
 import torch
 from weight_transfer_acme.engine import AcmeTrainerEngine, AcmeUpdateInfo, AcmeWorkerEngine, Connection
 
+from weight_transfer.authoring import Deadline, destinations_of
 from weight_transfer.errors import PeerLostError, TransferError
-from weight_transfer.model.loading import destinations_of
-from weight_transfer.values.deadline import Deadline
 
 _LATE = 0.3  # seconds
 _open: list[int] = []

@@ -1,7 +1,6 @@
 """A plugin that was written for a later core."""
 
-from weight_transfer.plugins.backend import Backend
-from weight_transfer.plugins.hookspecs import hookimpl
+from weight_transfer.authoring import Backend, hookimpl
 
 
 @hookimpl

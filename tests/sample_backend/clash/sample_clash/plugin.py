@@ -1,7 +1,6 @@
 """A sound plugin under a name that ``weight-transfer-ipc`` has, too."""
 
-from weight_transfer.plugins.backend import API_VERSION, Backend
-from weight_transfer.plugins.hookspecs import hookimpl
+from weight_transfer.authoring import API_VERSION, Backend, hookimpl
 
 
 @hookimpl

@@ -17,16 +17,19 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
+from weight_transfer.authoring import (
+    Deadline,
+    Packer,
+    Unpacker,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+    plan_buckets,
+)
 from weight_transfer.engine import LoadWeights, TrainerWeightTransferEngine, WeightTransferEngine, WorkerSlot
 from weight_transfer.errors import HandshakeError, ManifestMismatchError, PeerLostError
-from weight_transfer.model.info import WeightTransferInitInfo, WeightTransferUpdateInfo
-from weight_transfer.plan.buckets import Packer, Unpacker, plan_buckets
-from weight_transfer.values.deadline import Deadline
 
 if TYPE_CHECKING:
-    from weight_transfer.config.settings import ParallelConfig, WeightTransferConfig
-    from weight_transfer.model.manifest import Manifest
-    from weight_transfer.model.source import WeightSource
+    from weight_transfer.authoring import Manifest, ParallelConfig, WeightSource, WeightTransferConfig
 
 
 # --8<-- [start:infos]

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from weight_transfer.plugins.hookspecs import hookimpl
+from weight_transfer.authoring import hookimpl
 
 if TYPE_CHECKING:
-    from weight_transfer.values.events import TransferFinished
+    from weight_transfer.authoring import TransferFinished
 
 
 @hookimpl

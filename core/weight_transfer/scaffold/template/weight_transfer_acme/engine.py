@@ -19,16 +19,20 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
-from weight_transfer.plan.buckets import BucketPlan, Packer, Unpacker, plan_buckets
-from weight_transfer.values.deadline import Deadline
+from weight_transfer.authoring import (
+    BucketPlan,
+    Deadline,
+    Packer,
+    Unpacker,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+    plan_buckets,
+)
 from weight_transfer.engine import LoadWeights, TrainerWeightTransferEngine, WeightTransferEngine, WorkerSlot
 from weight_transfer.errors import HandshakeError, PeerLostError
-from weight_transfer.model.info import WeightTransferInitInfo, WeightTransferUpdateInfo
 
 if TYPE_CHECKING:
-    from weight_transfer.config.settings import ParallelConfig, WeightTransferConfig
-    from weight_transfer.model.manifest import Manifest
-    from weight_transfer.model.source import WeightSource
+    from weight_transfer.authoring import Manifest, ParallelConfig, WeightSource, WeightTransferConfig
 
 _BACKEND = "acme"
 _HELLO = struct.Struct("!32sI")  # the secret, and the worker's rank

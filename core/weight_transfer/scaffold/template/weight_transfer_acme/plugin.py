@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from weight_transfer.plugins.backend import API_VERSION, Backend, Capability, Probe
-from weight_transfer.plugins.hookspecs import hookimpl
+from weight_transfer.authoring import API_VERSION, Backend, Capability, Probe, hookimpl
 
 
 @hookimpl
