@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -129,6 +129,19 @@ class Manifest:
     def by_name(self) -> Mapping[str, ParamMeta]:
         return {param.name: param for param in self.params}
 
+    def without(self, names: Collection[str]) -> Manifest:
+        """Return it without some parameters and their aliases; itself if it has none of them."""
+        params = [param for param in self.params if param.name not in names]
+        if len(params) == len(self.params):
+            return self
+        aliases = {alias: name for alias, name in self.aliases.items() if name not in names}
+        return Manifest(params, aliases, self.partial)
+
+    @cached_property
+    def numbers(self) -> Mapping[str, int]:
+        """Each parameter's place in ``params``, by name."""
+        return {param.name: number for number, param in enumerate(self.params)}
+
     def to_wire(self) -> dict[str, Any]:
         """Return the columns ``names``, ``dtype_names`` and ``shapes`` (``aliases``, ``partial`` if set), JSON-safe."""
         columns: dict[str, Any] = {
@@ -209,7 +222,7 @@ class Manifest:
             more = f" (and {left} more difference{'s' if left > 1 else ''})" if left > 0 else ""
             rename = suggested_rename(self.by_name, theirs) if missing and extra else ""
             hint = f" On the trainer, ModuleSource(model, {rename}) gives them these names." if rename else ""
-            hint += next(filter(None, itertools.starmap(_declare, unlike)), "")
+            hint += next(filter(None, itertools.starmap(cast_hint, unlike)), "")
             raise ManifestMismatchError(f"The weights do not fit: {'; '.join(found[:3])}{more}.{hint}", phase="update")
         return takers
 
@@ -242,8 +255,8 @@ def digest_json(data: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _declare(mine: ParamMeta, theirs: ParamMeta) -> str:
-    """Return what to configure if nothing but a floating point dtype differs."""
+def cast_hint(mine: ParamMeta, theirs: ParamMeta) -> str:
+    """Return what to configure if nothing but a floating point dtype differs from what was sent; else nothing."""
     floating = torch_dtype(mine.dtype).is_floating_point and torch_dtype(theirs.dtype).is_floating_point
     if not floating or mine.shape != theirs.shape or mine.dtype == theirs.dtype:
         return ""
