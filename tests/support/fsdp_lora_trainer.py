@@ -30,16 +30,23 @@ def main(stage: Stage, rank: int, world_size: int, store: str, config: dict[str,
         model: Any = peft.get_peft_model(base, adapters)
         for parameter in model.parameters():
             nn.init.normal_(parameter)
-        merged = copy.deepcopy(model).merge_and_unload()
+        whole = copy.deepcopy(model)
         for module in list(model.modules()):
             if isinstance(getattr(module, "base_layer", None), nn.Linear):
                 fully_shard(module)
         fully_shard(model)
+        sharded = list(model.parameters())
         parallel = wt.ParallelConfig(rank=rank, world_size=world_size)
         with wt.WeightSender(config, workers, parallel_config=parallel) as sender:
 
             def send(version: int) -> dict[str, list[float]]:
+                model(torch.arange(4))  # FSDP2 leaves parameters unsharded, and stale after a step
+                with torch.no_grad():
+                    for parameter, own in zip(whole.parameters(), sharded, strict=True):
+                        parameter.mul_(1.5)
+                        own.mul_(1.5)
                 sender.send(wt.MergedLoraSource(model), version=version)
+                merged = copy.deepcopy(whole).merge_and_unload()
                 return {name: tensor.flatten().tolist() for name, tensor in merged.state_dict().items()}
 
             stage.say(rank)

@@ -77,6 +77,27 @@ def test_resident_weights_are_those_that_are_not_cast_and_masters_are_the_others
     assert source.resident() is resident and source.masters() is masters
 
 
+def test_shards_are_those_of_the_masters_and_what_would_be_cast_twice_has_none() -> None:
+    model = Model()
+    inner = wt.ModuleSource(model)
+    source = wt.CastSource(inner, MIXED)
+    source.manifest()
+    shards = source.shards()
+    assert shards is source.shards()
+    assert shards is inner.shards()
+    assert shards["embed.weight"][0].tensor is model.embed.weight
+    twice = wt.CastSource(source, {"embed.*": "float16", "*.router.*": "bfloat16"})
+    twice.manifest()
+    once = twice.shards()
+    assert once is twice.shards()
+    assert shards.keys() - once.keys() == {"embed.weight"}
+    model.embed.weight = nn.Parameter(torch.ones(32, 8))
+    twice.manifest()
+    assert twice.shards() is not once
+    assert source.shards()["embed.weight"][0].tensor is model.embed.weight
+    assert twice.whole
+
+
 def test_what_it_yields_stays_valid_when_the_masters_go_on() -> None:
     model = Model()
     randomise(model, 1)

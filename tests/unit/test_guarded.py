@@ -22,6 +22,8 @@ from weight_transfer import (
     WeightSource,
 )
 from weight_transfer.model.manifest import dtype_name
+from weight_transfer.model.regions import Region
+from weight_transfer.model.shards import Shard
 from weight_transfer.session.guarded import GuardedSource
 
 LOOPBACK = {"backend": "loopback", "timeout": 10, "bucket_bytes": 256}
@@ -166,6 +168,53 @@ def test_what_is_resident_is_what_the_manifest_says(resident: Any, words: str) -
     source = Resident(resident)
     with pytest.raises(ManifestMismatchError, match=words):
         GuardedSource(source, source.manifest(), 1).resident()
+
+
+class Sharded(Stream):
+    def __init__(self, shards: Any) -> None:
+        super().__init__(rows(), lambda: iter(rows()))
+        self._shards = shards
+
+    def shards(self) -> Any:
+        return self._shards
+
+
+def shard(offset: int, tensor: Any) -> Shard:
+    return Shard(Region([offset], [getattr(tensor, "numel", int)()]), tensor)
+
+
+def test_shards_come_in_the_manifests_order() -> None:
+    source = Sharded({"c": [shard(0, torch.ones(40))], "a": (shard(10, torch.ones(4)), shard(0, torch.ones(2).half()))})
+    guarded = GuardedSource(source, source.manifest(), 1)
+    assert {name: len(own) for name, own in guarded.shards().items()} == {"a": 2, "c": 1}
+    assert list(guarded.shards()) == ["a", "c"]
+    assert guarded.whole
+
+
+@pytest.mark.parametrize(
+    ("shards", "words"),
+    [
+        ({"z": []}, "has shards of 'z', which is not in its manifest"),
+        ({"a": [shard(38, torch.ones(3))]}, r"has a shard \[38:41\] that lies beyond a: float32 \[40\]"),
+        ({"a": [Shard(Region([0, 0], [4, 1]), torch.ones(4, 1))]}, r"has a shard \[0:4, 0:1\] that lies beyond a: "),
+        ({"a": [Shard(Region([0], [4]), torch.ones(5))]}, r"has float32 \[5\] for the shard \[0:4\] of a: "),
+        ({"a": [shard(0, torch.ones(4).int())]}, r"has int32 \[4\] for the shard \[0:4\] of a: float32"),
+        ({"a": [shard(0, torch.ones(4).to("meta"))]}, "has a shard of 'a' on the meta device"),
+        ({"a": [shard(0, None)]}, "has a NoneType for a shard of a: "),
+        ({"a": [torch.ones(1)]}, "has a Tensor for a shard of a: "),
+    ],
+)
+def test_shards_are_parts_of_what_the_manifest_says(shards: Any, words: str) -> None:
+    source = Sharded(shards)
+    guarded = GuardedSource(source, source.manifest(), 1)
+    with pytest.raises(ManifestMismatchError, match=words) as raised:
+        guarded.shards()
+    assert guarded.error is raised.value
+
+
+def test_the_shards_of_a_module_are_its_own() -> None:
+    source = ModuleSource(nn.Linear(2, 2))
+    assert GuardedSource(source, source.manifest(), 1).shards() is source.shards()
 
 
 def test_a_module_source_that_casts_on_the_way_has_nothing_resident() -> None:

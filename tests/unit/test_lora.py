@@ -184,6 +184,21 @@ def test_only_what_adapters_touch_is_a_copy_and_it_stays_valid() -> None:
     assert all(torch.equal(tensor, kept[name]) for name, tensor in expected(model).items())
 
 
+def test_what_no_adapter_touches_can_be_sent_by_region() -> None:
+    model = lora(Base())
+    source = MergedLoraSource(model)
+    source.manifest()
+    shards = source.shards()
+    assert shards.keys() == source.resident().keys()
+    assert "layers.0.q.weight" not in shards
+    assert shards["embed.weight"][0].tensor is model.get_base_model().embed.weight
+    source.manifest()
+    assert source.shards() is shards
+    model.merge_adapter()
+    source.manifest()
+    assert "layers.0.q.weight" in source.shards()
+
+
 def test_a_part_is_merged_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = lora(Base())
     wanted, merged = expected(model), 0

@@ -57,6 +57,21 @@ def test_patterns_are_a_list_of_texts(only: Any) -> None:
         PartialSource(ModuleSource(model()), only)
 
 
+def test_shards_are_those_of_what_is_chosen() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    source = PartialSource(ModuleSource(module), ["1.*"])
+    source.manifest()
+    shards = source.shards()
+    assert list(shards) == ["1.weight", "1.bias"]
+    assert shards["1.weight"][0].tensor is module[1].weight
+    source.manifest()
+    assert source.shards() is shards
+    module[1].weight = nn.Parameter(torch.ones(2, 2))
+    source.manifest()
+    assert source.shards()["1.weight"][0].tensor is module[1].weight
+    assert source.whole
+
+
 def test_what_is_not_chosen_is_not_gathered() -> None:
     gathered: list[str] = []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from fnmatch import translate
 from functools import partial
 from typing import TYPE_CHECKING
@@ -14,13 +14,14 @@ import attrs
 from weight_transfer.config.settings import RECEIVER, parse_cast
 from weight_transfer.errors import ConfigError
 from weight_transfer.model.manifest import Manifest, torch_dtype
-from weight_transfer.model.source import WeightSource, as_source
+from weight_transfer.model.source import NO_SHARDS, WeightSource, as_source
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from weight_transfer.model.manifest import ParamMeta
+    from weight_transfer.model.shards import Shard
 
 
 class CastSource(WeightSource):
@@ -65,6 +66,8 @@ class CastSource(WeightSource):
         self._found: tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]] | None = None
         self._resident: Mapping[str, torch.Tensor] = {}
         self._masters: Mapping[str, torch.Tensor] = {}
+        self._uncast: Mapping[str, Sequence[Shard]] | None = None
+        self._shards: Mapping[str, Sequence[Shard]] = NO_SHARDS
 
     def manifest(self) -> Manifest:
         """Return the manifest with the cast dtypes; the same object while the inner one is the same object."""
@@ -78,7 +81,7 @@ class CastSource(WeightSource):
                 if new.dtype != old.dtype
             }
             self._manifest = attrs.evolve(read, params=params) if self._dtypes else read
-            self._read, self._found = read, None
+            self._read, self._found, self._uncast = read, None, None
         return self._manifest
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -97,6 +100,21 @@ class CastSource(WeightSource):
         self._look()
         return self._masters
 
+    def shards(self) -> Mapping[str, Sequence[Shard]]:
+        """Return the inner source's, uncast: the copy casts them. What would have to be cast twice is absent."""
+        shards = self.source.shards()
+        if shards is not self._uncast:
+            self._uncast = shards
+            twice = {name for name in shards.keys() & self._dtypes.keys() if self._is_cast(name, shards[name])}
+            self._shards = {name: own for name, own in shards.items() if name not in twice} if twice else shards
+        return self._shards
+
+    def _is_cast(self, name: str, shards: Sequence[Shard]) -> bool:
+        """Whether the inner source already has these cast."""
+        return self._read is not None and any(
+            shard.tensor.dtype is not torch_dtype(self._read.by_name[name].dtype) for shard in shards
+        )
+
     def _look(self) -> None:
         found = self.source.resident(), self.source.masters()
         if self._found is None or any(map(operator.is_not, found, self._found)):
@@ -113,6 +131,10 @@ class CastSource(WeightSource):
     @property
     def collective(self) -> bool:
         return self.source.collective
+
+    @property
+    def whole(self) -> bool:
+        return self.source.whole
 
     @property
     def reuses_memory(self) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+import operator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,15 @@ from torch import Tensor
 from weight_transfer.errors import ConfigError
 from weight_transfer.model.manifest import Manifest, ParamMeta, dtype_name
 from weight_transfer.model.naming import walk, without_wrappers
+from weight_transfer.model.resharding import Resharding
+from weight_transfer.model.sharding import LocalShards
 from weight_transfer.model.source import WeightSource, full_tensor, is_sharded
 from weight_transfer.model.state import memory_of, require_readable
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from weight_transfer.model.shards import Shard
 
 _HOME = "peft.tuners.lora.layer"
 _KINDS = ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d", "ParamWrapper")
@@ -44,10 +49,13 @@ class MergedLoraSource(WeightSource):
         self._parts: list[_Part] = []
         self._manifest = Manifest(())
         self._resident: dict[str, Tensor] = {}
+        self._untouched: dict[str, Tensor] = {}
+        self._shards = LocalShards()
         self.manifest()
 
     def manifest(self) -> Manifest:
-        """Walk the model anew, because adapters may have been switched."""
+        """Walk the model anew, because adapters may have been switched; what FSDP2 has unsharded is resharded."""
+        Resharding(self.model).reshard()
         self._parts = _parts(self.model)
         manifest = Manifest(
             (ParamMeta(part.name, dtype_name(part.tensor.dtype), part.tensor.shape) for part in self._parts),
@@ -55,11 +63,11 @@ class MergedLoraSource(WeightSource):
         )
         if manifest != self._manifest:
             self._manifest = manifest
-        resident = {part.name: part.tensor for part in self._parts if not part.merges and not is_sharded(part.tensor)}
-        if list(map(id, resident.values())) != list(map(id, self._resident.values())) or [*resident] != [
-            *self._resident
-        ]:
-            self._resident = resident
+        untouched = {part.name: part.tensor for part in self._parts if not part.merges}
+        known = self._untouched
+        if [*untouched] != [*known] or not all(map(operator.is_, untouched.values(), known.values())):
+            self._untouched = untouched
+            self._resident = {name: tensor for name, tensor in untouched.items() if not is_sharded(tensor)}
         return self._manifest
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -73,6 +81,10 @@ class MergedLoraSource(WeightSource):
     def resident(self) -> Mapping[str, Tensor]:
         """Return the weights that no adapter touches."""
         return self._resident
+
+    def shards(self) -> Mapping[str, Sequence[Shard]]:
+        """Return those of the weights that no adapter touches."""
+        return self._shards.of(self._untouched, self._resident)
 
     @property
     def device(self) -> str:

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from weight_transfer.errors import ConfigError
 from weight_transfer.model.manifest import Manifest
-from weight_transfer.model.source import WeightSource
+from weight_transfer.model.source import NO_SHARDS, WeightSource
 
 if TYPE_CHECKING:
     import torch
+
+    from weight_transfer.model.shards import Shard
 
 
 class PartialSource(WeightSource):
@@ -32,6 +34,8 @@ class PartialSource(WeightSource):
         self.only = tuple(only)
         self._whole: Manifest | None = None
         self._manifest = Manifest((), partial=True)
+        self._all_shards: Mapping[str, Sequence[Shard]] | None = None
+        self._shards: Mapping[str, Sequence[Shard]] = NO_SHARDS
 
     def manifest(self) -> Manifest:
         """Return the part of the source's manifest, marked as one.
@@ -47,7 +51,7 @@ class PartialSource(WeightSource):
                 {alias: name for alias, name in whole.aliases.items() if name in names},
                 partial=True,
             )
-            self._whole = whole
+            self._whole, self._all_shards = whole, None
         return self._manifest
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -62,6 +66,13 @@ class PartialSource(WeightSource):
     def masters(self) -> Mapping[str, torch.Tensor]:
         return {name: tensor for name, tensor in self.source.masters().items() if name in self._manifest.by_name}
 
+    def shards(self) -> Mapping[str, Sequence[Shard]]:
+        shards = self.source.shards()
+        if shards is not self._all_shards:
+            self._all_shards = shards
+            self._shards = {name: own for name, own in shards.items() if name in self._manifest.by_name}
+        return self._shards
+
     @property
     def device(self) -> str:
         return self.source.device
@@ -69,6 +80,10 @@ class PartialSource(WeightSource):
     @property
     def collective(self) -> bool:
         return self.source.collective
+
+    @property
+    def whole(self) -> bool:
+        return self.source.whole
 
     @property
     def reuses_memory(self) -> bool:

@@ -11,15 +11,21 @@ from torch import nn
 
 from weight_transfer.errors import ConfigError
 from weight_transfer.model.manifest import Manifest, ParamMeta, dtype_name
+from weight_transfer.model.sharding import LocalShards
 from weight_transfer.model.state import is_lazy
 from weight_transfer.model.weights import ModuleWeights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
+    from weight_transfer.model.shards import Shard
+
 
 NONE: Mapping[str, torch.Tensor] = MappingProxyType({})
 """No tensors; always the same object."""
+
+NO_SHARDS: Mapping[str, Sequence[Shard]] = MappingProxyType({})
+"""No shards; always the same object."""
 
 
 class WeightSource(ABC):
@@ -28,13 +34,13 @@ class WeightSource(ABC):
     Metadata and bytes are separate: `manifest` is cheap and moves nothing, iteration materialises.
 
     What a base class says of its tensors does not hold for a subclass that iterates anew: there `stream`, `resident`,
-    `masters`, `cast` and `reuses_memory` are those of this class again, unless the subclass has its own.
+    `masters`, `shards`, `cast` and `reuses_memory` are those of this class again, unless the subclass has its own.
     """
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
         iterates = _depth(cls, "__iter__")
-        for name in ("stream", "resident", "masters", "cast", "reuses_memory"):
+        for name in ("stream", "resident", "masters", "shards", "cast", "reuses_memory"):
             if _depth(cls, name) > iterates:
                 setattr(cls, name, vars(WeightSource)[name])
 
@@ -72,6 +78,17 @@ class WeightSource(ABC):
         """
         return NONE
 
+    def shards(self) -> Mapping[str, Sequence[Shard]]:
+        """Return what this trainer rank holds of the weights, by the manifest's names; called after `manifest`.
+
+        Each worker may then take the regions that it keeps from the ranks that hold them, and nobody gathers. An empty
+        sequence says that other ranks hold all of a weight. A weight that is absent cannot be sent by region: it is
+        iterated.
+
+        The mapping is the same object as long as every shard is the same region of the same memory.
+        """
+        return NO_SHARDS
+
     def cast(
         self, dtypes: Mapping[str, torch.dtype], names: Collection[str] | None = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -92,6 +109,11 @@ class WeightSource(ABC):
     def collective(self) -> bool:
         """Whether iteration runs collectives, and so must be finished on every rank even when an update fails."""
         return False
+
+    @property
+    def whole(self) -> bool:
+        """Whether the manifest lists all the weights on every trainer rank, and not what one rank has of them alone."""
+        return True
 
     @property
     def reuses_memory(self) -> bool:
@@ -125,8 +147,10 @@ class ModuleSource(WeightSource):
 
     Names are those of ``state_dict()`` without the parts that wrappers add (``torch.compile``, data parallelism,
     activation checkpointing, PEFT). Tied weights are sent once. ``DTensor`` parameters (FSDP2, tensor parallel) are
-    gathered one at a time with ``full_tensor()``, a collective: every trainer rank iterates the same module in the same
-    order.
+    sent by region, or gathered one at a time with ``full_tensor()``, a collective: every trainer rank iterates the same
+    module in the same order.
+
+    What FSDP2 has unsharded for a forward pass is resharded before it is read: the copy would be stale after a step.
 
     Args:
         module: read anew by `manifest`, so that replaced parameters are noticed at each update.
@@ -147,6 +171,7 @@ class ModuleSource(WeightSource):
         self._read: Mapping[str, torch.Tensor] | None = None
         self._weights: Mapping[str, torch.Tensor] = {}
         self._resident: Mapping[str, torch.Tensor] = {}
+        self._shards = LocalShards()
         self._manifest = Manifest(())
         self._collective = False
 
@@ -154,7 +179,8 @@ class ModuleSource(WeightSource):
         """Read the module anew; iteration and `resident` then speak of the same tensors.
 
         Raises:
-            ConfigError: the module holds something that cannot be sent, or two weights get one name; it is named.
+            ConfigError: the module holds something that cannot be sent, two weights get one name, or FSDP2 is in the
+                middle of a forward pass; it is named.
         """
         read = self._reader.read()
         if read is not self._read:
@@ -191,6 +217,14 @@ class ModuleSource(WeightSource):
 
     def resident(self) -> Mapping[str, torch.Tensor]:
         return self._resident
+
+    def shards(self) -> Mapping[str, Sequence[Shard]]:
+        """Return the local tensors of ``DTensor`` weights, and the resident ones, which rank 0 sends.
+
+        Placements may be ``Shard``, ``Replicate`` and what FSDP2 makes of a tensor-parallel weight, on any mesh. Sums
+        that are still to be made (``Partial``), tensors of other types and computed ones are absent.
+        """
+        return self._shards.of(self._weights, self._resident)
 
     @property
     def device(self) -> str:

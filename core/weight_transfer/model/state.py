@@ -88,6 +88,12 @@ def is_dense(tensor: torch.Tensor) -> bool:
     return type(tensor) in _DENSE and tensor.layout is torch.strided and not tensor.is_meta
 
 
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the shard of this rank; of a tensor that is not sharded, the tensor itself."""
+    found: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
+    return found
+
+
 def is_lazy(tensor: torch.Tensor) -> bool:
     """Whether the bytes of a tensor are not its values yet: those of ``conj()`` and its ``imag``."""
     return tensor.is_conj() or tensor.is_neg()

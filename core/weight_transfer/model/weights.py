@@ -10,7 +10,8 @@ import torch
 
 from weight_transfer.errors import ConfigError
 from weight_transfer.model.overlap import overlapping
-from weight_transfer.model.state import State, copies_of, is_dense, is_lazy, state_of
+from weight_transfer.model.resharding import Resharding
+from weight_transfer.model.state import State, copies_of, is_dense, is_lazy, local_part, state_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +24,8 @@ class ModuleWeights:
 
     Walking a model with ten thousand parameters takes longer than many a transfer of them, so the walk is kept: it is
     repeated only if a module, parameter, buffer or hook was added, removed or replaced, or has another shape, dtype,
-    place or persistence.
+    place or persistence. Modules that FSDP2 has unsharded get their shards back before they are read: the walk has seen
+    these, so that whatever else a module holds is noticed.
 
     Args:
         module: whose weights.
@@ -36,6 +38,7 @@ class ModuleWeights:
         self._module = module
         self._ignore = ignore
         self._state = State({}, {}, (), frozenset())
+        self._resharding: Resharding | None = None
         self._tables: list[dict[str, Any]] = []
         self._filled: list[dict[str, Any]] = []
         self._names: list[str] = []
@@ -67,9 +70,10 @@ class ModuleWeights:
         """Return the weights; the same object as long as all of them are the same, of the same shapes and dtypes.
 
         Raises:
-            ConfigError: the module holds something that cannot be read or sent; the sentence names it.
+            ConfigError: the module holds something that cannot be read or sent, or is in the middle of a forward pass
+                with FSDP2; the sentence names it.
         """
-        if not self._unchanged():
+        if not (self._unchanged() or self._is_resharded()):
             self._walk()
         elif not (self._has_its_forms() and _all(operator.eq, map(_place, self._dense), self._places)):
             self._look()
@@ -79,19 +83,16 @@ class ModuleWeights:
         """Refuse what cannot be written tensor by tensor, in place.
 
         Raises:
-            ConfigError: a weight is sharded, shares memory with another one, or is only computed; it is named.
+            ConfigError: a weight shares memory with another one, or is only computed; it is named.
         """
-        for name, tensor in self._state.weights.items():
-            if hasattr(type(tensor), "full_tensor"):
-                raise ConfigError(
-                    f"Weight {name!r} is sharded over several ranks; give the receiver a load_weights of your own."
-                )
+        own = {name: local_part(tensor) for name, tensor in self._state.weights.items()}
+        for name, tensor in own.items():
             if is_lazy(tensor):
                 raise ConfigError(
                     f"Weight {name!r} is a conjugate or negative view, whose bytes are not its values; make it a plain "
                     "tensor, with resolve_conj() or resolve_neg()."
                 )
-        shared = overlapping(self._state.weights)
+        shared = overlapping(own)
         if shared is not None:
             what = (
                 "has several elements in one place" if shared[0] == shared[1] else f"shares memory with {shared[1]!r}"
@@ -116,6 +117,13 @@ class ModuleWeights:
             and _all(operator.eq, chain.from_iterable(self._filled), self._names)
         )
 
+    def _is_resharded(self) -> bool:
+        """Bring back the shards that the walk has seen, and return whether nothing else had changed."""
+        if self._resharding is None:
+            return False
+        self._resharding.reshard()
+        return self._unchanged()
+
     def _has_its_forms(self) -> bool:
         tensors = self._state.weights.values()
         return (
@@ -125,6 +133,9 @@ class ModuleWeights:
         )
 
     def _walk(self) -> None:
+        resharding = Resharding(self._module)
+        resharding.reshard()
+        self._resharding = resharding if resharding.needed else None
         self._look()  # first: it may call hooks that change what the tables hold
         modules = list(self._module.modules())
         tables = [

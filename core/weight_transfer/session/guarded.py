@@ -6,7 +6,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,8 @@ import torch
 from weight_transfer.errors import ManifestMismatchError, TransferError, TransferTimeoutError, WeightTransferError
 from weight_transfer.model.casting import CastSource
 from weight_transfer.model.manifest import dtype_name, torch_dtype
+from weight_transfer.model.sharded_source import ShardedSource
+from weight_transfer.model.shards import Shard
 from weight_transfer.model.source import ModuleSource, WeightSource
 from weight_transfer.model.state import lack_of_memory
 from weight_transfer.values.deadline import LONG
@@ -94,13 +96,29 @@ class GuardedSource(WeightSource):
                 raise self.error
         return masters
 
+    def shards(self) -> Mapping[str, Sequence[Shard]]:
+        """Return the source's, in the manifest's order.
+
+        Raises:
+            ManifestMismatchError: one is of no weight in the manifest, lies beyond it, or has a tensor of another shape
+                than its region, or of a dtype that is not cast to the weight's.
+        """
+        shards = self._source.shards()
+        if self._reads_once:
+            return shards
+        try:
+            return _shards_in_order(shards, self._manifest)
+        except ManifestMismatchError as error:
+            self.error = error
+            raise
+
     @property
     def _reads_once(self) -> bool:
         """Whether all that the source says comes of one reading; a module's subclass may have changed some of it."""
         source = self._source
         while type(source) is CastSource:
             source = source.source
-        return type(source) is ModuleSource
+        return type(source) in (ModuleSource, ShardedSource)
 
     @property
     def device(self) -> str:
@@ -109,6 +127,10 @@ class GuardedSource(WeightSource):
     @property
     def collective(self) -> bool:
         return self._source.collective
+
+    @property
+    def whole(self) -> bool:
+        return self._source.whole
 
     @property
     def reuses_memory(self) -> bool:
@@ -135,23 +157,9 @@ class GuardedSource(WeightSource):
             for _ in self._source:
                 pass
 
-    def named(self, error: BaseException, backend: str, version: Version) -> BaseException:
-        """Give an error its context, and a foreign exception its place in the tree; the trainer's one such boundary."""
-        own = error is self.error  # no worker's fault
-        if isinstance(error, TransferError):
-            if own:
-                error.peer, error.phase = error.peer or "trainer", error.phase or "update"
-            error.backend = error.backend or backend
-            error.version = version if error.version is None else error.version
-        if isinstance(error, WeightTransferError) or not isinstance(error, Exception):
-            return error
-        kind = TransferTimeoutError if isinstance(error, TimeoutError) else TransferError
-        cause = f"{type(error).__name__}: {error}"
-        message = "The source of the weights failed." if own else "The trainer failed to send its weights."
-        side = {"peer": "trainer", "phase": "update"} if own else {}
-        named = kind(message, backend=backend, version=version, cause=cause, **side)
-        named.__cause__ = error
-        return named
+    def named(self, error: BaseException, backend: str, version: Version | None) -> BaseException:
+        """Give an error its context; see `named`."""
+        return named(error, backend, version, own=error is self.error)
 
     def _checked(self) -> Iterator[tuple[str, torch.Tensor]]:
         params = self._manifest.params
@@ -198,6 +206,31 @@ class GuardedSource(WeightSource):
                 return
 
 
+def named(error: BaseException, backend: str, version: Version | None, *, own: bool = False) -> BaseException:
+    """Give an error its context, and a foreign exception its place in the tree; the trainer's one such boundary.
+
+    Args:
+        error: what was raised.
+        backend: of the update.
+        version: of the update, as far as it is known.
+        own: whether the trainer's source raised it, and no worker is at fault.
+    """
+    if isinstance(error, TransferError):
+        if own:
+            error.peer, error.phase = error.peer or "trainer", error.phase or "update"
+        error.backend = error.backend or backend
+        error.version = version if error.version is None else error.version
+    if isinstance(error, WeightTransferError) or not isinstance(error, Exception):
+        return error
+    kind = TransferTimeoutError if isinstance(error, TimeoutError) else TransferError
+    cause = f"{type(error).__name__}: {error}"
+    message = "The source of the weights failed." if own else "The trainer failed to send its weights."
+    side = {"peer": "trainer", "phase": "update"} if own else {}
+    found = kind(message, backend=backend, version=version, cause=cause, **side)
+    found.__cause__ = error
+    return found
+
+
 def _in_order(resident: Mapping[str, torch.Tensor], manifest: Manifest) -> Mapping[str, torch.Tensor]:
     """Return a copy in the manifest's order: engines know by the object whether it has changed."""
     extra = next((name for name in resident if name not in manifest.by_name), None)
@@ -216,6 +249,38 @@ def _require(param: ParamMeta, name: str, tensor: object, verb: str) -> None:
         raise _mismatch(
             f"{verb} {name}: {dtype_name(tensor.dtype)} {list(tensor.shape)} where its manifest has {param}"
         )
+    _require_bytes(name, tensor, verb)
+
+
+def _shards_in_order(shards: Mapping[str, Sequence[Shard]], manifest: Manifest) -> Mapping[str, Sequence[Shard]]:
+    """Return a copy in the manifest's order, as of what is resident."""
+    extra = next((name for name in shards if name not in manifest.by_name), None)
+    if extra is not None:
+        raise _mismatch(f"has shards of {extra!r}, which is not in its manifest")
+    ordered = {param.name: tuple(shards[param.name]) for param in manifest.params if param.name in shards}
+    for name, own in ordered.items():
+        for shard in own:
+            _require_shard(manifest.by_name[name], shard)
+    return ordered
+
+
+def _require_shard(param: ParamMeta, shard: object) -> None:
+    if not isinstance(shard, Shard) or not isinstance(shard.tensor, torch.Tensor):
+        held = shard.tensor if isinstance(shard, Shard) else shard
+        raise _mismatch(f"has a {type(held).__name__} for a shard of {param}")
+    region, tensor, dtype = shard.region, shard.tensor, torch_dtype(param.dtype)
+    is_cast = tensor.dtype.is_floating_point and dtype.is_floating_point
+    if not region.fits(param.shape):
+        raise _mismatch(f"has a shard {region} that lies beyond {param}")
+    if tensor.shape != region.shape or not (is_cast or tensor.dtype is dtype):
+        raise _mismatch(
+            f"has {dtype_name(tensor.dtype)} {list(tensor.shape)} for the shard {region} of {param}; a shard's tensor "
+            "has the shape of its region and the dtype of its weight, or one that is cast to it"
+        )
+    _require_bytes(param.name, tensor, "has a shard of")
+
+
+def _require_bytes(name: str, tensor: torch.Tensor, verb: str) -> None:
     if tensor.is_meta or tensor.layout is not torch.strided:
         what = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
         raise _mismatch(f"{verb} {name!r} {what}; a weight needs its bytes, densely")
