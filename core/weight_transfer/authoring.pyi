@@ -8,6 +8,7 @@ from weight_transfer.config.structuring import register as register
 from weight_transfer.config.structuring import structure as structure
 from weight_transfer.config.structuring import unstructure as unstructure
 from weight_transfer.config.switches import tracing as tracing
+from weight_transfer.memory.companions import companions_of as companions_of
 from weight_transfer.memory.export import Export as Export
 from weight_transfer.memory.export import Exporter as Exporter
 from weight_transfer.memory.export import Segment as Segment
@@ -23,9 +24,13 @@ from weight_transfer.model.manifest import ParamMeta as ParamMeta
 from weight_transfer.model.manifest import digest_json as digest_json
 from weight_transfer.model.manifest import dtype_name as dtype_name
 from weight_transfer.model.manifest import torch_dtype as torch_dtype
+from weight_transfer.model.regions import Region as Region
 from weight_transfer.model.source import WeightSource as WeightSource
 from weight_transfer.model.staging import staged_tensors as staged_tensors
 from weight_transfer.model.staging import uncast_tensors as uncast_tensors
+from weight_transfer.plan.boxes import Boxes as Boxes
+from weight_transfer.plan.boxes import Tensors as Tensors
+from weight_transfer.plan.boxes import boxes_of as boxes_of
 from weight_transfer.plan.buckets import ALIGNMENT as ALIGNMENT
 from weight_transfer.plan.buckets import BucketPlan as BucketPlan
 from weight_transfer.plan.buckets import Packer as Packer
@@ -37,6 +42,12 @@ from weight_transfer.plan.buckets import copy_converted as copy_converted
 from weight_transfer.plan.buckets import laid_out as laid_out
 from weight_transfer.plan.buckets import plan_buckets as plan_buckets
 from weight_transfer.plan.buckets import typed_view as typed_view
+from weight_transfer.plan.exchange import IncomingRegions as IncomingRegions
+from weight_transfer.plan.exchange import OutgoingRegions as OutgoingRegions
+from weight_transfer.plan.exchange import Taker as Taker
+from weight_transfer.plan.layout import Layout as Layout
+from weight_transfer.plan.layout import Regions as Regions
+from weight_transfer.plan.pieces import Pieces as Pieces
 from weight_transfer.plugins.backend import API_VERSION as API_VERSION
 from weight_transfer.plugins.backend import Backend as Backend
 from weight_transfer.plugins.backend import Capability as Capability

@@ -15,12 +15,26 @@ Who calls what, for one trainer and its workers:
 
 States, versions, deadlines over the whole call, verification and events belong to the core
 (`WeightSender`, `WeightReceiver`). An engine moves bytes, no more.
+
+A backend that declares `Capability.REGIONS` also moves parts of weights, from every trainer rank straight to where
+each worker keeps them. The trainer then has an engine on each of its ranks:
+
+    trainer rank 0              trainer ranks 1..           each worker
+    --------------              -----------------           -----------
+    1. open_endpoint(slots)     open_rank(first, slots) ──▶ 2. init_transfer_engine(init_info)
+    3. join_workers()           join_workers()        ◀───▶    (while 2. is under way)
+    for every update, first what goes whole (steps 4. to 6. above), then what goes by region:
+    4. share_regions(outgoing)  share_regions(outgoing) ──▶ 5. receive_regions(update_info, incoming)
+    6. send_regions(outgoing)   send_regions(outgoing) ◀──▶    (while 5. is under way)
+    7. release_source()         release_source()
+
+Without that capability the core gathers sharded weights, and sends them whole from rank 0.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import attrs
@@ -34,6 +48,7 @@ if TYPE_CHECKING:
     from weight_transfer.config.settings import ParallelConfig, WeightTransferConfig
     from weight_transfer.model.manifest import Manifest
     from weight_transfer.model.source import WeightSource
+    from weight_transfer.plan.exchange import IncomingRegions, OutgoingRegions
     from weight_transfer.values.deadline import Deadline
 
 TInitInfo = TypeVar("TInitInfo", bound=WeightTransferInitInfo)
@@ -107,8 +122,22 @@ class WeightTransferEngine(ABC, Generic[TInitInfo, TUpdateInfo]):
     def shutdown(self) -> None:
         """Give back everything: memory, connections, threads. May be called in any state, and twice."""
 
+    def receive_regions(self, update_info: TUpdateInfo, incoming: IncomingRegions) -> None:
+        """Receive every piece of ``incoming.pieces`` into ``incoming.targets``; see `Capability.REGIONS`.
+
+        ``update_info.shares`` holds, by rank, what the trainer's engines said in `share_regions`. Before each batch of
+        writes call ``incoming.write_in_place()``, and ``incoming.moved(rank, nbytes)`` once bytes of a rank have been
+        written.
+
+        Raises:
+            TransferTimeoutError: ``update_info.timeout`` seconds passed; nothing is written afterwards.
+            PeerLostError: a trainer rank died.
+            ManifestMismatchError: both sides disagree about the plan.
+        """
+        raise NotImplementedError(f"{type(self).__name__} declares REGIONS, and has no receive_regions")
+
     def abort_update(self) -> None:
-        """Make a running `receive_weights` or `init_transfer_engine` end soon. Called from another thread."""
+        """Make running `receive_weights`, `receive_regions` or `init_transfer_engine` end soon; from another thread."""
 
     @property
     def lost(self) -> bool:
@@ -139,7 +168,7 @@ class WorkerSlot:
 
 
 class TrainerWeightTransferEngine(ABC, Generic[TInitInfo, TUpdateInfo]):
-    """The trainer's side of a backend, on the one trainer rank that sends.
+    """The trainer's side of a backend, on the trainer rank that sends; on each of them with `Capability.REGIONS`.
 
     The core calls the methods in the order of this module's docstring, from the thread that called ``send``; only
     `abort_update` may come from another thread at any time.
@@ -164,6 +193,22 @@ class TrainerWeightTransferEngine(ABC, Generic[TInitInfo, TUpdateInfo]):
             One dict per slot: the fields that ``init_info_cls`` adds to
             `WeightTransferInitInfo`, JSON-safe.
         """
+
+    def open_rank(self, first: Mapping[str, Any], slots: Sequence[WorkerSlot], deadline: Deadline) -> dict[str, Any]:
+        """Get ready on a trainer rank other than 0, and say what workers need to join it; see `Capability.REGIONS`.
+
+        Called whenever `open_endpoint` was called on rank 0, with the same slots.
+
+        Args:
+            first: what rank 0's `open_endpoint` returned for the first slot.
+            slots: the workers that join.
+            deadline: of the join.
+
+        Returns:
+            The fields that ``init_info_cls`` adds to `WeightTransferInitInfo`, JSON-safe; workers find them in
+            ``init_info.ranks``, see `WeightTransferInitInfo.of_ranks`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} declares REGIONS, and has no open_rank")
 
     @abstractmethod
     def join_workers(self, deadline: Deadline) -> None:
@@ -192,11 +237,32 @@ class TrainerWeightTransferEngine(ABC, Generic[TInitInfo, TUpdateInfo]):
             progress: call it with the number of bytes that have moved since the last call.
         """
 
+    def share_regions(self, outgoing: OutgoingRegions, deadline: Deadline) -> dict[str, Any]:
+        """Say how workers get at this rank's shards; see `Capability.REGIONS`.
+
+        Called in each update before `send_regions`, on the thread whose current CUDA stream has written the weights.
+
+        Returns:
+            JSON-safe; the same object while it is unchanged, for it is sent once. Workers find it in
+            ``update_info.shares`` at this rank.
+        """
+        raise NotImplementedError(f"{type(self).__name__} declares REGIONS, and has no share_regions")
+
+    def send_regions(self, outgoing: OutgoingRegions, deadline: Deadline, progress: Callable[[int], None]) -> None:
+        """Move this rank's pieces, while the workers are in ``receive_regions``; if they pull, return at once.
+
+        Args:
+            outgoing: that of the last `share_regions`.
+            deadline: raise `TransferTimeoutError` when it passes.
+            progress: call it with the number of bytes that have moved since the last call.
+        """
+        raise NotImplementedError(f"{type(self).__name__} declares REGIONS, and has no send_regions")
+
     def release_source(self) -> None:
         """Every worker has finished: let go of what was exported for this update only."""
 
     def abort_update(self) -> None:
-        """The update failed: make a running `send_weights` raise soon. Called from any thread."""
+        """The update failed: make running `send_weights` and `send_regions` raise soon. Called from any thread."""
 
     def lose_worker(self, peer: str) -> None:
         """Worker ``peer`` of an `open_endpoint` failed, the others go on: do not wait for it. Called from any thread.

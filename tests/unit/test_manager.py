@@ -305,7 +305,7 @@ def test_a_wrong_descriptor_names_the_field(acme: Callable[..., None], fields: d
 
 @pytest.mark.parametrize(
     ("wanted", "fix"),
-    [("(1, 99)", "upgrade weight-transfer"), ("(2, 0)", "upgrade weight-transfer"), ("(0, 9)", "upgrade acme")],
+    [("(2, 99)", "upgrade weight-transfer"), ("(3, 0)", "upgrade weight-transfer"), ("(1, 0)", "upgrade acme")],
 )
 def test_a_plugin_of_another_api_says_which_side_to_upgrade(acme: Callable[..., None], wanted: str, fix: str) -> None:
     acme(plugin(api_version=wanted))

@@ -7,12 +7,12 @@ backend, so that the control traffic of a steady-state update does not grow with
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self, TypeVar
 
 import attrs
 
 from weight_transfer.config.settings import to_seconds
-from weight_transfer.config.structuring import register, unstructure
+from weight_transfer.config.structuring import register, structure, unstructure
 from weight_transfer.errors import ManifestMismatchError
 from weight_transfer.model.manifest import Manifest, digest_json
 
@@ -23,6 +23,8 @@ TRAINER_LEFT = "the trainer closed its connection"
 
 MODEL = "model"
 """The target that every receiver has: its model."""
+
+TInfo = TypeVar("TInfo", bound="WeightTransferUpdateInfo | WeightNeeds")
 
 register(Manifest, Manifest.from_wire, Manifest.to_wire)
 
@@ -47,6 +49,8 @@ class WeightTransferInitInfo:
         session: the trainer's name for this join; the worker then refuses calls that do not carry it.
         report_dtypes: the format, ``"checkpoint"`` or ``"kernel"``, of whose weights the worker is to answer the
             dtypes; None, and then not sent at all, if nobody asks.
+        trainer_ranks: how many trainer ranks have an engine; see `Capability.REGIONS`.
+        ranks: of the trainer ranks 1 and higher, what their engines said to be joined.
     """
 
     rank_offset: int
@@ -54,6 +58,19 @@ class WeightTransferInitInfo:
     timeout: float = attrs.field(converter=to_seconds)
     session: str | None = None
     report_dtypes: Literal["checkpoint", "kernel"] | None = None
+    trainer_ranks: int = 1
+    ranks: tuple[dict[str, Any], ...] = ()
+
+    def of_ranks(self) -> list[Self]:
+        """Return the init info of each trainer rank: this one, which is rank 0's, and the others'.
+
+        Raises:
+            ValueError: a rank's engine said something that does not fit the class; the key is named.
+        """
+        common = {field.name: getattr(self, field.name) for field in attrs.fields(WeightTransferInitInfo)}
+        common |= {"ranks": (), "trainer_ranks": self.trainer_ranks}
+        infos = [structure({**common, **own}, type(self), "init_info of a trainer rank") for own in self.ranks]
+        return [self, *infos]
 
 
 @attrs.frozen(kw_only=True)
@@ -70,6 +87,9 @@ class WeightTransferUpdateInfo:
         base: if they are some of the weights (``manifest.partial``): the id of those whose others are kept.
         digests: digest of each parameter in the manifest's order, if the config says ``verify``.
         session: that of the init info.
+        layout: of the weights that go by region, a `Layout`'s `to_wire`; None if all go whole.
+        shares: by trainer rank, what its engine said of its shards.
+        kept: digest of what each worker keeps, by its number, as the trainer knows it.
     """
 
     manifest: Manifest = sent_once()
@@ -81,6 +101,28 @@ class WeightTransferUpdateInfo:
     base: str | None = None
     digests: tuple[str, ...] | None = None
     session: str | None = None
+    layout: dict[str, Any] | None = sent_once(default=None)
+    shares: tuple[dict[str, Any], ...] | None = sent_once(default=None)
+    kept: tuple[str, ...] | None = sent_once(default=None)
+
+
+@attrs.frozen(kw_only=True)
+class WeightNeeds:
+    """What a worker is asked by ``weight_needs``: which regions it keeps of some weights.
+
+    Attributes:
+        manifest: the weights; it travels once for this call and the updates that follow.
+        is_checkpoint_format: see `WeightTransferConfig`.
+        target: which of the receiver's models they are for.
+        session: that of the init info.
+        timeout: seconds that the answer may take; None for as long as a channel waits for others.
+    """
+
+    manifest: Manifest = sent_once()
+    is_checkpoint_format: bool = True
+    target: str = MODEL
+    session: str | None = None
+    timeout: float | None = None
 
 
 def redefined_fields(cls: type[Any]) -> list[str]:
@@ -112,6 +154,13 @@ class WeightTransferUpdateRequest:
 
 
 @attrs.frozen
+class WeightNeedsRequest:
+    """Body of ``/weight_needs``."""
+
+    request: dict[str, Any] = attrs.field(factory=dict)
+
+
+@attrs.frozen
 class WeightTransferFinishRequest:
     """Body of ``/finish_weight_update``."""
 
@@ -140,7 +189,7 @@ class WireEncoder:
     def __init__(self) -> None:
         self._sent: dict[str, _Sent] = {}
 
-    def encode(self, info: WeightTransferUpdateInfo, known: dict[str, str]) -> dict[str, Any]:
+    def encode(self, info: WeightTransferUpdateInfo | WeightNeeds, known: dict[str, str]) -> dict[str, Any]:
         """Return ``info`` as JSON-safe data.
 
         Args:
@@ -150,16 +199,18 @@ class WireEncoder:
         changing = {f.name: getattr(info, f.name) for f in attrs.fields(type(info)) if _ONCE not in f.metadata}
         data = {name: unstructure(value) for name, value in changing.items() if value is not None}
         for name, sent in self._current(info).items():
+            if sent.value is None:
+                continue
             data[name] = {"digest": sent.digest}
             if known.get(name) != sent.digest:
                 data[name]["value"] = sent.data
         return data
 
-    def digests(self, info: WeightTransferUpdateInfo) -> dict[str, str]:
+    def digests(self, info: WeightTransferUpdateInfo | WeightNeeds) -> dict[str, str]:
         """Return the digest of each field that is sent once."""
         return {name: sent.digest for name, sent in self._current(info).items()}
 
-    def _current(self, info: WeightTransferUpdateInfo) -> dict[str, _Sent]:
+    def _current(self, info: WeightTransferUpdateInfo | WeightNeeds) -> dict[str, _Sent]:
         for name in _once_fields(type(info)):
             value = getattr(info, name)
             if name not in self._sent or self._sent[name].value is not value:
@@ -174,7 +225,7 @@ class WireDecoder:
     def __init__(self) -> None:
         self._known: dict[str, tuple[str, Any]] = {}
 
-    def decode(self, data: dict[str, Any], cls: type[WeightTransferUpdateInfo]) -> dict[str, Any]:
+    def decode(self, data: dict[str, Any], cls: type[Any]) -> dict[str, Any]:
         """Return ``data`` with a value in place of each digest; a dict without digests passes through.
 
         Raises:
@@ -199,7 +250,21 @@ class WireDecoder:
                 )
         return result
 
-    def remember(self, data: dict[str, Any], info: WeightTransferUpdateInfo) -> None:
+    def restored(self, data: dict[str, Any], info: TInfo) -> TInfo:
+        """Return ``info`` with the very objects that were remembered, where ``data`` names them by digest.
+
+        So whoever keeps something that was made of them knows by the object whether it has changed.
+        """
+        known = {
+            name: self._known[name][1]
+            for name in _once_fields(type(info))
+            if name in self._known
+            and isinstance(data.get(name), dict)
+            and data[name].get("digest") == self._known[name][0]
+        }
+        return attrs.evolve(info, **known) if known else info
+
+    def remember(self, data: dict[str, Any], info: WeightTransferUpdateInfo | WeightNeeds) -> None:
         """Keep the parsed fields of ``info``, so that the next update can name them by digest."""
         for name in _once_fields(type(info)):
             wire = data.get(name)

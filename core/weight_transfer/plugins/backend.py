@@ -32,7 +32,7 @@ from enum import StrEnum
 
 import attrs
 
-API_VERSION = (1, 0)
+API_VERSION = (2, 0)
 """``(major, minor)`` of the contract between core and plugins. Core accepts its own major, up to its own minor."""
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]*")
@@ -50,6 +50,8 @@ class Capability(StrEnum):
     """Trainer and workers may be different processes of one host."""
     CROSS_HOST = "cross-host"
     """Trainer and workers may be different hosts."""
+    REGIONS = "regions"
+    """Moves parts of weights, from every trainer rank straight to where each worker keeps them."""
     REJOIN = "rejoin"
     """One worker can join again while the others keep their connections; without it the whole group is rebuilt."""
 

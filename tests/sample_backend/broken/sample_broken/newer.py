@@ -7,7 +7,7 @@ from weight_transfer.authoring import Backend, hookimpl
 def weight_transfer_backend() -> Backend:
     return Backend(
         name="newer",
-        api_version=(2, 0),
+        api_version=(3, 0),
         summary="needs a later core",
         worker_engine="sample_broken.engine:WorkerEngine",
         trainer_engine="sample_broken.engine:TrainerEngine",
