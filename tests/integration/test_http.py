@@ -68,6 +68,7 @@ def test_the_routes_are_those_of_vllm_and_a_few_more(client: httpx.Client) -> No
         "/update_weights": {"update_info": {}},
         "/finish_weight_update": {"weight_version": "v1"},
         "/abort_weight_update": {"reason": "test"},
+        "/weight_needs": {"request": {}},
     }
     for route, body in routes.items():
         assert client.post(route, json=body).status_code in (204, 400, 409), route
@@ -85,6 +86,8 @@ def test_the_routes_are_those_of_vllm_and_a_few_more(client: httpx.Client) -> No
         ("/update_weights", b'{"update_info": {}}', 409, "LifecycleError", "init_weight_transfer_engine first"),
         ("/finish_weight_update", b"{}", 409, "LifecycleError", "init_weight_transfer_engine first"),
         ("/start_weight_update", b"{}", 409, "LifecycleError", "init_weight_transfer_engine first"),
+        ("/weight_needs", b'{"request": {}}', 409, "LifecycleError", "init_weight_transfer_engine first"),
+        ("/weight_needs", b'{"request": []}', 400, "ConfigError", "request"),
     ],
 )
 def test_a_bad_request_gets_its_class_and_one_sentence_and_changes_nothing(

@@ -19,6 +19,8 @@ from weight_transfer.plugins.hookspecs import hookimpl
 if TYPE_CHECKING:
     import torch
 
+    from weight_transfer.plan.exchange import IncomingRegions
+
 
 class Script:
     """What the worker engines of the backend ``scripted`` do.
@@ -27,6 +29,7 @@ class Script:
         weights: what the trainer would send, in order.
         join: called by ``init_transfer_engine``.
         receive: called by ``receive_weights``; loads ``weights`` one by one unless a test replaces it.
+        regions: called by ``receive_regions``.
         engines: all engines that were created.
     """
 
@@ -34,6 +37,7 @@ class Script:
         self.weights: list[tuple[str, torch.Tensor]] = []
         self.join: Callable[[WeightTransferInitInfo], None] = lambda info: None
         self.receive: Callable[[Any, WeightTransferUpdateInfo, LoadWeights], None] = self.load_all
+        self.regions: Callable[[WeightTransferUpdateInfo, IncomingRegions], None] = lambda info, incoming: None
         self.engines: list[Any] = []
 
     def load_all(self, _engine: Any, _info: WeightTransferUpdateInfo, load_weights: LoadWeights) -> None:
@@ -58,6 +62,9 @@ def script(install: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Scr
 
         def receive_weights(self, update_info: WeightTransferUpdateInfo, load_weights: LoadWeights) -> None:
             result.receive(self, update_info, load_weights)
+
+        def receive_regions(self, update_info: WeightTransferUpdateInfo, incoming: IncomingRegions) -> None:
+            result.regions(update_info, incoming)
 
         def abort_update(self) -> None:
             self.aborted.set()

@@ -30,6 +30,11 @@ class ControlChannel(Protocol):
     ``start_weight_update``, ``finish_weight_update`` and ``abort_weight_update`` should also take
     ``session: str | None = None`` and hand it on to the receiver. If they all do, the sender names its session to the
     worker, which then refuses the calls of trainers that it has not joined last. Otherwise it names none.
+
+    A channel may also have a method ``weight_needs(request)``, as `LocalChannel` and `HttpChannel` do; without it all
+    weights go whole. It takes a `WeightNeeds` as a dict and returns ``{"needs": [...]}``: for each worker behind the
+    channel, in the order of their ranks, what it keeps of the weights (`Regions.to_wire`), or None if it needs them
+    whole. None instead of the dict says the same of all.
     """
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any] | None:
@@ -104,6 +109,12 @@ class LocalChannel:
 
         answers = self._each(lambda receiver: receiver.update_weights(update_info), fail)
         return WorkerReport.joint([WorkerReport.of(answer) for answer in answers]).to_dict()
+
+    def weight_needs(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Return what each receiver keeps, in the order of their ranks."""
+        answers = self._each(lambda receiver: (receiver.parallel_config.rank, receiver.weight_needs(request)))
+        by_rank = sorted(answers, key=lambda answer: answer[0])
+        return {"needs": [own for _, answer in by_rank for own in answer["needs"]]}
 
     def finish_weight_update(self, weight_version: Version | None = None, session: str | None = None) -> None:
         self._each(lambda receiver: receiver.finish_weight_update(weight_version, session))

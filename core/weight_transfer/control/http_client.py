@@ -58,6 +58,13 @@ class HttpChannel:
         )
         return report
 
+    def weight_needs(self, request: dict[str, Any]) -> dict[str, Any] | None:
+        """Ask what the workers keep; None if the server has no such route, so that all weights have to go whole."""
+        answer: dict[str, Any] | None = self._post(
+            "weight_needs", {"request": request}, request.get("timeout"), optional=True
+        )
+        return answer
+
     def finish_weight_update(self, weight_version: Version | None = None, session: str | None = None) -> None:
         self._post("finish_weight_update", {"weight_version": weight_version} | _with(session))
 
@@ -78,10 +85,12 @@ class HttpChannel:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _post(self, route: str, body: dict[str, Any], timeout: float | None = None) -> Any:
-        return self._request("POST", route, body, timeout)
+    def _post(self, route: str, body: dict[str, Any], timeout: float | None = None, optional: bool = False) -> Any:
+        return self._request("POST", route, body, timeout, optional)
 
-    def _request(self, method: str, route: str, body: dict[str, Any] | None, timeout: float | None) -> Any:
+    def _request(
+        self, method: str, route: str, body: dict[str, Any] | None, timeout: float | None, optional: bool = False
+    ) -> Any:
         seconds = (timeout or self._timeout) + _MARGIN
         limits = httpx.Timeout(seconds, connect=min(seconds, self._connect_timeout))
         where: dict[str, Any] = {"peer": self.address, "phase": route.partition("_")[0]}
@@ -98,6 +107,8 @@ class HttpChannel:
             raise TransferTimeoutError(message, cause=_text(error), **where) from error
         except httpx.TransportError as error:
             raise PeerLostError("The worker cannot be reached, or went away.", cause=_text(error), **where) from error
+        if optional and response.status_code in (404, 405):
+            return None
         return self._answer(response, route, where)
 
     def _answer(self, response: httpx.Response, route: str, where: dict[str, Any]) -> Any:

@@ -36,6 +36,7 @@ from weight_transfer.errors import (
 )
 from weight_transfer.model.info import (
     TRAINER_LEFT,
+    WeightNeedsRequest,
     WeightTransferAbortRequest,
     WeightTransferFinishRequest,
     WeightTransferInitRequest,
@@ -64,7 +65,8 @@ def create_app(channel: ControlChannel, token: str | None = None, *, hosts: Sequ
     """Return the ASGI app of a worker, to be mounted in a server of your own.
 
     Routes: ``POST /init_weight_transfer_engine``, ``/start_weight_update``, ``/update_weights``,
-    ``/finish_weight_update``, ``/abort_weight_update``, ``GET /status``, and ``GET /healthz``, which anyone may call.
+    ``/finish_weight_update``, ``/abort_weight_update``, ``GET /status``, and ``GET /healthz``, which anyone may call;
+    and ``POST /weight_needs``, if the channel has that.
 
     Calls run on threads of their own, so that requests of yours that wait for a version keep none of them waiting. If
     the trainer's connection closes while it waits to join, to start or to update, that is aborted.
@@ -99,8 +101,11 @@ def create_app(channel: ControlChannel, token: str | None = None, *, hosts: Sequ
     async def healthz(_request: Request) -> Response:
         return JSONResponse({"ok": True})
 
+    asked: Callable[..., Any] | None = getattr(channel, "weight_needs", None)
+    optional = [] if asked is None else [route("weight_needs", asked, WeightNeedsRequest)]
     return Starlette(
         routes=[
+            *optional,
             route("init_weight_transfer_engine", channel.init_weight_transfer_engine, WeightTransferInitRequest, True),
             route("start_weight_update", channel.start_weight_update, WeightTransferStartRequest, True),
             route("update_weights", channel.update_weights, WeightTransferUpdateRequest, True),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from weight_transfer.model.loading import InPlaceLoader
+from weight_transfer.model.targets import RegionLoader, tensors_of
 
 if TYPE_CHECKING:
     from torch import nn
 
     from weight_transfer.model.loading import WeightLoader
+    from weight_transfer.model.manifest import Manifest
+    from weight_transfer.model.targets import Targets
 
 
 @contextmanager
@@ -22,6 +25,9 @@ def reading() -> Iterator[None]:
     """The mode for a trainer, and for joining: what is made there outlives the call, and is no inference tensor."""
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+_NONE: Targets = {}
 
 
 class Writing:
@@ -33,16 +39,19 @@ class Writing:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._seen: Mapping[str, torch.Tensor] | None = None
+        self._seen: tuple[object, object] | None = None
         self._inference = False
 
     @contextmanager
-    def __call__(self, loader: WeightLoader) -> Iterator[None]:
-        """Be in that mode; ``loader`` has begun the update."""
-        weights = loader.destinations() if isinstance(loader, InPlaceLoader) else None
-        if weights is None or weights is not self._seen:
-            tensors = weights.values() if weights else chain(self._model.parameters(), self._model.buffers())
-            self._inference = any(map(torch.Tensor.is_inference, tensors))
-            self._seen = weights
+    def __call__(self, loader: WeightLoader, manifest: Manifest) -> Iterator[None]:
+        """Be in that mode; ``loader`` has begun the update of these weights."""
+        whole = loader.destinations() if isinstance(loader, InPlaceLoader) else None
+        parts: Targets = _NONE
+        if isinstance(loader, RegionLoader) and (whole is None or len(whole) < len(manifest.params)):
+            parts = loader.targets(manifest)
+        if whole is None or self._seen is None or not (whole is self._seen[0] and parts is self._seen[1]):
+            others = chain(self._model.parameters(), self._model.buffers()) if whole is None else whole.values()
+            self._inference = any(map(torch.Tensor.is_inference, chain(tensors_of(parts), others)))
+            self._seen = whole, parts
         with torch.inference_mode(self._inference), torch.no_grad():
             yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import compress
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -15,12 +15,17 @@ from weight_transfer.errors import ConfigError, ManifestMismatchError
 from weight_transfer.model.lending import lend, require_done, require_eager
 from weight_transfer.model.manifest import ParamMeta, dtype_name
 from weight_transfer.model.naming import walk
+from weight_transfer.model.regions import Region
+from weight_transfer.model.shards import Target
+from weight_transfer.model.source import is_sharded
+from weight_transfer.model.targets import as_bits, local_of, own_targets, scatter
 from weight_transfer.model.weights import ModuleWeights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from weight_transfer.model.manifest import Manifest
+    from weight_transfer.model.targets import Targets
 
 Weights = list[tuple[str, "Tensor"]]
 
@@ -42,8 +47,11 @@ class WeightLoader(Protocol):
 class InPlaceLoader(Protocol):
     """A loader that only copies, and can therefore say where to."""
 
-    def destinations(self) -> Mapping[str, Tensor]:
-        """Return the worker's own tensors by name, each of the shape and dtype of the manifest that began."""
+    def destinations(self) -> Mapping[str, Tensor] | None:
+        """Return the worker's own tensors by name, each of the shape and dtype of the manifest that began.
+
+        Of weights that it keeps in parts there is none; None if it keeps none whole.
+        """
 
 
 @runtime_checkable
@@ -69,6 +77,8 @@ def destinations_of(load_weights: Callable[[Weights], object]) -> Mapping[str, T
 class KernelFormatLoader:
     """Copies into the parameters and persistent buffers of a model by name; shapes and dtypes must be equal.
 
+    Of parameters that are sharded over several ranks (``DTensor``) this rank's shards are kept.
+
     Args:
         model: its storages stay where they are, so captured CUDA graphs and compiled code keep working.
         ignore: glob patterns of names that are not to be loaded.
@@ -77,29 +87,77 @@ class KernelFormatLoader:
     def __init__(self, model: nn.Module, ignore: Sequence[str] = ()) -> None:
         self._weights = ModuleWeights(model, ignore)
         self._read: Mapping[str, Tensor] = {}
-        self._targets: Mapping[str, Tensor] = {}
+        self._whole: dict[str, Tensor] = {}
+        self._parts: dict[str, list[Target]] = {}
         self._twins: list[tuple[Tensor, Tensor]] = []
+        self._targets: Targets | None = None
+        self._sharded: list[Tensor] = []
+        self._forms: list[Sequence[object]] = []
+        self._left: Collection[str] = ()
         self._checked: Manifest | None = None
+        self._begun: Manifest | None = None
         self._looks = 0
         self.takers: Mapping[str, tuple[str, ...]] = {}
         """Names in the model by names in the manifest: several for weights that are tied on the trainer alone."""
 
+    @property
+    def looks(self) -> int:
+        """How often the model was looked at anew: whenever a weight was moved, among other reasons."""
+        return self._weights.looks
+
     def begin(self, manifest: Manifest) -> None:
+        self._begun = None
+        self._check(manifest)
+        self._begun = manifest
+
+    def targets(self, manifest: Manifest) -> Targets:
+        if self._begun is not manifest:
+            self._check(manifest)
+        if self._targets is None:
+            whole = {name: [Target(Region.whole(tensor.shape), tensor)] for name, tensor in self._whole.items()}
+            self._targets = whole | self._parts
+        return self._targets
+
+    def leave(self, names: Collection[str]) -> None:
+        """Leave some of the model's weights to somebody else from now on; they are missing from no update."""
+        if names != self._left:
+            self._left, self._checked = names, None
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Return the model's weights by name, each memory once.
+
+        Raises:
+            ManifestMismatchError: the model holds something that cannot be written; the sentence names it.
+        """
         try:
             read = self._weights.read()
             if self._looks != self._weights.looks:  # weights that have moved may share memory now
                 self._weights.require_writable()
                 self._looks = self._weights.looks
-            if read is self._read and manifest is self._checked:
-                return
         except ConfigError as error:
-            raise ManifestMismatchError(
-                f"The worker's model cannot take weights. {error.message}", phase="update"
-            ) from error
-        metas = (ParamMeta(name, dtype_name(tensor.dtype), tensor.shape) for name, tensor in read.items())
-        self.takers = manifest.require(metas, "the worker's model", self._weights.aliases)
-        self._targets = {name: read[taker] for name, (taker, *_) in self.takers.items()}
-        self._twins = [(read[first], read[name]) for first, *others in self.takers.values() for name in others]
+            raise _cannot_take(error) from error
+        return read
+
+    def _check(self, manifest: Manifest) -> None:
+        read = self.weights()
+        if read is self._read and manifest is self._checked and _are_same(_forms_of(self._sharded), self._forms):
+            return
+        self._checked = None
+        own = {name: tensor for name, tensor in read.items() if name not in self._left}
+        metas = (ParamMeta(name, dtype_name(tensor.dtype), tensor.shape) for name, tensor in own.items())
+        aliases = {alias: name for alias, name in self._weights.aliases.items() if name in own}
+        self.takers = manifest.require(metas, "the worker's model", aliases)
+        self._whole, self._parts, self._twins, self._sharded = {}, {}, [], []
+        for name, takers in self.takers.items():
+            tensors = [read[taker] for taker in takers]
+            if any(map(is_sharded, tensors)):
+                self._parts[name] = _parts_of(takers, tensors)
+                self._sharded += filter(is_sharded, tensors)
+            else:
+                self._whole[name] = tensors[0]
+                self._twins += [(tensors[0], other) for other in tensors[1:]]
+        self._forms = _forms_of(self._sharded)
+        self._targets = None
         self._read, self._checked = read, manifest
 
     def dtypes(self) -> dict[str, str]:
@@ -108,13 +166,17 @@ class KernelFormatLoader:
         return names | {alias: names[name] for alias, name in self._weights.aliases.items()}
 
     def destinations(self) -> Mapping[str, Tensor]:
-        return self._targets
+        return self._whole
 
     def __call__(self, weights: Weights) -> None:
+        if self._parts:
+            for name, tensor in weights:
+                scatter(tensor, self._parts.get(name, ()))
+            weights = [(name, tensor) for name, tensor in weights if name not in self._parts]
         if not weights:
             return
         names, tensors = zip(*weights, strict=True)
-        targets = list(map(self._targets.__getitem__, names))
+        targets = list(map(self._whole.__getitem__, names))
         written = list(map(operator.is_, targets, tensors))  # by the engine, in place
         if any(written):
             moving = list(map(operator.not_, written))
@@ -122,7 +184,7 @@ class KernelFormatLoader:
         if targets:
             with torch.no_grad():
                 if targets[0].is_cuda:
-                    targets, tensors = list(map(_bits, targets)), tuple(map(_bits, tensors))
+                    targets, tensors = list(map(as_bits, targets)), tuple(map(as_bits, tensors))
                 torch._foreach_copy_(targets, tensors)
 
     def finish(self) -> None:
@@ -130,15 +192,35 @@ class KernelFormatLoader:
         with torch.no_grad():
             for source, target in self._twins:
                 target.copy_(source)
+        self._begun = None
 
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+def _forms_of(tensors: Sequence[Tensor]) -> list[Sequence[object]]:
+    """Return columns of what changes if shards of this rank are placed otherwise, replaced, or moved."""
+    shards = list(map(local_of, tensors))
+    return [
+        list(map(operator.attrgetter("_spec"), tensors)),
+        shards,
+        list(map(torch.Tensor.data_ptr, shards)),
+        list(map(torch.Tensor.stride, shards)),
+    ]
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    """Return the tensor as integers of the same size: on CUDA, a batched copy of floats changes the bits of NaNs."""
-    integers = _INTEGERS.get(tensor.element_size())
-    return tensor if integers is None else tensor.view(integers)
+def _are_same(found: list[Sequence[object]], known: list[Sequence[object]]) -> bool:
+    """Whether columns of objects and of values are the same."""
+    objects, values = zip(found[:2], known[:2], strict=True), zip(found[2:], known[2:], strict=True)
+    return all(all(map(operator.is_, new, old)) for new, old in objects) and all(new == old for new, old in values)
+
+
+def _parts_of(names: Sequence[str], tensors: Sequence[Tensor]) -> list[Target]:
+    try:
+        return [target for name, tensor in zip(names, tensors, strict=True) for target in own_targets(name, tensor)]
+    except ConfigError as error:
+        raise _cannot_take(error) from error
+
+
+def _cannot_take(error: ConfigError) -> ManifestMismatchError:
+    return ManifestMismatchError(f"The worker's model cannot take weights. {error.message}", phase="update")
 
 
 class CheckpointFormatLoader:
@@ -278,5 +360,4 @@ class _CopyByName:
                         "process_weights_after_loading may change no layer but its own.",
                         phase="update",
                     )
-                with torch.no_grad():
-                    target.copy_(tensor)
+                scatter(tensor, own_targets(taker, target))

@@ -1,13 +1,15 @@
-"""Whether tensors that are to be written one by one lie apart in memory."""
+"""Whether tensors that are to be written one by one lie apart in memory, and in whose memory they lie."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 
 import attrs
 import torch
 
-from weight_transfer.model.state import is_dense
+from weight_transfer.model.state import is_dense, memory_of
 
 
 @attrs.frozen(eq=False)
@@ -18,6 +20,37 @@ class _Extent:
     tensor: torch.Tensor
     begin: int
     end: int
+
+    def holds(self, other: _Extent) -> bool:
+        """Whether all elements of another one are its own; one with gaps holds itself only."""
+        if self.tensor.device != other.tensor.device or not self.begin <= other.begin <= other.end <= self.end:
+            return False
+        return self.end - self.begin == self.tensor.nbytes or memory_of(self.tensor) == memory_of(other.tensor)
+
+
+class Memory:
+    """Which of some named tensors has certain bytes.
+
+    Only plain tensors are looked at.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        found = [_extent(name, tensor) for name, tensor in tensors.items() if is_dense(tensor) and tensor.numel()]
+        self._extents = sorted(found, key=lambda extent: extent.begin)
+        self._begins = [extent.begin for extent in self._extents]
+        self._reach = list(accumulate((extent.end for extent in self._extents), max))
+
+    def owner(self, tensor: torch.Tensor) -> str | None:
+        """Return the name of a tensor to which all elements of another one belong; None if there is none."""
+        if not is_dense(tensor) or not tensor.numel():
+            return None
+        own = _extent("", tensor)
+        index = bisect_right(self._begins, own.begin) - 1
+        while index >= 0 and self._reach[index] >= own.end:
+            if self._extents[index].holds(own):
+                return self._extents[index].name
+            index -= 1
+        return None
 
 
 def overlapping(tensors: Mapping[str, torch.Tensor]) -> tuple[str, str] | None:

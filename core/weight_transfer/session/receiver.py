@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from weight_transfer.model.loading import Weights
+    from weight_transfer.model.targets import Needs
     from weight_transfer.values.events import Version
 
 __all__ = ["ReceiverState", "WeightReceiver"]
@@ -57,9 +58,15 @@ class WeightReceiver:
         targets: further models of this worker, such as ``{"draft": draft_model}``: ``send(..., target="draft")`` brings
             weights to one, which has a version of its own. They load by their own ``load_weights``, or by name.
         ignore: glob patterns of names that the models have and the trainer does not send, such as ``"*_extra_state"``.
+        needs: of some weights of ``model``, the regions that this worker keeps and the tensors where they belong: a
+            `Target`, or a list of them, by the name under which the trainer sends the weight, in whichever format. An
+            empty list keeps nothing. Or a function that takes the `Manifest` and returns such a mapping; it is called
+            once for each new manifest, and again when the model's tensors have moved. These weights never go to
+            ``load_weights`` nor are copied by name; all others do, or are.
 
     Raises:
-        ConfigError: a config key is wrong, or ``model`` is no module.
+        ConfigError: a config key is wrong, or ``model`` is no module; or what is needed is declared wrongly: two
+            targets share memory, say.
     """
 
     def __init__(
@@ -73,9 +80,10 @@ class WeightReceiver:
         observers: tuple[object, ...] = (),
         targets: Mapping[str, nn.Module] | None = None,
         ignore: Sequence[str] = (),
+        needs: Needs | None = None,
     ) -> None:
         self.config: WeightTransferConfig = load_config(config)
-        self._targets = targets_of(model, load_weights, process_weights_after_loading, targets or {}, ignore)
+        self._targets = targets_of(model, load_weights, process_weights_after_loading, targets or {}, ignore, needs)
         parallel = parallel_config or ParallelConfig()
         self.parallel_config = attrs.evolve(parallel, device=parallel.device or device_of(model))
         self._id = secrets.token_hex(8)
@@ -221,6 +229,27 @@ class WeightReceiver:
             except BaseException as error:
                 self._end_update(str(error))
                 raise
+
+    def weight_needs(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Say which regions of some weights this worker keeps, before an update.
+
+        Args:
+            request: a `WeightNeeds` as a dict. Its manifest is sent once, as that of ``update_weights``: the updates
+                that follow may name it by its digest.
+
+        Returns:
+            ``{"needs": [...]}`` with one entry: a `Regions` as `Regions.to_wire` gives it, or None if the loader cannot
+            tell, so that the weights have to come whole.
+
+        Raises:
+            LifecycleError: there is no engine, or an update is under way.
+            SessionError: another trainer has joined since.
+            ConfigError: ``request`` is wrong; the sentence names the key.
+            ManifestMismatchError: the weights do not fit the model.
+        """
+        with self._operation("weight_needs", request.get("session"), ReceiverState.READY):
+            assert self._joined is not None
+            return self._joined.needs(request, self._targets)
 
     def finish_weight_update(self, weight_version: Version | None = None, session: str | None = None) -> None:
         """Publish the version.

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from weight_transfer.model.info import WeightTransferUpdateInfo
     from weight_transfer.model.loading import WeightLoader, Weights
-    from weight_transfer.model.manifest import ParamMeta
+    from weight_transfer.model.manifest import Manifest, ParamMeta
+    from weight_transfer.session.keeping import Arrivals
     from weight_transfer.values.events import Version
 
 _PROGRESS_INTERVAL = 0.1  # seconds
@@ -55,8 +56,17 @@ class Update:
         loader: WeightLoader,
         progress: Callable[[TransferProgress], None],
         backend: str,
+        arrivals: Arrivals | None = None,
     ) -> None:
-        """Take the typed info; from here on the engine may load."""
+        """Take the typed info; from here on the engine may load.
+
+        Args:
+            info: the update.
+            loader: has begun it.
+            progress: is told how far it is.
+            backend: for errors.
+            arrivals: what comes by region; None if all comes whole.
+        """
         self.deadline = Deadline(info.timeout)
         self.version, self.id = info.version, info.update
         self.nbytes = info.manifest.nbytes
@@ -66,7 +76,12 @@ class Update:
         self._loader = loader
         self._progress = progress
         self._backend = backend
-        self._missing: dict[str, ParamMeta] = dict(info.manifest.by_name)
+        whole = info.manifest if arrivals is None else arrivals.layout.whole
+        self._missing: dict[str, ParamMeta] = dict(whole.by_name)
+        self._to_move = None if arrivals is None else arrivals.layout.by_region
+        self._whole = whole.nbytes
+        self._total = whole.nbytes + (0 if arrivals is None else arrivals.nbytes)
+        self._destinations = _all_of(loader, whole)
         self._digests = dict(zip(self._missing, info.digests, strict=True)) if info.digests else {}
 
     def abort(self, reason: str) -> None:
@@ -91,16 +106,26 @@ class Update:
         self.deadline.check(what, phase="update", backend=self._backend)
 
     def destinations(self) -> Mapping[str, Tensor] | None:
-        """Return the worker's own tensors by name, if the loader only copies; else None.
+        """Return the worker's own tensors of what comes whole, by name, if the loader only copies; else None.
 
         An engine that writes there calls `write_in_place` first.
         """
-        return self._loader.destinations() if isinstance(self._loader, InPlaceLoader) else None
+        return self._destinations
 
     def write_in_place(self) -> None:
-        """Say that bytes are about to be written into `destinations`; raises like `check`."""
+        """Say that bytes are about to be written into the worker's own tensors; raises like `check`."""
         self.check()
         self.touched = True
+
+    def moved(self, nbytes: int) -> None:
+        """Say that bytes of what comes by region have been written."""
+        self.touched = True
+        self._done += nbytes
+        self._tell()
+
+    def all_moved(self) -> None:
+        """Say that all that was to come by region has come."""
+        self._to_move = None
 
     def __call__(self, weights: Weights) -> None:
         self.check()
@@ -116,10 +141,10 @@ class Update:
     def finish(self) -> None:
         """Raise unless every parameter was loaded and the deadline has not passed."""
         self.check()
-        if self._missing:
-            some = next(iter(self._missing))
+        missing = [*self._missing, *(self._to_move.by_name if self._to_move is not None else ())]
+        if missing:
             raise ManifestMismatchError(
-                f"{len(self._missing)} of {self.params} parameters did not arrive, such as {some!r}.",
+                f"{len(missing)} of {self.params} parameters did not arrive, such as {missing[0]!r}.",
                 phase="update",
                 version=self.version,
             )
@@ -141,7 +166,7 @@ class Update:
             return False
         if len(by_name) == len(self._missing):
             self._missing.clear()
-            self._done = self.nbytes
+            self._done = self._whole
         else:
             self._done += sum(self._missing.pop(name).nbytes for name in by_name)
         return True
@@ -173,10 +198,16 @@ class Update:
 
     def _tell(self) -> None:
         now = time.monotonic()
-        if now - self._told >= _PROGRESS_INTERVAL or self._done == self.nbytes:
+        if now - self._told >= _PROGRESS_INTERVAL or self._done == self._total:
             self._told = now
             self._progress(
                 TransferProgress(
-                    role="worker", backend=self._backend, version=self.version, done=self._done, total=self.nbytes
+                    role="worker", backend=self._backend, version=self.version, done=self._done, total=self._total
                 )
             )
+
+
+def _all_of(loader: WeightLoader, whole: Manifest) -> Mapping[str, Tensor] | None:
+    """Return where all of some weights may be written directly; None if one of them may not."""
+    found = loader.destinations() if isinstance(loader, InPlaceLoader) else None
+    return found if found is not None and whole.by_name.keys() <= found.keys() else None

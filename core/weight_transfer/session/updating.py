@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
+from weight_transfer.config.structuring import structure
 from weight_transfer.errors import (
     ConfigError,
     ManifestMismatchError,
@@ -16,9 +19,13 @@ from weight_transfer.errors import (
     TransferTimeoutError,
     WeightTransferError,
 )
+from weight_transfer.memory.place import place_of
 from weight_transfer.model.autograd_modes import Writing, reading
-from weight_transfer.model.info import MODEL, WeightTransferInitInfo, WireDecoder
+from weight_transfer.model.declared import declared_for
+from weight_transfer.model.info import MODEL, WeightNeeds, WeightTransferInitInfo, WireDecoder
 from weight_transfer.model.loading import loader_for
+from weight_transfer.session.incoming import Incoming
+from weight_transfer.session.keeping import Keeping
 from weight_transfer.values.events import TransferFinished, TransferStarted
 from weight_transfer.values.report import WorkerReport
 
@@ -26,14 +33,17 @@ if TYPE_CHECKING:
     from torch import nn
 
     from weight_transfer.engine import WeightTransferEngine
+    from weight_transfer.model.info import WeightTransferUpdateInfo
     from weight_transfer.model.loading import Weights
+    from weight_transfer.model.targets import Needs
     from weight_transfer.plugins.manager import LoadedBackend
+    from weight_transfer.session.keeping import Arrivals
     from weight_transfer.session.serving import Served
     from weight_transfer.session.update import Update
-    from weight_transfer.values.events import Version
+    from weight_transfer.values.events import TransferProgress, Version
 
 
-class Target:
+class ServedModel:
     """A model that weights are for.
 
     Args:
@@ -41,6 +51,7 @@ class Target:
         load_weights: see `WeightReceiver`, as for the others.
         process_weights_after_loading: see there.
         ignore: see there.
+        needs: see there.
 
     Attributes:
         loaders: by whether they take checkpoint format.
@@ -53,8 +64,11 @@ class Target:
         load_weights: Callable[[Weights], object] | None,
         process_weights_after_loading: Callable[[nn.Module], object] | None,
         ignore: Sequence[str],
+        needs: Needs | None = None,
     ) -> None:
         self.loaders = loader_for(model, load_weights, process_weights_after_loading, ignore)
+        if needs is not None:
+            self.loaders = declared_for(needs, model, self.loaders, process_weights_after_loading)
         self.writing = Writing(model)
 
 
@@ -64,19 +78,21 @@ def targets_of(
     process_weights_after_loading: Callable[[nn.Module], object] | None,
     others: Mapping[str, nn.Module],
     ignore: Sequence[str],
-) -> dict[str, Target]:
+    needs: Needs | None,
+) -> dict[str, ServedModel]:
     """Return a receiver's targets by name; the arguments are those of `WeightReceiver`.
 
     Raises:
-        ConfigError: one is no module, or has no name of its own.
+        ConfigError: one is no module, or has no name of its own; or what is needed is declared wrongly.
     """
     if not isinstance(others, Mapping):
         raise ConfigError(f'targets: expected models by name, such as {{"draft": draft_model}}, got {others!r}.')
-    targets = {MODEL: Target(_module("model", model), load_weights, process_weights_after_loading, ignore)}
+    first = _module("model", model)
+    targets = {MODEL: ServedModel(first, load_weights, process_weights_after_loading, ignore, needs)}
     for name, other in others.items():
         if not isinstance(name, str) or not name or name == MODEL:
             raise ConfigError(f"targets: {name!r} is no name for a further model; {MODEL!r} is the first one's.")
-        targets[name] = Target(_module(f"targets: {name}", other), None, None, ignore)
+        targets[name] = ServedModel(_module(f"targets: {name}", other), None, None, ignore)
     return targets
 
 
@@ -98,11 +114,14 @@ class Joined:
         self._backend = backend
         self._name = backend.backend.name
         self._decoders: dict[str, WireDecoder] = {}
+        self._kept: dict[tuple[str, bool], Keeping] = {}
+        self._worker = 0
 
     def join(self, init_info: dict[str, Any]) -> WeightTransferInitInfo:
         """Let the engine join the trainer; return what that has said."""
         with _naming(self._name, "init", None):
             info: WeightTransferInitInfo = self.engine.parse_init_info(init_info)
+            self._worker = info.rank_offset + self.engine.parallel_config.rank - 1
             with reading():
                 self.engine.init_transfer_engine(info)
         return info
@@ -111,7 +130,7 @@ class Joined:
         self,
         update: Update,
         update_info: dict[str, Any],
-        targets: Mapping[str, Target],
+        targets: Mapping[str, ServedModel],
         served: Served,
     ) -> dict[str, Any]:
         """Receive all weights and return the report.
@@ -123,27 +142,33 @@ class Joined:
             served: what the targets have.
         """
         with _naming(self._name, "update", update):
-            self._receive(update, update_info, targets, served)
-        return WorkerReport(self.engine.transport, self.engine.warnings).to_dict()
+            return self._receive(update, update_info, targets, served).to_dict()
+
+    def needs(self, request: dict[str, Any], targets: Mapping[str, ServedModel]) -> dict[str, Any]:
+        """Say which regions of some weights this worker keeps; see `WeightReceiver.weight_needs`."""
+        with _naming(self._name, "weight_needs", None):
+            name, target = _chosen(request, targets)
+            decoder = self._decoders.setdefault(name, WireDecoder())
+            asked = structure(decoder.decode(request, WeightNeeds), WeightNeeds, "request of weight_needs")
+            asked = decoder.restored(request, asked)
+            loader = target.loaders[asked.is_checkpoint_format]
+            kept = self._keeping(name, asked.is_checkpoint_format).regions(asked.manifest, loader)
+            decoder.remember(request, asked)
+        return {"needs": [None if kept is None else kept.to_wire()]}
 
     def _receive(
         self,
         update: Update,
         update_info: dict[str, Any],
-        targets: Mapping[str, Target],
+        targets: Mapping[str, ServedModel],
         served: Served,
-    ) -> None:
+    ) -> WorkerReport:
         engine = self.engine
-        name = update_info.get("target", MODEL)
-        if not isinstance(name, str) or name not in targets:
-            raise ManifestMismatchError(
-                f"These weights are for target {name!r}, but this worker has {', '.join(map(repr, targets))}; give "
-                "the receiver that model, too: WeightReceiver(..., targets={...}).",
-                phase="update",
-            )
-        update.target, target = name, targets[name]
+        name, target = _chosen(update_info, targets)
+        update.target = name
         decoder = self._decoders.setdefault(name, WireDecoder())
         info = engine.parse_update_info(decoder.decode(update_info, engine.update_info_cls))
+        info = decoder.restored(update_info, info)
         if info.manifest.partial and (info.base is None or served.updates.get(name) != info.base):
             raise ManifestMismatchError(
                 "Some weights came, to be put to others that this trainer has sent before, but this worker has "
@@ -152,13 +177,42 @@ class Joined:
             )
         loader = target.loaders[info.is_checkpoint_format]
         loader.begin(info.manifest)
-        update.begin(info, loader, lambda event: self._backend.notify("weight_transfer_progress", event), self._name)
+        arrivals = self._keeping(name, info.is_checkpoint_format).arrivals(info, loader)
+
+        def progress(event: TransferProgress) -> None:
+            self._backend.notify("weight_transfer_progress", event)
+
+        update.begin(info, loader, progress, self._name, arrivals)
         self._backend.notify("weight_transfer_started", self._started(update))
-        with target.writing(loader):
-            engine.receive_weights(info, update)
+        moved: list[int] = []
+        with target.writing(loader, info.manifest):
+            if arrivals is None:
+                engine.receive_weights(info, update)
+            else:
+                moved = self._receive_both(info, update, arrivals)
             update.finish()
         _synchronize(engine.parallel_config.device)
         decoder.remember(update_info, info)
+        kept = arrivals.nbytes if arrivals is not None else 0
+        return WorkerReport(engine.transport, engine.warnings, kept, tuple(moved))
+
+    def _receive_both(self, info: WeightTransferUpdateInfo, update: Update, arrivals: Arrivals) -> list[int]:
+        """Receive what goes whole, then what goes by region; return the bytes that came by region, by trainer rank."""
+        whole = arrivals.layout.whole
+        if whole.params:
+            self.engine.receive_weights(attrs.evolve(info, manifest=whole), update)
+            update.check()
+            info = attrs.evolve(info, timeout=update.deadline.remaining())
+        incoming = Incoming(arrivals, update)
+        self.engine.receive_regions(info, incoming)
+        incoming.finish()
+        return incoming.counts
+
+    def _keeping(self, target: str, is_checkpoint_format: bool) -> Keeping:
+        key = (target, is_checkpoint_format)
+        if key not in self._kept:
+            self._kept[key] = Keeping(self._worker, place_of(self.engine.parallel_config.device))
+        return self._kept[key]
 
     def _started(self, update: Update) -> TransferStarted:
         return TransferStarted(
@@ -183,6 +237,18 @@ class Joined:
             target=update.target,
         )
         self._backend.notify("weight_transfer_finished", event)
+
+
+def _chosen(data: dict[str, Any], targets: Mapping[str, ServedModel]) -> tuple[str, ServedModel]:
+    """Return the name of the model that a call is for, and that model."""
+    name = data.get("target", MODEL)
+    if not isinstance(name, str) or name not in targets:
+        raise ManifestMismatchError(
+            f"These weights are for target {name!r}, but this worker has {', '.join(map(repr, targets))}; give "
+            "the receiver that model, too: WeightReceiver(..., targets={...}).",
+            phase="update",
+        )
+    return name, targets[name]
 
 
 def _has(version: Version | None) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import zip_longest
+from typing import Any, TypeGuard
 
 import attrs
 
@@ -16,31 +17,45 @@ class WorkerReport:
     Attributes:
         transport: how the bytes travelled, such as ``"shm (zero-copy over cma/memory)"``; empty if nobody tells.
         warnings: what is amiss though the update is good, a sentence each.
+        kept: bytes of the weights that went by region, as far as the workers keep them.
+        moved: bytes that came by region, by trainer rank; empty if all went whole.
     """
 
     transport: str = ""
     warnings: tuple[str, ...] = ()
+    kept: int = 0
+    moved: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, answer: object) -> WorkerReport:
         """Read the answer to ``update_weights``; a foreign server's answer may hold anything else, or nothing."""
         fields = answer if isinstance(answer, dict) else {}
         transport, warnings = fields.get("transport"), fields.get("warnings")
+        kept, moved = fields.get("kept"), fields.get("moved")
+        counts = tuple(moved) if isinstance(moved, (list, tuple)) else ()
         return cls(
             transport if isinstance(transport, str) else "",
             tuple(map(str, warnings)) if isinstance(warnings, (list, tuple)) else (),
+            kept if _is_count(kept) else 0,
+            counts if all(map(_is_count, counts)) else (),
         )
 
     @classmethod
     def joint(cls, reports: list[WorkerReport]) -> WorkerReport:
-        """Say once what several say alike."""
+        """Say once what several say alike, and add up their bytes."""
         transports = dict.fromkeys(report.transport for report in reports if report.transport)
         warnings = dict.fromkeys(warning for report in reports for warning in report.warnings)
-        return cls(", ".join(transports), tuple(warnings))
+        moved = map(sum, zip_longest(*(report.moved for report in reports), fillvalue=0))
+        return cls(", ".join(transports), tuple(warnings), sum(report.kept for report in reports), tuple(moved))
 
     def to_dict(self) -> dict[str, Any]:
         """Return it JSON-safe."""
-        return {"transport": self.transport, "warnings": list(self.warnings)}
+        counts = {"kept": self.kept, "moved": list(self.moved)} if self.moved else {}
+        return {"transport": self.transport, "warnings": list(self.warnings), **counts}
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 @attrs.frozen(kw_only=True)
@@ -60,6 +75,10 @@ class TransferReport:
         transports: how the bytes travelled to each worker, by its address, as far as the backend tells.
         warnings: what is amiss though the update is good, such as a link far below its rate; a sentence each, which
             begins with the worker's address.
+        kept: bytes that went by region to the workers behind each address: what they keep, and no more.
+        given: bytes that each trainer rank gave by region, to all workers together.
+        gathered: bytes of the weights that lie on several trainer ranks and were gathered, to go whole.
+        gathered_because: why they were, in words.
     """
 
     backend: str
@@ -73,6 +92,15 @@ class TransferReport:
     extra_memory: int
     transports: dict[str, str] = attrs.field(factory=dict)
     warnings: tuple[str, ...] = ()
+    kept: dict[str, int] = attrs.field(factory=dict)
+    given: tuple[int, ...] = ()
+    gathered: int = 0
+    gathered_because: str = ""
+
+    @property
+    def imbalance(self) -> float:
+        """What the busiest trainer rank gave by region, over the mean of all; 1.0 if all gave alike, or none gave."""
+        return max(self.given) * len(self.given) / sum(self.given) if sum(self.given) else 1.0
 
     @property
     def total_seconds(self) -> float:
@@ -81,7 +109,7 @@ class TransferReport:
 
     @property
     def gbps(self) -> float:
-        """GB/s (10**9 bytes) that each worker received in the update phase."""
+        """GB/s (10**9 bytes) at which a copy of what was sent came to the workers: ``nbytes`` over the update phase."""
         return self.nbytes / self.seconds["update"] / 1e9 if self.seconds.get("update") else 0.0
 
     def __str__(self) -> str:
@@ -89,9 +117,11 @@ class TransferReport:
         lost = f", lost {', '.join(peer for peer, _ in self.lost)}" if self.lost else ""
         over = ", ".join(dict.fromkeys(self.transports.values()))
         warnings = "".join(f"; warning: {warning}" for warning in self.warnings)
+        kept = f", {sized(sum(self.kept.values()))} by region" if self.kept else ""
+        gathered = f", {sized(self.gathered)} gathered: {self.gathered_because}" if self.gathered else ""
         return (
             f"version {self.version}: {sized(self.nbytes)} to {counted(len(self.workers))} over {self.backend}"
-            f"{f', {over},' if over else ''} at {sized(self.gbps * 1e9)}/s ({phases}){lost}{warnings}"
+            f"{f', {over},' if over else ''} at {sized(self.gbps * 1e9)}/s ({phases}){kept}{gathered}{lost}{warnings}"
         )
 
 
