@@ -39,6 +39,10 @@ from weight_transfer.model.loading import KernelFormatLoader as KernelFormatLoad
 from weight_transfer.model.lora import MergedLoraSource as MergedLoraSource
 from weight_transfer.model.manifest import Manifest as Manifest
 from weight_transfer.model.manifest import ParamMeta as ParamMeta
+from weight_transfer.model.regions import Region as Region
+from weight_transfer.model.sharded_source import ShardedSource as ShardedSource
+from weight_transfer.model.shards import Shard as Shard
+from weight_transfer.model.shards import Target as Target
 from weight_transfer.model.source import ModuleSource as ModuleSource
 from weight_transfer.model.source import WeightSource as WeightSource
 from weight_transfer.plugins.backend import API_VERSION as API_VERSION

@@ -607,30 +607,6 @@ def test_a_source_that_is_too_slow_is_a_timeout(new_worker: Make, new_sender: Ma
     assert worker.receiver.version is None
 
 
-def test_a_failed_update_leaves_no_rank_in_a_collective(pair: tuple[WeightSender, list[Worker]]) -> None:
-    sender, workers = pair
-    model = Small(1)
-    count = len(ModuleSource(model).manifest().params)
-    workers[0].fail_with = OSError("full")
-    source = Generated(model, lambda number, index: None, collective=True)
-    with pytest.raises(TransferError, match="OSError: full"):
-        sender.send(source)
-    assert (source.passes, source.yielded) == (1, count)
-
-
-@pytest.mark.parametrize(("verify", "passes"), [(False, 1), (True, 2)])
-def test_a_rank_that_does_not_send_runs_the_same_passes_and_talks_to_nobody(verify: bool, passes: int) -> None:
-    model = Small(1)
-    count = len(ModuleSource(model).manifest().params)
-    source = Generated(model, lambda number, index: None, collective=True)
-    config = LOOPBACK | {"verify": verify}
-    parallel = ParallelConfig(rank=1, world_size=2)
-    with WeightSender(config, ["http://127.0.0.1:9"], parallel_config=parallel) as sender:
-        report = sender.send(source, version=0)
-    assert (source.passes, source.yielded) == (passes, passes * count)
-    assert (report.version, report.workers) == (0, ())
-
-
 @pytest.mark.parametrize(
     ("weights", "words"),
     [

@@ -324,16 +324,6 @@ def test_a_new_sender_asks_for_a_name_where_the_workers_serve_one(closing: Any) 
         closing(WeightSender(LOOPBACK, [receiver])).send(model())
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_trainer_of_several_ranks_names_its_first_version(closing: Any, rank: int) -> None:
-    receiver = closing(WeightReceiver(LOOPBACK, model()))
-    sender = closing(WeightSender(LOOPBACK, [receiver], parallel_config=ParallelConfig(rank=rank, world_size=2)))
-    with pytest.raises(ConfigError, match="The first version of a trainer of several ranks needs a name"):
-        sender.send(model())
-    assert sender.send(model(), version=4).version == 4
-    assert sender.send(model()).version == 5
-
-
 # Workers that are named wrongly.
 
 

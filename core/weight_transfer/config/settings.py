@@ -140,6 +140,8 @@ class WeightTransferConfig:
         cast: dtypes in which floating point weights travel, by pattern of their names, such as ``{"*": "bfloat16",
             "*.router.*": "float32"}``; the last pattern that matches counts. ``"receiver"`` is the dtype that the
             workers have. The trainer's counts.
+        rendezvous: ``"HOST:PORT"`` where rank 0 of a trainer of several ranks listens for the others; beyond loopback
+            it needs a ``token``. By default a free port, which the ranks learn from torch.distributed's store.
         options: the backend's own table: a dict, or an instance of its options class.
     """
 
@@ -156,6 +158,7 @@ class WeightTransferConfig:
     observers: tuple[str, ...] = attrs.field(default=(), converter=_to_tuple)
     token: str | None = attrs.field(default=None, repr=False, validator=_visible)
     cast: dict[str, str] = attrs.field(factory=dict, converter=parse_cast)
+    rendezvous: str | None = None
     options: Any = attrs.field(factory=dict)
 
     def __attrs_post_init__(self) -> None:

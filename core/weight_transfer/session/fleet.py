@@ -6,17 +6,14 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-
-import attrs
 
 from weight_transfer.config.settings import RECEIVER
 from weight_transfer.config.structuring import structure, unstructure
 from weight_transfer.errors import (
     ConfigError,
     HandshakeError,
-    LifecycleError,
     PeerLostError,
     SessionError,
     TransferError,
@@ -25,16 +22,16 @@ from weight_transfer.errors import (
 )
 from weight_transfer.model.dtypes import common_dtypes, dtypes_by_name
 from weight_transfer.plugins.backend import Capability
-from weight_transfer.session.peers import Calls, Peer, cause_of, logged_wait, make_peer, make_slots
+from weight_transfer.session.engines import Engines
+from weight_transfer.session.peers import Calls, Lost, Peer, cause_of, gone_in, make_peer, make_slots
+from weight_transfer.session.waiting import logged_wait
 from weight_transfer.values.deadline import Deadline
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from weight_transfer.config.settings import ParallelConfig, WeightTransferConfig
     from weight_transfer.control import ControlChannel
-    from weight_transfer.engine import TrainerWeightTransferEngine
     from weight_transfer.plugins.manager import LoadedBackend
+    from weight_transfer.session.crew import Crew
     from weight_transfer.values.events import Version
 
 logger = logging.getLogger(__name__)
@@ -42,11 +39,12 @@ logger = logging.getLogger(__name__)
 _ABORT_TIMEOUT = 10.0  # seconds that workers get to abort a failed update
 _RETRY_INTERVAL = 0.1  # seconds between two looks at a worker that does not answer yet
 
-_ASKED = ("report_dtypes", "session")
-"""Keys of the init info that are left out unless they say something: other systems' workers do not know them."""
+_ASKED: dict[str, object] = {"report_dtypes": None, "session": None, "trainer_ranks": 1, "ranks": []}
+"""Keys of the init info that are left out unless they say something else: other systems' workers do not know them."""
 
-Lost = dict[Peer, WeightTransferError]
-"""Workers that failed, in the order of their failures."""
+
+def _says_nothing(key: str, value: object) -> bool:
+    return key in _ASKED and (value == _ASKED[key] or not value)
 
 
 class Fleet:
@@ -56,7 +54,10 @@ class Fleet:
 
     Attributes:
         peers: all workers, lost ones included: they may come back; none after `close`.
-        engine: the trainer's engine; None before the first join, and after a failure of a backend without ``REJOIN``.
+        engines: the trainer's; rank 0 has none before the first join, and after a failure of a backend without
+            ``REJOIN``.
+        failed: what has ended the present update from outside: it was cancelled, or another trainer rank failed.
+        failed_after_others: whether that may follow from a worker's failure.
     """
 
     def __init__(
@@ -66,12 +67,9 @@ class Fleet:
         parallel_config: ParallelConfig,
     ) -> None:
         self.peers: list[Peer] = []
+        self.engines = Engines(backend, config, parallel_config)
         self._numbers = itertools.count()
-        self.engine: TrainerWeightTransferEngine[Any, Any] | None = None
-        self._backend = backend
         self._config = config
-        self._parallel_config = parallel_config
-        self._device: str | None = None
         self._report_dtypes = {}
         if RECEIVER in config.cast.values():
             self._report_dtypes["report_dtypes"] = "checkpoint" if config.is_checkpoint_format else "kernel"
@@ -79,7 +77,8 @@ class Fleet:
         self._session = secrets.token_hex(8)
         self._joins = itertools.count(1)
         self._unreachable: dict[Peer, PeerLostError] = {}
-        self._cancelled: TransferError | None = None
+        self.failed: WeightTransferError | None = None
+        self.failed_after_others = False
         self._calls: Calls | None = None
         self._latest: object = None
 
@@ -110,16 +109,24 @@ class Fleet:
             raise ConfigError(f"There is no worker {worker}; there are {known}.")
         if len(self.peers) == 1:
             raise ConfigError(f"Worker {found[0].address} is the last one; close the sender instead.")
-        self.drop_engine()
+        self.drop_engines()
         self.peers.remove(found[0])
         found[0].close()
 
+    def serve_with(self, crew: Crew) -> None:
+        """Have engines on these trainer ranks; if there were others, all workers join anew."""
+        if not self.engines.serve_with(crew):
+            self.drop_engines()
+
+    def require_generation(self, generations: Sequence[str | None]) -> None:
+        """Join all workers anew if another trainer rank has lost its engine: another process has taken its place."""
+        if not self.engines.are_those_of(generations):
+            self.drop_engines()
+
     def place(self, device: str) -> None:
-        """Tell the engine where the weights lie; it is made anew if they have moved."""
-        if self._parallel_config.device is None:
-            if self._device not in (None, device):
-                self.drop_engine()
-            self._device = device
+        """Have engines for weights on a torch device; if they have moved, all workers join anew."""
+        if not self.engines.place(device):
+            self.drop_engines()
 
     def join(self) -> Lost:
         """Join the workers that are not joined; all of them, if the backend cannot take in a single one."""
@@ -129,25 +136,28 @@ class Fleet:
         lost = self.greet(deadline)
         present = [peer for peer in self.peers if peer not in lost]
         if not self._rejoins:
-            self.drop_engine()
+            self.drop_engines()
         joining = [peer for peer in present if not peer.joined]
         if not joining:
             return lost
-        engine = self.engine = self.engine or self._create_engine()
         slots = make_slots(self.peers if self._rejoins else present)
-        fields = engine.open_endpoint([slots[peer] for peer in joining], deadline)
+        fields = self.engines.open([slots[peer] for peer in joining], deadline)
+        assert self.engines.own is not None
+        kind = self.engines.own.init_info_cls
         infos: dict[Peer, dict[str, Any]] = {}
         for peer, own in zip(joining, fields, strict=True):
             slot = slots[peer]
-            common = {"rank_offset": slot.rank_offset, "world_size": slot.world_size, "timeout": deadline.remaining()}
-            info = structure({**own, **common, **self._report_dtypes}, engine.init_info_cls, "init_info")
-            infos[peer] = {key: value for key, value in unstructure(info).items() if key not in _ASKED or value}
+            peer.first_worker = slot.rank_offset - 1
+            common: dict[str, Any] = {"rank_offset": slot.rank_offset, "world_size": slot.world_size}
+            common |= {"timeout": max(deadline.remaining(), 1e-3)}
+            info = structure({**own, **common, **self._report_dtypes}, kind, "init_info")
+            infos[peer] = {key: value for key, value in unstructure(info).items() if not _says_nothing(key, value)}
         session = f"{self._session}.{next(self._joins)}"
         calls = self.call(joining, lambda peer: peer.join(infos[peer], session), "init", on_failure=self.react)
         self.require_going_on()
         try:
             with logged_wait(lambda: f"waiting for {calls.silent or 'the engine'} in phase init"):
-                engine.join_workers(deadline)
+                self.engines.join(deadline)
         except WeightTransferError as error:
             cause = calls.explain(error)
             if not (calls.failures and self.goes_on):
@@ -219,20 +229,27 @@ class Fleet:
             except PeerLostError as error:
                 self._unreachable[peer] = error
                 others = self._config.on_worker_failure == "continue" and any(p.joined or p.greeted for p in self.peers)
-                if error.permanent or others or self._cancelled or deadline.remaining() < _RETRY_INTERVAL:
+                if error.permanent or others or self.failed or deadline.remaining() < _RETRY_INTERVAL:
                     raise
                 time.sleep(_RETRY_INTERVAL)
 
-    def start(self, deadline: Deadline) -> Lost:
-        """Open the update; a worker that was restarted since the last one joins again first."""
+    def start(self, deadline: Deadline, replan: Callable[[Lost], object]) -> Lost:
+        """Open the update; a worker that was restarted since the last one joins again first.
+
+        Args:
+            deadline: of the update.
+            replan: called when workers have joined again, which may keep something else, or have other numbers.
+        """
         lost: Lost = {}
         failures = self._start_joined(deadline)
-        gone = {peer: error for peer, error in failures.items() if isinstance(error, (LifecycleError, PeerLostError))}
+        gone = gone_in(failures)
         lost |= self.settle({peer: error for peer, error in failures.items() if peer not in gone})
         if gone:
             for peer in gone:
                 peer.forget()
             lost |= self.join()
+            self.require_one(lost)
+            replan(lost)
             lost |= self.settle(self._start_joined(deadline))
         return lost
 
@@ -259,19 +276,16 @@ class Fleet:
             raise cause
         for peer, error in failures.items():
             peer.forget()
-            if self.engine is not None:
-                self.engine.lose_worker(peer.address)
+            self.engines.lose(peer.address)
             logger.warning("going on without worker %s: %s", peer.address, error)
         return failures
 
     def react(self, peer: Peer) -> None:
         """Tell the engine at once of a worker that failed to join or to update; callable from any thread."""
-        if self.engine is None:
-            return
         if self.goes_on:
-            self.engine.lose_worker(peer.address)
+            self.engines.lose(peer.address)
         else:
-            self.engine.abort_update()
+            self.engines.abort()
 
     def require_one(self, lost: Lost) -> None:
         """Raise the last failure if no worker is left: they may have failed one after another, in different phases."""
@@ -281,37 +295,28 @@ class Fleet:
     def abort(self, reason: str) -> None:
         """After a failure: all workers that were called, answered or not, leave this trainer, and join it next time."""
         self._latest = self._calls = None
-        if self.engine is not None:
-            self.engine.abort_update()
+        self.engines.abort()
         called = [peer for peer in self.peers if peer.called and hasattr(peer.channel, "abort_weight_update")]
         calls = Calls(called, lambda peer: peer.abort(reason), "abort")
         for peer, error in calls.wait(Deadline(min(_ABORT_TIMEOUT, self._config.timeout))).items():
             if not isinstance(error, SessionError):  # then it is another trainer's by now
                 logger.warning("worker %s did not confirm the abort: %s", peer.address, error)
-        if self.engine is not None:
-            self.engine.release_source()
+        if self.engines.own is not None:
+            self.engines.own.release_source()
         if not self._rejoins:
-            self.drop_engine()
+            self.drop_engines()
         for peer in self.peers:
             peer.forget()
 
-    def _create_engine(self) -> TrainerWeightTransferEngine[Any, Any]:
-        parallel = self._parallel_config
-        if parallel.device is None:
-            parallel = attrs.evolve(parallel, device=self._device or "cpu")
-        return self._backend.create_trainer_engine(self._config, parallel)
-
-    def drop_engine(self) -> None:
-        """Shut the engine down; all workers have to join a new one."""
-        if self.engine is not None:
-            self.engine.shutdown()
-            self.engine = None
+    def drop_engines(self) -> None:
+        """Shut the engines down; all workers have to join new ones."""
+        self.engines.drop()
         for peer in self.peers:
             peer.forget()
 
     def close(self) -> None:
         """Shut the engine down, and the channels that the sender made."""
-        self.drop_engine()
+        self.drop_engines()
         for peer in self.peers:
             peer.close()
         self.peers, self._calls = [], None
@@ -331,23 +336,32 @@ class Fleet:
                 on_failure(peer)
 
         calls = self._calls = Calls(peers, call, phase, failed)
-        if self._cancelled is not None:
-            calls.cancel(self._cancelled)
+        if self.failed is not None:
+            calls.cancel(self.failed)
         return calls
 
     def cancel(self, reason: str) -> None:
         """Make what is under way raise soon; callable from any thread."""
-        self._cancelled = TransferError(f"The update was aborted: {reason}.")
+        self.fail(TransferError(f"The update was aborted: {reason}."))
+
+    def fail(self, error: WeightTransferError, after_others: bool = False) -> None:
+        """Make what is under way raise an error soon; callable from any thread.
+
+        Args:
+            error: what happened.
+            after_others: whether that may follow from what a worker has not told yet.
+        """
+        if self.failed is None or (self.failed_after_others and not after_others):
+            self.failed, self.failed_after_others = error, after_others
         if self._calls is not None:
-            self._calls.cancel(self._cancelled)
-        if self.engine is not None:
-            self.engine.abort_update()
+            self._calls.cancel(error)
+        self.engines.abort()
 
     def go_on(self) -> None:
         """Forget that something was cancelled."""
-        self._cancelled = None
+        self.failed, self.failed_after_others = None, False
 
     def require_going_on(self) -> None:
         """Raise if what is under way was cancelled."""
-        if self._cancelled is not None:
-            raise self._cancelled
+        if self.failed is not None:
+            raise self.failed

@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from weight_transfer.errors import ConfigError
+from weight_transfer.memory.place import place_of
 from weight_transfer.model.casting import CastSource
 from weight_transfer.model.info import WireEncoder
 from weight_transfer.model.partial import PartialSource
 from weight_transfer.model.source import ModuleSource, WeightSource, as_source
+from weight_transfer.session.rank_shards import RankShards
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,6 +41,7 @@ class Outgoing:
         self._cast: CastSource | None = None
         self._uncast: WeightSource | None = None
         self._part: PartialSource | None = None
+        self._shards: RankShards | None = None
 
     def whole(self, weights: nn.Module | WeightSource) -> WeightSource:
         """Return all of the weights as a source.
@@ -70,7 +73,7 @@ class Outgoing:
     def forget(self) -> None:
         """Let go of all sources, and thereby of the weights."""
         self.encoder = WireEncoder()
-        self._module = self._cast = self._uncast = self._part = None
+        self._module = self._cast = self._uncast = self._part = self._shards = None
 
     def part(self, source: WeightSource, only: Sequence[str] | None) -> WeightSource:
         """Return the part that matches ``only``; all of the source if that is None.
@@ -83,6 +86,13 @@ class Outgoing:
         if self._part is None or self._part.source is not source or self._part.only != tuple(only):
             self._part = PartialSource(source, only)
         return self._part
+
+    def shards(self, rank: int, device: str) -> RankShards:
+        """Return the shards of this trainer rank, whose memory lies on a torch device."""
+        place = place_of(device)
+        if self._shards is None or (self._shards.rank, self._shards.place) != (rank, place):
+            self._shards = RankShards(rank, place)
+        return self._shards
 
     def require_base(self, manifest: Manifest) -> None:
         """Raise if these are some of the weights, and nothing was sent whole yet."""

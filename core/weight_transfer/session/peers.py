@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -15,11 +14,16 @@ from weight_transfer.control.channel import ControlChannel, takes_session
 from weight_transfer.engine import WorkerSlot
 from weight_transfer.errors import (
     ConfigError,
+    HandshakeError,
+    LifecycleError,
     PeerLostError,
     TransferError,
     TransferTimeoutError,
     WeightTransferError,
 )
+from weight_transfer.model.manifest import Manifest
+from weight_transfer.plan.layout import Regions
+from weight_transfer.session.sharing import Keeper
 from weight_transfer.values.deadline import LONG, Deadline
 
 if TYPE_CHECKING:
@@ -50,6 +54,8 @@ class Peer:
         init_info: what they were sent to join.
         dtypes: of their weights by name, if they were asked and know.
         known: digest by field name of what they have been sent once, by target.
+        first_worker: number of the first of them among all workers.
+        kept: by target, the manifest of which they were asked what they keep, and what they answered.
     """
 
     address: str
@@ -65,6 +71,8 @@ class Peer:
     init_info: dict[str, Any] = attrs.field(factory=dict)
     dtypes: dict[str, str] | None = None
     known: dict[str, dict[str, str]] = attrs.field(factory=dict)
+    first_worker: int = 0
+    kept: dict[str, tuple[Manifest, list[Keeper]]] = attrs.field(factory=dict)
 
     @property
     def ids(self) -> set[str]:
@@ -77,6 +85,36 @@ class Peer:
         self.called = True
         self.init_info = init_info | self._session
         return self.channel.init_weight_transfer_engine(self.init_info)
+
+    def needs(self, request: dict[str, Any], manifest: Manifest) -> object:
+        """Ask what they keep of the weights of a manifest, which they then know."""
+        self.called = True
+        target = request["target"]
+        sent: dict[str, Any] = {"digest": manifest.digest}
+        if self.known.get(target, {}).get("manifest") != manifest.digest:
+            sent["value"] = manifest.to_wire()
+        call: Callable[..., Any] = self.channel.weight_needs  # type: ignore[attr-defined]  # it was looked for
+        answer = call({**request, "manifest": sent} | self._session)
+        self.known.setdefault(target, {})["manifest"] = manifest.digest
+        return answer
+
+    def keep(self, target: str, manifest: Manifest, answer: object) -> None:
+        """Take down what they keep; ``answer`` is None for a channel that cannot be asked.
+
+        Raises:
+            HandshakeError: the answer is none.
+        """
+        needs = answer.get("needs") if isinstance(answer, dict) else [None] * self.count
+        if not isinstance(needs, list) or len(needs) != self.count:
+            raise HandshakeError(
+                f"It answered what it keeps for {len(needs) if isinstance(needs, list) else 'no'} workers, and has "
+                f"{self.count} behind it.",
+                peer=self.address,
+                phase="init",
+            )
+        regions = [None if need is None else Regions.from_wire(need, manifest) for need in needs]
+        keepers = [Keeper(self.address, self.first_worker + index, kept) for index, kept in enumerate(regions)]
+        self.kept[target] = manifest, keepers
 
     def start(self) -> None:
         """Open an update."""
@@ -115,7 +153,7 @@ class Peer:
     def forget(self) -> None:
         """They have to join anew."""
         self.joined = self.called = self.started = self.greeted = False
-        self.known = {}
+        self.known, self.kept = {}, {}
 
 
 def make_peer(worker: str | ControlChannel, index: int, count: int, config: WeightTransferConfig) -> Peer:
@@ -158,13 +196,22 @@ def make_slots(peers: Sequence[Peer]) -> dict[Peer, WorkerSlot]:
     return slots
 
 
-_ECHOES = (PeerLostError, TransferTimeoutError)
+Lost = dict[Peer, WeightTransferError]
+"""Workers that failed, in the order of their failures."""
+
+ECHOES = (PeerLostError, TransferTimeoutError)
+"""What may follow from another member's failure."""
 
 
 def cause_of(failures: Mapping[Peer, WeightTransferError]) -> WeightTransferError | None:
     """Return the failure that the others follow from: when one member fails, others lose it, or wait in vain."""
-    own = (error for error in failures.values() if not isinstance(error, _ECHOES))
+    own = (error for error in failures.values() if not isinstance(error, ECHOES))
     return next(own, next(iter(failures.values()), None))
+
+
+def gone_in(failures: Lost) -> Lost:
+    """Return those that are not there any more, or have joined another trainer: they may join again."""
+    return {peer: error for peer, error in failures.items() if isinstance(error, (LifecycleError, PeerLostError))}
 
 
 class Calls:
@@ -225,9 +272,9 @@ class Calls:
         Workers get a moment to answer; see `cause_of`.
         """
         until = Deadline(_GRACE)
-        while self._pending and isinstance(cause_of(self.failures), (*_ECHOES, type(None))):
+        while self._pending and isinstance(cause_of(self.failures), (*ECHOES, type(None))):
             try:
-                self._take(until.remaining())
+                self._take(until.remaining(), heeds_cancel=False)
             except queue.Empty:
                 break
         first = cause_of(self.failures)
@@ -245,10 +292,12 @@ class Calls:
         """The addresses of those that have not answered yet."""
         return ", ".join(peer.address for peer in self._pending)
 
-    def _take(self, timeout: float) -> None:
+    def _take(self, timeout: float, heeds_cancel: bool = True) -> None:
         """Wait for one answer."""
         peer, error = self._answers.get(timeout=timeout)
         if peer is None:
+            if not heeds_cancel:
+                return
             assert error is not None
             raise error
         self._pending.remove(peer)
@@ -272,15 +321,3 @@ class Calls:
         self._answers.put((peer, error))
         if error is not None and self._on_failure is not None:
             self._on_failure(peer)
-
-
-@contextmanager
-def logged_wait(what: Callable[[], str]) -> Iterator[None]:
-    """Log ``what`` is waited for if that takes long."""
-    timer = threading.Timer(LONG, lambda: logger.warning("%s", what()))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()

@@ -31,6 +31,6 @@ def ranks_of(source: WeightSource) -> ParallelConfig:
     It is that in torch.distributed's default group. A process that has all of its weights is alone in that: nobody else
     would send them to its workers.
     """
-    if not source.collective:
+    if not source.collective and source.whole:
         return ALONE
     return detected_ranks()
