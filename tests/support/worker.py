@@ -93,5 +93,5 @@ def shared_mappings() -> int:
 
 def mapped_device_memory(receiver: wt.WeightReceiver) -> int:
     """Return how many of the trainer's allocations the ipc backend's worker maps."""
-    reader = getattr(getattr(receiver._joined, "engine", None), "_reader", None)
-    return len(getattr(reader, "_mapped", ()))
+    engine = getattr(receiver._joined, "engine", None)
+    return engine.mapped_allocations if engine is not None else 0

@@ -17,7 +17,7 @@ buckets of `plan_buckets`, so that neighbours stay neighbours on both sides.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
 from weakref import ref
 
@@ -97,17 +97,29 @@ class Exporter:
         self._signature: tuple[object, ...] = ()
         self._export = Export((), (), (), {})
 
-    def refresh(self, manifest: Manifest, resident: Mapping[str, torch.Tensor]) -> Export:
+    def refresh(
+        self,
+        manifest: Manifest,
+        resident: Mapping[str, torch.Tensor],
+        companions: Callable[[], Iterable[torch.Tensor]] = tuple,
+    ) -> Export:
         """Return where the weights are now, in whichever dtypes they lie; the same object while nothing moved.
 
         New or reallocated parameters are adopted, segments that no parameter uses any more are dropped.
+
+        Args:
+            manifest: the weights.
+            resident: their tensors, by name.
+            companions: returns tensors that may refer to the same storages, and then move with them.
         """
         if not self.parted and self._signature == _sign(manifest, resident):
             return self._export
         self._segments = {home: segment for home, segment in self._segments.items() if not segment.parted}
         if self._adopt:
             self._find(list(resident.values()))
-            self._adopt_all([tensor for tensor in resident.values() if not self._home(tensor)])
+            homeless = [tensor for tensor in resident.values() if not self._home(tensor)]
+            if homeless:
+                self._adopt_all(homeless, companions())
         self._export = self._describe(manifest, resident)
         self._signature = _sign(manifest, resident)
         return self._export
@@ -159,8 +171,8 @@ class Exporter:
             if any(tensor.device.type == "cpu" and segment.holds(tensor.data_ptr()) for tensor in tensors):
                 self._segments[next(self._ids)] = segment
 
-    def _adopt_all(self, tensors: Sequence[torch.Tensor]) -> None:
-        groups = [group for group in _by_storage(tensors) if _is_adoptable(group)]
+    def _adopt_all(self, tensors: Sequence[torch.Tensor], companions: Iterable[torch.Tensor]) -> None:
+        groups = [group for group in _by_storage(tensors, companions) if _is_adoptable(group)]
         sizes = [-(-group[0].untyped_storage().nbytes() // ALIGNMENT) * ALIGNMENT for group in groups]
         if not groups:
             return
@@ -175,11 +187,20 @@ def _sign(manifest: Manifest, resident: Mapping[str, torch.Tensor]) -> tuple[obj
     return manifest.digest, [(tensor.data_ptr(), tensor.stride(), tensor.dtype) for tensor in resident.values()]
 
 
-def _by_storage(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
-    groups: dict[int, list[torch.Tensor]] = {}
+def _by_storage(tensors: Iterable[torch.Tensor], companions: Iterable[torch.Tensor] = ()) -> list[list[torch.Tensor]]:
+    """Return the tensors by storage, with those companions that share one of these."""
+    groups: dict[int, dict[int, torch.Tensor]] = {}
     for tensor in tensors:
-        groups.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)  # noqa: SLF001  (its identity)
-    return list(groups.values())
+        groups.setdefault(_identity(tensor), {})[id(tensor)] = tensor
+    for tensor in companions:
+        if (key := _identity(tensor)) in groups:
+            groups[key][id(tensor)] = tensor
+    return [list(group.values()) for group in groups.values()]
+
+
+def _identity(tensor: torch.Tensor) -> int:
+    identity: int = tensor.untyped_storage()._cdata  # noqa: SLF001  (torch has no public name for it)
+    return identity
 
 
 def _is_adoptable(group: Sequence[torch.Tensor]) -> bool:

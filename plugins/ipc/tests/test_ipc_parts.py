@@ -76,7 +76,7 @@ def test_a_goodbye_wakes_the_other_end_and_waits_for_its_answer() -> None:
     order = []
 
     def watch() -> None:
-        worker.await_end()
+        assert Connection.await_end([worker]) is worker
         order.append("unmapped")
         worker.interrupt()
 

@@ -15,7 +15,7 @@ import select
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from weight_transfer.authoring import Deadline
@@ -56,8 +56,8 @@ class Connection:
             )
 
     @classmethod
-    def connect(cls, address: str, deadline: Deadline) -> Connection:
-        """Connect to a listener."""
+    def connect(cls, address: str, deadline: Deadline, peer: str = "trainer") -> Connection:
+        """Connect to a listener; ``peer`` is how messages call it."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.settimeout(max(deadline.remaining(), 1e-3))
         try:
@@ -67,10 +67,10 @@ class Connection:
             raise PeerLostError(
                 "The trainer's Unix socket cannot be reached; ipc needs one host and one network namespace.",
                 backend="ipc",
-                peer="trainer",
+                peer=peer,
                 cause=str(error),
             ) from error
-        return cls(sock, "trainer")
+        return cls(sock, peer)
 
     def send(self, message: dict[str, Any], fds: list[int], deadline: Deadline) -> None:
         """Send a small JSON message, with file descriptors."""
@@ -131,11 +131,14 @@ class Connection:
         except OSError:
             return  # it is not connected any more: nobody waits
 
-    def await_end(self) -> None:
-        """Wait, without a deadline, until either end has closed or interrupted the connection, or died."""
+    @staticmethod
+    def await_end(connections: Sequence[Connection]) -> Connection:
+        """Wait, without a deadline, until either end of one has closed or interrupted it, or died; return that one."""
         poll = select.poll()
-        poll.register(self._socket, select.POLLRDHUP)
-        poll.poll()
+        by_number = {each._socket.fileno(): each for each in connections}  # noqa: SLF001
+        for number in by_number:
+            poll.register(number, select.POLLRDHUP)
+        return by_number[poll.poll()[0][0]]
 
     def say_goodbye(self) -> None:
         """Tell the other end that nothing more will come; `await_goodbye` then waits for its answer."""

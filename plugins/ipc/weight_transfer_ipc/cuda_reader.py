@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import attrs
 import torch
 
 from weight_transfer.authoring import destinations_of, private_copies
-from weight_transfer.errors import HandshakeError, ManifestMismatchError, TransferError
+from weight_transfer.errors import HandshakeError, ManifestMismatchError
 from weight_transfer_ipc import cuda
 from weight_transfer_ipc.conversion import load_converted, split
 from weight_transfer_ipc.copies import Copies, Spans, has_kernel
 from weight_transfer_ipc.cuda_export import layouts
-from weight_transfer_ipc.cuda_ring import POLL, CudaRingReader
-from weight_transfer_ipc.device_memory import bytes_at
-from weight_transfer_ipc.infos import Allocation
+from weight_transfer_ipc.cuda_mapping import Mappings, finish
+from weight_transfer_ipc.cuda_ring import CudaRingReader
 from weight_transfer_ipc.ring import RING
 from weight_transfer_ipc.views import Views, chunks, views_of
 
@@ -33,8 +30,8 @@ _COPIED = 128 * 2**20  # the same for a loader that may write into what it is gi
 _PART = 1024  # tensors whose places are compared before their copies are queued
 
 
-def require_reachable(gpu: str, device: torch.device) -> None:
-    """Raise unless ``device`` can read the memory of the GPU with that UUID.
+def require_reachable(gpu: str, device: torch.device, trainer: str) -> None:
+    """Raise unless ``device`` can read the memory of the GPU with that UUID, a trainer rank's.
 
     Raises:
         HandshakeError: it cannot; the sentence says why.
@@ -53,18 +50,8 @@ def require_reachable(gpu: str, device: torch.device) -> None:
         f"This worker's GPU cannot read the trainer's: {problem}, or use the nccl backend.",
         backend="ipc",
         phase="init",
-        peer="trainer",
+        peer=trainer,
     )
-
-
-@attrs.define
-class _Mapped:
-    """An allocation of the trainer, mapped here. ``opened`` is False in the trainer's own process."""
-
-    allocation: Allocation
-    address: int
-    memory: torch.Tensor
-    opened: bool
 
 
 @attrs.frozen
@@ -119,8 +106,7 @@ class CudaReader:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._lane: torch.cuda.Stream | None = None
-        self._mapped: dict[int, _Mapped] = {}
-        self._ready: dict[str, Any] = {}
+        self._mappings = Mappings(device)
         self._export: Export | None = None
         self._device_memory: DeviceMemory | None = None
         self._manifest: Manifest | None = None
@@ -136,6 +122,11 @@ class CudaReader:
         tables = self._in_place.table_bytes if self._in_place else 0
         return tables + (self._ring.extra_memory if self._ring is not None else 0)
 
+    @property
+    def mapped_allocations(self) -> int:
+        """How many allocations are mapped now."""
+        return len(self._mappings.memory)
+
     def read(self, info: IpcUpdateInfo, load_weights: LoadWeights, trainer: Connection, deadline: Deadline) -> None:
         """Load every parameter; on return, and after an error, nothing of it is left on the GPU."""
         trainer.check_alive()
@@ -147,14 +138,14 @@ class CudaReader:
                 or self._device_memory is not info.device_memory
             ):
                 self._map(info, trainer, deadline)
-            self._await_weights(trainer, deadline)
+            self._mappings.await_ready(trainer, deadline)
             lane.wait_stream(torch.cuda.current_stream())
             try:
                 with torch.cuda.stream(lane):
                     self._read(load_weights, trainer, deadline)
                     if self._ring is not None:
                         self._ring.read(load_weights, trainer, deadline)
-                self._finish(lane, deadline)
+                finish([lane], deadline)
                 trainer.check_alive()
             except BaseException:
                 lane.synchronize()  # it holds copies only, which end by themselves
@@ -165,7 +156,7 @@ class CudaReader:
     def close(self) -> None:
         """Unmap everything. Nothing may be under way."""
         self._forget()
-        self._unmap(self._mapped.keys())
+        self._mappings.close()
 
     def _read(self, load_weights: LoadWeights, trainer: Connection, deadline: Deadline) -> None:
         destinations = destinations_of(load_weights)
@@ -187,27 +178,6 @@ class CudaReader:
             assert self._manifest is not None
             load_converted(part, self._manifest, load_weights)
 
-    def _await_weights(self, trainer: Connection, deadline: Deadline) -> None:
-        """Wait, on the host, until the trainer's streams have come to where `send` was called.
-
-        The stream does not wait for the event itself: if the trainer died before it happened, the stream would never
-        drain, and the deadline could not be kept.
-        """
-        for gpu, event in self._ready.items():
-            if event is None:
-                torch.cuda.synchronize(cuda.find(gpu))
-                continue
-            while not event.query():
-                deadline.check("waiting for the trainer's stream", backend="ipc", phase="update", peer="trainer")
-                trainer.check_alive()
-                time.sleep(POLL)
-
-    def _finish(self, lane: torch.cuda.Stream, deadline: Deadline) -> None:
-        end = lane.record_event()
-        while not end.query():
-            deadline.check("copying from the trainer's memory", backend="ipc", phase="update")
-            time.sleep(POLL)
-
     # What is made once per export.
 
     def _map(self, info: IpcUpdateInfo, trainer: Connection, deadline: Deadline) -> None:
@@ -215,62 +185,26 @@ class CudaReader:
         if memory is None:
             raise ManifestMismatchError("The trainer exports host memory to a worker on a GPU.", backend="ipc")
         self._forget()
-        wanted = {allocation.id: allocation for allocation in memory.allocations}
-        self._unmap([key for key, mapped in self._mapped.items() if wanted.get(key) != mapped.allocation])
-        same_process = trainer.pid == os.getpid()
-        for allocation in memory.allocations:
-            deadline.check("mapping the trainer's memory", backend="ipc", phase="update")
-            if allocation.id not in self._mapped:
-                self._mapped[allocation.id] = self._open(allocation, same_process)
-        if same_process:
-            self._ready = dict.fromkeys(memory.ready)
-        else:
-            events = {gpu: bytes.fromhex(handle) for gpu, handle in memory.ready.items()}
-            self._ready = {gpu: torch.cuda.Event.from_ipc_handle(self._device, e) for gpu, e in events.items()}
+        self._mappings.refresh(memory, trainer, deadline)
         if info.ring is not None:
-            ring = self._mapped.get(RING)
-            if ring is None or ring.allocation.nbytes < info.ring.nbytes:
+            ring = self._mappings.memory.get(RING)
+            if ring is None or ring.nbytes < info.ring.nbytes:
                 raise ManifestMismatchError("The trainer's ring has no memory.", backend="ipc")
-            peer = ring.allocation.gpu != cuda.uuid_of(self._device.index)
-            self._ring = CudaRingReader(info.ring, ring.memory, info.export.staged(info.manifest), peer)
+            peer = self._mappings.gpus[RING] != cuda.uuid_of(self._device.index)
+            self._ring = CudaRingReader(info.ring, ring, info.export.staged(info.manifest), peer)
         self._export, self._device_memory, self._manifest = info.export, memory, info.manifest
-
-    def _open(self, allocation: Allocation, same_process: bool) -> _Mapped:
-        if same_process:
-            address, index = allocation.address, cuda.find(allocation.gpu)
-            assert index is not None  # this process exported it
-            memory = bytes_at(address, allocation.nbytes, torch.device("cuda", index))
-            return _Mapped(allocation, address, memory, opened=False)
-        try:
-            address = cuda.open_handle(allocation.handle, self._device.index)
-        except TransferError as error:
-            raise HandshakeError(
-                f"{self._device} cannot map the trainer's memory; CUDA IPC needs both in one IPC and PID namespace "
-                "(docker run --ipc and --pid), and peer access between two GPUs. Or use the nccl backend.",
-                backend="ipc",
-                phase="update",
-                peer="trainer",
-                cause=error.cause,
-            ) from error
-        return _Mapped(allocation, address, bytes_at(address, allocation.nbytes, self._device), opened=True)
-
-    def _unmap(self, keys: Sequence[int] | Any) -> None:
-        for key in list(keys):
-            mapped = self._mapped.pop(key)
-            if mapped.opened:
-                cuda.close_handle(mapped.address, self._device.index)
 
     def _forget(self) -> None:
         self._views, self._chunks, self._in_place, self._ring = None, None, None, None
         self._masters = []
         self._export, self._device_memory, self._manifest = None, None, None
-        self._ready = {}
+        self._mappings.forget_events()
 
     def _all_views(self) -> Views:
         if self._views is None:
             assert self._export is not None and self._manifest is not None
-            memory = {key: mapped.memory for key, mapped in self._mapped.items()}
-            self._views, self._masters = split(views_of(self._export, self._manifest, memory), self._manifest)
+            views = views_of(self._export, self._manifest, self._mappings.memory)
+            self._views, self._masters = split(views, self._manifest)
         return self._views
 
     def _copy_in_place(self, destinations: Mapping[str, torch.Tensor], load_weights: LoadWeights) -> _InPlace:
@@ -296,7 +230,8 @@ class CudaReader:
         assert self._export is not None
         rows: list[tuple[torch.Tensor, bool, tuple[int, int, int]]] = []
         written, rest = [], []
-        homes = {self._mapped[s.id].memory.untyped_storage().data_ptr(): s.id for s in self._export.segments}
+        memory, gpus = self._mappings.memory, self._mappings.gpus
+        homes = {memory[s.id].untyped_storage().data_ptr(): gpus[s.id] for s in self._export.segments}
         for name, view in self._all_views():
             destination = destinations[name]
             if not (view.device == destination.device == self._device) or not (
@@ -304,8 +239,7 @@ class CudaReader:
             ):
                 rest.append((name, view))
                 continue
-            home = homes[view.untyped_storage().data_ptr()]
-            peer = self._mapped[home].allocation.gpu != own
+            peer = homes[view.untyped_storage().data_ptr()] != own
             span = view.data_ptr(), destination.data_ptr(), view.numel() * view.element_size()
             rows.append((destination, peer, span))
             written.append((name, destination))

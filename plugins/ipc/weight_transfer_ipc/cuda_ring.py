@@ -57,20 +57,21 @@ class CudaRingWriter:
 
     def write(
         self,
-        staged: Manifest,
+        plan: BucketPlan,
         tensors: Iterator[torch.Tensor],
         readers: Sequence[Connection],
         deadline: Deadline,
         progress: Callable[[int], None],
         kept: bool,
     ) -> None:
-        """Send the tensors of ``staged``, in its order; returns when all readers have loaded all of them.
+        """Send the tensors of ``plan``, in its order; returns when all readers have loaded all of them.
 
         Packing runs on the caller's current stream, where the tensors were gathered. ``kept``: they stay valid while
         somebody refers to them.
         """
-        packer = self._packer_for(staged)
-        packing, count = packer.packing(tensors, kept), len(packer.plan.buckets)
+        if self._packer is None or self._packer.plan is not plan:
+            self._packer = Packer(plan, self._buffers)
+        packing, count = self._packer.packing(tensors, kept), len(plan.buckets)
         desk = _Desk(readers, deadline)
         with torch.cuda.device(self._device):
             for index in range(count):
@@ -84,11 +85,6 @@ class CudaRingWriter:
         """Give the memory back."""
         self._buffers, self._packer = [], None
         cuda.free(self.allocation.address, self._device.index)
-
-    def _packer_for(self, staged: Manifest) -> Packer:
-        if self._packer is None or self._packer.plan.params is not staged.params:
-            self._packer = Packer(plan_buckets(staged.params, self.layout.bucket_bytes), self._buffers)
-        return self._packer
 
 
 class _Desk:
@@ -153,22 +149,8 @@ class CudaRingReader:
     def read(self, load_weights: LoadWeights, trainer: Connection, deadline: Deadline) -> None:
         """Load every bucket on the current stream."""
         unpacker = self._unpacker_for(load_weights)
-        full, loading = 0, deque[Any]()
-        for index in range(len(self._plan.buckets)):
-            while full <= index:
-                deadline.check("waiting for the trainer to fill a bucket", backend="ipc", phase="update")
-                self._tell(loading, trainer, deadline)
-                arrived = trainer.take_signals()
-                full += arrived
-                if not arrived:
-                    time.sleep(POLL)
-            unpacker.load(index, load_weights)
-            loading.append(torch.cuda.current_stream().record_event())
-        while loading:
-            deadline.check("loading the last buckets", backend="ipc", phase="update")
-            self._tell(loading, trainer, deadline)
-            trainer.check_alive()
-            time.sleep(POLL)
+        buckets = len(self._plan.buckets)
+        read_buckets(buckets, lambda index: unpacker.load(index, load_weights), trainer, deadline)
 
     def _unpacker_for(self, load_weights: LoadWeights) -> Unpacker | InPlaceRing:
         destinations = destinations_of(load_weights)
@@ -181,10 +163,31 @@ class CudaRingReader:
             self._in_place = InPlaceRing(self._plan, self._buffers, tensors, self._peer)
         return self._in_place
 
-    def _tell(self, loading: deque[Any], trainer: Connection, deadline: Deadline) -> None:
-        while loading and loading[0].query():
-            loading.popleft()
-            trainer.signal(deadline)
+
+def read_buckets(count: int, load: Callable[[int], None], trainer: Connection, deadline: Deadline) -> None:
+    """Load each bucket on the current stream once it is full, and say so when the GPU has loaded it."""
+    full, loading = 0, deque[Any]()
+    for index in range(count):
+        while full <= index:
+            deadline.check("waiting for the trainer to fill a bucket", backend="ipc", phase="update")
+            _tell(loading, trainer, deadline)
+            arrived = trainer.take_signals()
+            full += arrived
+            if not arrived:
+                time.sleep(POLL)
+        load(index)
+        loading.append(torch.cuda.current_stream().record_event())
+    while loading:
+        deadline.check("loading the last buckets", backend="ipc", phase="update")
+        _tell(loading, trainer, deadline)
+        trainer.check_alive()
+        time.sleep(POLL)
+
+
+def _tell(loading: deque[Any], trainer: Connection, deadline: Deadline) -> None:
+    while loading and loading[0].query():
+        loading.popleft()
+        trainer.signal(deadline)
 
 
 class InPlaceRing:

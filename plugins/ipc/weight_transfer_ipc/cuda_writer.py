@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from weight_transfer.authoring import staged_tensors
+from weight_transfer.authoring import plan_buckets, staged_tensors
 from weight_transfer_ipc import cuda
 from weight_transfer_ipc.cuda_export import CudaExporter, Readiness
 from weight_transfer_ipc.cuda_ring import CudaRingWriter
@@ -15,7 +15,7 @@ from weight_transfer_ipc.ring import RingLayout
 if TYPE_CHECKING:
     import torch
 
-    from weight_transfer.authoring import Deadline, Export, Manifest, WeightSource, WeightTransferConfig
+    from weight_transfer.authoring import BucketPlan, Deadline, Export, Manifest, WeightSource, WeightTransferConfig
     from weight_transfer_ipc.connection import Connection
 
 
@@ -36,6 +36,7 @@ class CudaWriter:
         self._readiness = Readiness()
         self._export: Export | None = None
         self._staged: Manifest | None = None
+        self._plan: BucketPlan | None = None
         self._memory: DeviceMemory | None = None
         self._ring: CudaRingWriter | None = None
         self._old_rings: list[CudaRingWriter] = []
@@ -56,6 +57,7 @@ class CudaWriter:
         if export is not self._export:
             self._export, self._staged = export, export.staged(manifest)
             self._fit_ring(self._staged)
+            self._plan = plan_buckets(self._staged.params, self._ring.layout.bucket_bytes) if self._ring else None
         ready = self._readiness.mark(self._exporter.devices)
         allocations = self._exporter.allocations + ((self._ring.allocation,) if self._ring else ())
         memory = DeviceMemory(allocations, ready)
@@ -77,10 +79,10 @@ class CudaWriter:
     ) -> None:
         """Send what is staged; the workers fetch the rest by themselves."""
         if self._ring is not None:
-            assert self._staged is not None
+            assert self._staged is not None and self._plan is not None
             tensors = staged_tensors(source, self._staged.params)
             kept = not source.reuses_memory
-            self._ring.write(self._staged, tensors, list(workers.values()), deadline, progress, kept)
+            self._ring.write(self._plan, tensors, list(workers.values()), deadline, progress, kept)
 
     def _readable(self, source: WeightSource) -> Mapping[str, torch.Tensor]:
         """Return what workers may read in place: masters, too, if no larger bytes than the cast ones leave the GPU."""
@@ -101,7 +103,7 @@ class CudaWriter:
     def close(self) -> None:
         """Give everything back."""
         self._exporter.close()
-        self._export = self._staged = self._memory = None
+        self._export = self._staged = self._plan = self._memory = None
         for ring in [*self._old_rings, *([self._ring] if self._ring else [])]:
             ring.close()
         self._old_rings, self._ring = [], None

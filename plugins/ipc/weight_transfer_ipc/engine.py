@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,13 +21,26 @@ from weight_transfer.errors import HandshakeError, PeerLostError, TransferTimeou
 from weight_transfer_ipc import cuda
 from weight_transfer_ipc.connection import Connection, Listener
 from weight_transfer_ipc.cuda_reader import CudaReader, require_reachable
+from weight_transfer_ipc.cuda_region_reader import CudaRegionReader
+from weight_transfer_ipc.cuda_region_writer import CudaRegionWriter
 from weight_transfer_ipc.cuda_writer import CudaWriter
 from weight_transfer_ipc.host_reader import HostReader
+from weight_transfer_ipc.host_region_reader import HostRegionReader
+from weight_transfer_ipc.host_region_writer import HostRegionWriter
 from weight_transfer_ipc.host_writer import HostWriter
 from weight_transfer_ipc.infos import IpcInitInfo, IpcUpdateInfo
+from weight_transfer_ipc.trainers import Trainers, rank_name
 
 if TYPE_CHECKING:
-    from weight_transfer.authoring import Manifest, ParallelConfig, WeightSource, WeightTransferConfig
+    from weight_transfer.authoring import (
+        IncomingRegions,
+        Manifest,
+        OutgoingRegions,
+        ParallelConfig,
+        WeightSource,
+        WeightTransferConfig,
+    )
+    from weight_transfer_ipc.region_writer import RegionWriter
 
 logger = logging.getLogger(__name__)
 
@@ -44,19 +57,27 @@ class IpcTrainerEngine(TrainerWeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
         super().__init__(config, parallel_config)
         device = _numbered(parallel_config.device)
         self._gpu = cuda.uuid_of(device.index) if device.type == "cuda" else None
-        self._writer = CudaWriter(config, device) if device.type == "cuda" else HostWriter(config)
+        on_gpu = device.type == "cuda"
+        self._writer = CudaWriter(config, device) if on_gpu else HostWriter(config)
+        self._regions: RegionWriter = CudaRegionWriter(config, device) if on_gpu else HostRegionWriter(config)
         self._listener: Listener | None = None
         self._joining: dict[int, str] = {}
         self._workers: dict[int, Connection] = {}
 
     def open_endpoint(self, slots: Sequence[WorkerSlot], deadline: Deadline) -> list[dict[str, Any]]:
+        info = self._open(slots)
+        return [info for _ in slots]
+
+    def open_rank(self, first: Mapping[str, Any], slots: Sequence[WorkerSlot], deadline: Deadline) -> dict[str, Any]:
+        return self._open(slots)
+
+    def _open(self, slots: Sequence[WorkerSlot]) -> dict[str, Any]:
         if self._listener is not None and self._listener.interrupted:  # an earlier join was given up
             self._listener.close()
             self._listener = None
         self._listener = self._listener or Listener()
         self._joining = {slot.rank_offset + i: slot.peer for slot in slots for i in range(slot.count)}
-        info = {"address": self._listener.address, "token": self._listener.token, "gpu": self._gpu}
-        return [info for _ in slots]
+        return {"address": self._listener.address, "token": self._listener.token, "gpu": self._gpu}
 
     def join_workers(self, deadline: Deadline) -> None:
         assert self._listener is not None
@@ -79,6 +100,7 @@ class IpcTrainerEngine(TrainerWeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
                 self._workers[rank].close()
             self._workers[rank] = connection
             self._writer.welcome(rank, connection.gpu)
+            self._regions.welcome(rank)
 
     def describe_update(self, source: WeightSource, manifest: Manifest, deadline: Deadline) -> dict[str, Any]:
         return self._writer.describe(source, manifest)
@@ -88,8 +110,15 @@ class IpcTrainerEngine(TrainerWeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
     ) -> None:
         self._writer.send(source, self._workers, deadline, progress)
 
+    def share_regions(self, outgoing: OutgoingRegions, deadline: Deadline) -> dict[str, Any]:
+        return self._regions.share(outgoing)
+
+    def send_regions(self, outgoing: OutgoingRegions, deadline: Deadline, progress: Callable[[int], None]) -> None:
+        self._regions.send(outgoing, self._workers, deadline, progress)
+
     def release_source(self) -> None:
         self._writer.release()
+        self._regions.release()
 
     def lose_worker(self, peer: str) -> None:
         for rank in [rank for rank, name in self._joining.copy().items() if name == peer]:
@@ -120,10 +149,11 @@ class IpcTrainerEngine(TrainerWeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
             self._listener.close()
             self._listener = None
         self._writer.close()
+        self._regions.close()
 
     @property
     def extra_memory(self) -> int:
-        return self._writer.extra_memory
+        return self._writer.extra_memory + self._regions.extra_memory
 
 
 class IpcWorkerEngine(WeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
@@ -135,48 +165,46 @@ class IpcWorkerEngine(WeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
     def __init__(self, config: WeightTransferConfig, parallel_config: ParallelConfig) -> None:
         super().__init__(config, parallel_config)
         self._device = _numbered(parallel_config.device)
-        self._reader = CudaReader(self._device) if self._device.type == "cuda" else HostReader()
+        on_gpu = self._device.type == "cuda"
+        self._reader = CudaReader(self._device) if on_gpu else HostReader()
+        self._regions = CudaRegionReader(self._device) if on_gpu else HostRegionReader()
         self._reading = threading.Lock()
-        self._trainer: Connection | None = None
+        self._trainers = Trainers()
         self._watch: threading.Thread | None = None
         self._ended = threading.Event()
 
     def init_transfer_engine(self, init_info: IpcInitInfo) -> None:
         deadline = Deadline(init_info.timeout)
-        self._require_one_kind(init_info.gpu)
+        infos = init_info.of_ranks()
+        for number, info in enumerate(infos):
+            self._require_one_kind(info.gpu, rank_name(number, len(infos)))
         self.transport = "CUDA IPC" if init_info.gpu else "shared memory"
-        self._trainer = Connection.connect(init_info.address, deadline)
         rank = init_info.rank_offset + self.parallel_config.rank
         gpu = cuda.uuid_of(self._device.index) if self._device.type == "cuda" else None
-        self._trainer.send({"token": init_info.token, "rank": rank, "gpu": gpu}, [], deadline)
-        welcome, _ = self._trainer.receive(deadline)
-        if welcome != {"welcome": rank}:
-            raise HandshakeError(
-                "The trainer's socket answered with something else than a welcome.", backend="ipc", peer="trainer"
-            )
-        self._watch = threading.Thread(
-            target=self._let_go_in_the_end, args=(self._trainer,), name="weight-transfer ipc watch", daemon=True
-        )
+        self._trainers.join(infos, rank, gpu, deadline)
+        self._watch = threading.Thread(target=self._let_go_in_the_end, name="weight-transfer ipc watch", daemon=True)
         self._watch.start()
 
     def receive_weights(self, update_info: IpcUpdateInfo, load_weights: LoadWeights) -> None:
-        assert self._trainer is not None
-        with self._reading:
-            self._reader.read(update_info, load_weights, self._trainer, Deadline(update_info.timeout))
+        deadline = Deadline(update_info.timeout)
+        with self._reading, self._trainers.blamed():
+            self._reader.read(update_info, load_weights, self._trainers[0], deadline)
+
+    def receive_regions(self, update_info: IpcUpdateInfo, incoming: IncomingRegions) -> None:
+        deadline = Deadline(update_info.timeout)
+        with self._reading, self._trainers.blamed():
+            self._regions.read(update_info, incoming, self._trainers, deadline)
 
     def abort_update(self) -> None:
-        if self._trainer is not None:
-            self._trainer.interrupt()
+        self._trainers.interrupt()
 
     def shutdown(self) -> None:
-        if self._trainer is not None:
-            self._trainer.interrupt()
-            if self._watch is not None:
-                self._watch.join()
-                self._watch = None
-            self._trainer.close()
-            self._trainer = None
-        self._reader.close()
+        self._trainers.interrupt()
+        if self._watch is not None:
+            self._watch.join()
+            self._watch = None
+        self._trainers.close()
+        self._close_readers()
 
     @property
     def lost(self) -> bool:
@@ -184,17 +212,31 @@ class IpcWorkerEngine(WeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
 
     @property
     def extra_memory(self) -> int:
-        return self._reader.extra_memory
+        return self._reader.extra_memory + self._regions.extra_memory
 
-    def _let_go_in_the_end(self, trainer: Connection) -> None:
-        """Unmap the trainer's memory as soon as it shuts down or dies: mapped memory stays taken."""
-        trainer.await_end()
+    @property
+    def mapped_allocations(self) -> int:
+        """How many of the trainer's allocations of device memory are mapped now."""
+        return self._reader.mapped_allocations + self._regions.mapped_allocations
+
+    def _let_go_in_the_end(self) -> None:
+        """Unmap the trainer's memory as soon as one of its ranks shuts down or dies: mapped memory stays taken."""
+        self._trainers.await_end()
         self._ended.set()
-        with self._reading:
-            self._reader.close()
-        trainer.interrupt()
+        if not self._reading.acquire(blocking=False):
+            self._trainers.interrupt()  # whoever waits for another rank
+            self._reading.acquire()
+        try:
+            self._close_readers()
+        finally:
+            self._reading.release()
+        self._trainers.interrupt()
 
-    def _require_one_kind(self, gpu: str | None) -> None:
+    def _close_readers(self) -> None:
+        self._reader.close()
+        self._regions.close()
+
+    def _require_one_kind(self, gpu: str | None, peer: str) -> None:
         if (gpu is None) is not (self._device.type == "cpu"):
             theirs = "host memory" if gpu is None else "a GPU"
             raise HandshakeError(
@@ -202,10 +244,10 @@ class IpcWorkerEngine(WeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
                 "move one side, such as with CheckpointSource(path, device='cuda').",
                 backend="ipc",
                 phase="init",
-                peer="trainer",
+                peer=peer,
             )
         if gpu is not None:
-            require_reachable(gpu, self._device)
+            require_reachable(gpu, self._device, peer)
 
 
 def _numbered(name: str | None) -> torch.device:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
-from weight_transfer.authoring import PrivateView, destinations_of
-from weight_transfer.errors import HandshakeError, ManifestMismatchError
+from weight_transfer.authoring import destinations_of
+from weight_transfer.errors import ManifestMismatchError
 from weight_transfer_ipc.conversion import load_converted, split
+from weight_transfer_ipc.host_segments import receive_segments
 from weight_transfer_ipc.ring import RING, RingReader
 from weight_transfer_ipc.views import Views, chunks, views_of
 
 if TYPE_CHECKING:
-    from weight_transfer.authoring import Deadline, Export, Manifest
+    from weight_transfer.authoring import Deadline, Export, Manifest, PrivateView
     from weight_transfer.engine import LoadWeights
     from weight_transfer_ipc.connection import Connection
     from weight_transfer_ipc.infos import IpcUpdateInfo
@@ -24,6 +24,7 @@ class HostReader:
     """Reads update after update from the same mappings."""
 
     extra_memory = 0
+    mapped_allocations = 0
 
     def __init__(self) -> None:
         self._memory: dict[int, PrivateView] = {}
@@ -64,23 +65,10 @@ class HostReader:
         if info.ring is not None:
             sizes[RING] = info.ring.nbytes
         self._chunks, self._masters, self._ring = [], [], None
-        self._memory = {segment: memory for segment, memory in self._memory.items() if segment in sizes}
-        while self._memory.keys() != sizes.keys():
-            self._receive_segment(sizes, trainer, deadline)
+        self._memory = receive_segments(self._memory, sizes, trainer, deadline)
         memory = {segment: view.data for segment, view in self._memory.items()}
         exact, masters = split(views_of(info.export, info.manifest, memory), info.manifest)
         self._chunks, self._masters = chunks(exact, _CHUNK), chunks(masters, _CHUNK)
         if info.ring is not None:
             self._ring = RingReader(info.ring, self._memory[RING], info.export.staged(info.manifest))
         self._export, self._manifest = info.export, info.manifest
-
-    def _receive_segment(self, sizes: dict[int, int], trainer: Connection, deadline: Deadline) -> None:
-        message, fds = trainer.receive(deadline)
-        segment = message.get("segment")
-        if len(fds) != 1 or not isinstance(segment, int) or segment not in sizes or segment in self._memory:
-            for fd in fds:
-                os.close(fd)
-            raise HandshakeError(
-                f"The trainer sent segment {segment!r}, which was not announced.", backend="ipc", peer="trainer"
-            )
-        self._memory[segment] = PrivateView(fds[0], sizes[segment])

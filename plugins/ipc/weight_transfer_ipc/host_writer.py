@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from weight_transfer.authoring import Export, Exporter, staged_tensors
+from weight_transfer.authoring import Export, Exporter, plan_buckets, staged_tensors
 from weight_transfer.errors import PeerLostError
+from weight_transfer_ipc.host_segments import Passing
 from weight_transfer_ipc.ring import RING, RingLayout, RingWriter
 
 if TYPE_CHECKING:
-    from weight_transfer.authoring import Deadline, Manifest, WeightSource, WeightTransferConfig
+    from weight_transfer.authoring import BucketPlan, Deadline, Manifest, WeightSource, WeightTransferConfig
     from weight_transfer_ipc.connection import Connection
 
 
@@ -22,8 +23,9 @@ class HostWriter:
         self._exporter = Exporter(adopt=config.options.export == "adopt")
         self._export: Export | None = None
         self._staged: Manifest | None = None
+        self._plan: BucketPlan | None = None
         self._ring: RingWriter | None = None
-        self._sent: dict[int, set[int]] = {}
+        self._passing = Passing()
 
     @property
     def extra_memory(self) -> int:
@@ -32,7 +34,7 @@ class HostWriter:
 
     def welcome(self, rank: int, _gpu: object) -> None:
         """A worker has joined: it has no segment yet."""
-        self._sent[rank] = set()
+        self._passing.welcome(rank)
 
     def describe(self, source: WeightSource, manifest: Manifest) -> dict[str, Any]:
         """Return the fields of the update info."""
@@ -40,6 +42,7 @@ class HostWriter:
         export = self._exporter.refresh(manifest, {**resident, **masters} if masters else resident)
         if export is not self._export:
             self._export, self._staged = export, export.staged(manifest)
+            self._plan = plan_buckets(self._staged.params, self._layout.bucket_bytes)
         assert self._staged is not None
         if self._staged.params and self._ring is None:
             self._ring = RingWriter(self._layout)
@@ -53,15 +56,19 @@ class HostWriter:
         progress: Callable[[int], None],
     ) -> None:
         """Let the workers have the segments, and send what is staged. Workers that died leave ``workers``."""
-        assert self._staged is not None
+        assert self._staged is not None and self._plan is not None
+        assert self._export is not None
+        fds = {segment.id: self._exporter.segment(segment.id).fd for segment in self._export.segments}
+        if self._staged.params and self._ring is not None:
+            fds[RING] = self._ring.memory.fd
         for rank, worker in list(workers.items()):
             try:
-                self._pass_segments(rank, worker, deadline)
+                self._passing.bring(rank, worker, fds, deadline)
             except PeerLostError:  # the worker's own answer will say so; the others go on
                 workers.pop(rank).close()
         if self._staged.params and self._ring is not None:
             tensors = staged_tensors(source, self._staged.params)
-            self._ring.write(self._staged, tensors, list(workers.values()), deadline, progress)
+            self._ring.write(self._plan, tensors, list(workers.values()), deadline, progress)
 
     def release(self) -> None:
         """Keep everything: adopted parameters live in it."""
@@ -69,16 +76,5 @@ class HostWriter:
     def close(self) -> None:
         """Give everything back."""
         self._exporter.close()
-        self._export = self._staged = self._ring = None
-        self._sent.clear()
-
-    def _pass_segments(self, rank: int, worker: Connection, deadline: Deadline) -> None:
-        """Send a worker the file descriptors that it does not have yet."""
-        assert self._export is not None and self._staged is not None
-        fds = {segment.id: self._exporter.segment(segment.id).fd for segment in self._export.segments}
-        if self._staged.params and self._ring is not None:
-            fds[RING] = self._ring.memory.fd
-        for segment_id, fd in fds.items():
-            if segment_id not in self._sent[rank]:
-                worker.send({"segment": segment_id}, [fd], deadline)
-        self._sent[rank] = set(fds)
+        self._export = self._staged = self._plan = self._ring = None
+        self._passing.clear()

@@ -17,7 +17,13 @@ def weight_transfer_backend() -> Backend:
         trainer_engine="weight_transfer_ipc.engine:IpcTrainerEngine",
         options="weight_transfer_ipc.config:IpcOptions",
         probe="weight_transfer_ipc.plugin:probe",
-        capabilities={Capability.CPU, Capability.CUDA, Capability.CROSS_PROCESS, Capability.REJOIN},
+        capabilities={
+            Capability.CPU,
+            Capability.CUDA,
+            Capability.CROSS_PROCESS,
+            Capability.REJOIN,
+            Capability.REGIONS,
+        },
     )
 
 

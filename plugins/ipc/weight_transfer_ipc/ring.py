@@ -13,6 +13,7 @@ import attrs
 
 from weight_transfer.authoring import (
     ALIGNMENT,
+    BucketPlan,
     Packer,
     PrivateView,
     SharedMemory,
@@ -74,15 +75,16 @@ class RingWriter:
 
     def write(
         self,
-        staged: Manifest,
+        plan: BucketPlan,
         tensors: Iterator[torch.Tensor],
         readers: Sequence[Connection],
         deadline: Deadline,
         progress: Callable[[int], None],
     ) -> None:
-        """Send the tensors of ``staged``, in its order; returns when all readers have loaded all of them."""
-        packer = self._packer_for(staged)
-        packing, count = packer.packing(tensors), len(packer.plan.buckets)
+        """Send the tensors of ``plan``, in its order; returns when all readers have loaded all of them."""
+        if self._packer is None or self._packer.plan is not plan:
+            self._packer = Packer(plan, self._buffers)
+        packing, count = self._packer.packing(tensors), len(plan.buckets)
         readers = list(readers)
         for index in range(count):
             if index >= len(self._buffers):
@@ -92,11 +94,6 @@ class RingWriter:
             progress(nbytes)
         for _ in range(min(count, len(self._buffers))):
             each(readers, lambda reader: reader.await_signal(deadline))
-
-    def _packer_for(self, staged: Manifest) -> Packer:
-        if self._packer is None or self._packer.plan.params is not staged.params:
-            self._packer = Packer(plan_buckets(staged.params, self.layout.bucket_bytes), self._buffers)
-        return self._packer
 
 
 def each(readers: list[Connection], call: Callable[[Connection], None]) -> None:
@@ -127,9 +124,18 @@ class RingReader:
     def read(self, load_weights: LoadWeights, trainer: Connection, deadline: Deadline) -> None:
         """Load every bucket."""
         foreign = destinations_of(load_weights) is None
-        for index in range(len(self._plan.buckets)):
-            trainer.await_signal(deadline)
+
+        def load(index: int) -> None:
             self._unpacker.load(index, load_weights)
             if foreign:  # the loader is the user's, and may have written into what it was given
                 self._memory.renew(*self._layout.span(index))
-            trainer.signal(deadline)
+
+        read_buckets(len(self._plan.buckets), load, trainer, deadline)
+
+
+def read_buckets(count: int, load: Callable[[int], None], trainer: Connection, deadline: Deadline) -> None:
+    """Load each bucket once it is full, and say so."""
+    for index in range(count):
+        trainer.await_signal(deadline)
+        load(index)
+        trainer.signal(deadline)

@@ -1,0 +1,132 @@
+"""What is planned for a GPU, and blocks of the ring: run on the CPU, where addresses are as good."""
+
+from __future__ import annotations
+
+import ctypes
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+from support import regions as cases
+from weight_transfer.model.manifest import torch_dtype
+from weight_transfer.plan.layout import Layout
+from weight_transfer.plan.pieces import plan_pieces
+from weight_transfer.values.deadline import Deadline
+from weight_transfer_ipc import cuda_regions, piece_views
+from weight_transfer_ipc.blocks import Blocks
+from weight_transfer_ipc.box_table import ELEMENTS, joined, rows_of
+from weight_transfer_ipc.cuda_regions import CudaRegions, Origin
+from weight_transfer_ipc.region_plan import RankPlan
+from weight_transfer_ipc.shares import shard_manifest
+from weight_transfer_ipc.trainers import Trainers
+
+if TYPE_CHECKING:
+    from weight_transfer.model.manifest import Manifest
+    from weight_transfer.plan.boxes import Boxes
+
+
+class WalkedCopies:
+    """Stands for `BoxCopies`: does what the kernel does."""
+
+    nbytes = 0
+
+    def __init__(self, boxes: Boxes, _device: torch.device, tuning: Any) -> None:
+        self._launches = rows_of(joined(boxes), tuning.piece)
+
+    def run(self, _stream: object) -> None:
+        for rows in self._launches:
+            size = ELEMENTS[rows.unit]
+            for source, target, run, count, source_step, target_step in rows.table.tolist():
+                for index in range(count):
+                    far = index * size
+                    ctypes.memmove(target + target_step * far, source + source_step * far, run * size)
+
+
+class Stream:
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def wait_stream(self, _other: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_regions, "BoxCopies", WalkedCopies)
+    monkeypatch.setattr(cuda_regions, "has_kernel", lambda: True)
+    monkeypatch.setattr(cuda_regions.cuda, "uuid_of", lambda _index: "0")
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("part", [1, 1024])
+@pytest.mark.parametrize(("ranks", "dim", "workers"), [(1, 0, 2), (2, 0, 2), (3, 0, 2), (2, 1, 4), (4, 1, 1)])
+def test_the_copies_on_a_gpu_bring_every_region(
+    monkeypatch: pytest.MonkeyPatch, part: int, ranks: int, dim: int, workers: int
+) -> None:
+    monkeypatch.setattr(cuda_regions, "_PART", part)
+    layout = Layout.of(cases.split(ranks, dim))
+    shards = [cases.shards(layout, rank) for rank in range(ranks)]
+    for worker, own in enumerate(cases.kept(workers)):
+        incoming = cases.Incoming(layout, own, worker, cases.targets(own))
+        origins = [
+            Origin(_in_place(incoming, rank, shards[rank]), [str(rank)] * len(shards[rank]), "")
+            for rank in range(ranks)
+        ]
+        regions = CudaRegions(origins, incoming.targets, torch.device("cpu"))
+        for seed in (1, 2, 1):
+            weights = cases.full(seed)
+            for rank in range(ranks):
+                cases.fill(shards[rank], layout, rank, weights)
+            assert regions.copy(incoming)
+            regions.copy_others(incoming, Trainers(), Deadline(20))
+            assert all(map(cases.same_bits, incoming.targets, cases.expected(own, weights)))
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_a_target_that_has_moved_is_noticed() -> None:
+    layout = Layout.of(cases.split(2))
+    own = cases.kept(2)[0]
+    incoming = cases.Incoming(layout, own, 0, cases.targets(own))
+    origins = [Origin(_in_place(incoming, 0, cases.shards(layout, 0)), ["0"] * len(layout.shards(0)), "")]
+    regions = CudaRegions(origins, incoming.targets, torch.device("cpu"))
+    assert regions.copy(incoming)
+    incoming.targets = [target.clone() for target in incoming.targets]
+    assert not regions.copy(incoming)
+
+
+def _in_place(incoming: cases.Incoming, rank: int, shards: list[torch.Tensor]) -> RankPlan:
+    pieces = incoming.pieces.of_rank(rank)
+    params = shard_manifest(incoming.layout, rank).params
+    exact = np.array([torch_dtype(p.dtype) is s.dtype for p, s in zip(params, shards, strict=True)], dtype=np.bool_)
+    return RankPlan(rank, pieces, exact[pieces.shard], list(shards), None, pieces, [])
+
+
+@pytest.mark.parametrize("bucket_bytes", [256, 300, 1000, 1 << 20])
+def test_blocks_fit_their_buckets_and_bring_every_piece(bucket_bytes: int) -> None:
+    layout, own, weights = Layout.of(cases.split(2, 1)), cases.kept(2)[1], cases.full(3)
+    into = cases.targets(own)
+    for rank in range(2):
+        manifest: Manifest = shard_manifest(layout, rank)
+        shards = cases.shards(layout, rank)
+        cases.fill(shards, layout, rank, weights)
+        staged = [number for number, param in enumerate(manifest.params) if param.nbytes]
+        blocks = Blocks.of(manifest, staged, bucket_bytes)
+        for slots in blocks.plan.buckets:
+            assert all(slot.offset % 256 == 0 and slot.offset + slot.nbytes <= bucket_bytes for slot in slots)
+        sent = list(blocks.of_shards([shards[number] for number in staged], staged))
+        assert [tensor.shape for tensor in sent] == [param.shape for param in blocks.plan.params]
+        assert sum(param.nbytes for param in blocks.plan.params) == manifest.nbytes
+        pieces = plan_pieces(layout, own, 1).of_rank(rank)
+        cut = blocks.cut(pieces)
+        assert cut.nbytes == pieces.nbytes
+        piece_views.copy(piece_views.targets_of(cut, into), piece_views.sources_of(cut, sent))
+    assert all(map(cases.same_bits, into, cases.expected(own, weights)))
