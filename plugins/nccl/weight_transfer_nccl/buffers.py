@@ -1,4 +1,4 @@
-"""The buckets of one side: allocated once, used in turn."""
+"""The buckets of one side: used in turn, by what goes whole and then by what goes by region."""
 
 from __future__ import annotations
 
@@ -9,25 +9,35 @@ WINDOW = 8
 
 
 class Buffers:
-    """A fixed number of buckets.
+    """A fixed number of buckets, which grow to what is needed.
 
     Args:
         count: how many.
-        bucket_bytes: size of each.
         device: where they lie.
 
     Attributes:
+        device: where they lie.
         nbytes: of all of them.
     """
 
-    def __init__(self, count: int, bucket_bytes: int, device: torch.device) -> None:
-        self.bucket_bytes = bucket_bytes
-        self.nbytes = count * bucket_bytes
-        self._buffers = [torch.empty(bucket_bytes, dtype=torch.uint8, device=device) for _ in range(count)]
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.device = device
+        self.nbytes = 0
+        self._buffers = [torch.empty(0, dtype=torch.uint8, device=device) for _ in range(count)]
         self._next = 0
+
+    def reserve(self, bucket_bytes: int) -> None:
+        """Let each bucket have at least this size. Nothing may be under way; views of the buckets stay valid."""
+        for buffer in self._buffers:
+            if buffer.numel() < bucket_bytes:
+                buffer.resize_(0)  # what it holds is of no use
+                buffer.untyped_storage().resize_(0)
+                buffer.untyped_storage().resize_(bucket_bytes)
+                buffer.resize_(bucket_bytes)
+        self.nbytes = sum(buffer.numel() for buffer in self._buffers)
 
     def take(self) -> tuple[int, torch.Tensor]:
         """Return the number of the next bucket in turn, and its bytes (uint8)."""
         number = self._next
         self._next = (number + 1) % len(self._buffers)
-        return number, self._buffers[number]
+        return number, self._buffers[number][:]

@@ -1,24 +1,46 @@
-"""Both engines of the ``nccl`` backend: the trainer broadcasts, all workers receive at once."""
+"""Both engines of the ``nccl`` backend: the trainer broadcasts what goes whole, and each of its ranks sends regions.
+
+With several trainer ranks there are two communicators: that of rank 0 and the workers, and that of all ranks and the
+workers, in which the ranks come first. A single one has the first for both.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
 
-from weight_transfer.authoring import Deadline, WeightTransferInitInfo, WeightTransferUpdateInfo
+from weight_transfer.authoring import (
+    Deadline,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+    structure,
+    unstructure,
+)
 from weight_transfer.engine import LoadWeights, TrainerWeightTransferEngine, WeightTransferEngine, WorkerSlot
 from weight_transfer.errors import ConfigError, HandshakeError, ManifestMismatchError
-from weight_transfer_nccl.group import Group
+from weight_transfer_nccl.buffers import Buffers
+from weight_transfer_nccl.group import Group, abort_groups, join_groups
 from weight_transfer_nccl.plan import Layout, Plan, make_plan
 from weight_transfer_nccl.receiving import Receiving
+from weight_transfer_nccl.region_receiving import RegionReceiving
+from weight_transfer_nccl.region_sending import RegionSending
 from weight_transfer_nccl.rendezvous import Rendezvous, new_secret, open_store
 from weight_transfer_nccl.sending import Sending
 
 if TYPE_CHECKING:
-    from weight_transfer.authoring import Manifest, ParallelConfig, WeightSource, WeightTransferConfig
+    from weight_transfer.authoring import (
+        IncomingRegions,
+        Manifest,
+        OutgoingRegions,
+        ParallelConfig,
+        WeightSource,
+        WeightTransferConfig,
+    )
 
 
 @attrs.frozen(kw_only=True)
@@ -31,13 +53,44 @@ class NcclInitInfo(WeightTransferInitInfo):
 
 @attrs.frozen(kw_only=True)
 class NcclUpdateInfo(WeightTransferUpdateInfo):
-    """``plan``: digest of the trainer's plan."""
+    """``plan``: digest of the trainer's plan of what goes whole; None if nothing does."""
 
-    plan: str
+    plan: str | None = None
+
+
+class _Groups:
+    """The communicators of one member, joined, guarded and aborted together.
+
+    Attributes:
+        whole: of trainer rank 0 and the workers; None on other trainer ranks.
+        regions: of all trainer ranks and the workers.
+    """
+
+    def __init__(self, whole: Group | None, regions: Group | None) -> None:
+        self.whole = whole
+        self.regions = regions
+
+    def all(self) -> list[Group]:
+        """Return all of them, in the order in which they are joined."""
+        own = [self.whole] if self.regions is self.whole else [self.whole, self.regions]
+        return [group for group in own if group is not None]
+
+    def abort(self) -> None:
+        """End everything."""
+        abort_groups(self.all())
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Once an error leaves it, members that wait in the other communicator hear of it, too."""
+        try:
+            yield
+        except BaseException:
+            self.abort()
+            raise
 
 
 class NcclTrainerEngine(TrainerWeightTransferEngine[NcclInitInfo, NcclUpdateInfo]):
-    """Packs and broadcasts."""
+    """Packs, and broadcasts or sends."""
 
     init_info_cls = NcclInitInfo
     update_info_cls = NcclUpdateInfo
@@ -46,10 +99,12 @@ class NcclTrainerEngine(TrainerWeightTransferEngine[NcclInitInfo, NcclUpdateInfo
         super().__init__(config, parallel_config)
         self._device = torch.device(parallel_config.device or "cpu")
         self._layout = Layout(config.bucket_bytes, config.buckets, config.options.direct_bytes)
-        self._peers: dict[int, str] = {}
-        self._group: Group | None = None
+        self._peers: list[str] = []
+        self._groups = _Groups(None, None)
+        self._buffers = Buffers(config.buckets, self._device)
         self._plan: Plan | None = None
         self._sending: Sending | None = None
+        self._regions: RegionSending | None = None
 
     def open_endpoint(self, slots: Sequence[WorkerSlot], deadline: Deadline) -> list[dict[str, Any]]:
         options = self.config.options
@@ -58,13 +113,42 @@ class NcclTrainerEngine(TrainerWeightTransferEngine[NcclInitInfo, NcclUpdateInfo
         meeting = Rendezvous(
             address=options.address, port=port, secret=new_secret(), transport=transport, interface=options.interface
         )
-        self._peers = {slot.rank_offset + i: slot.peer for slot in slots for i in range(slot.count)}
-        self._group = Group(store, meeting, 0, slots[0].world_size, self._device)
+        whole = Group(store, meeting, 0, slots[0].world_size, self._device)
+        self._open(whole, store, meeting, slots)
         return [{"rendezvous": meeting, "layout": self._layout} for _ in slots]
 
+    def open_rank(self, first: Mapping[str, Any], slots: Sequence[WorkerSlot], deadline: Deadline) -> dict[str, Any]:
+        own = unstructure(dict(first))
+        place = {"rank_offset": 1, "world_size": slots[0].world_size, "timeout": deadline.seconds}
+        info: NcclInitInfo = structure({**own, **place}, NcclInitInfo, "what trainer rank 0 opened")
+        _require_same_transport("Trainer rank 0", info.rendezvous, f"trainer rank {self._rank}", self._device)
+        self._layout = info.layout
+        self._open(None, None, info.rendezvous, slots)
+        return {"rendezvous": info.rendezvous, "layout": info.layout}
+
+    def _open(self, whole: Group | None, store: Any | None, meeting: Rendezvous, slots: Sequence[WorkerSlot]) -> None:
+        ranks, workers = self.parallel_config.world_size, slots[0].world_size - 1
+        regions = whole if ranks == 1 else _regions_group(store, meeting, self._rank, ranks, workers, self._device)
+        self._groups = _Groups(whole, regions)
+        self._peers = [
+            slot.peer for slot in sorted(slots, key=lambda slot: slot.rank_offset) for _ in range(slot.count)
+        ]
+        self._regions = RegionSending(self._layout, ranks, workers, self._device, self._buffers)
+
+    @property
+    def _rank(self) -> int:
+        return self.parallel_config.rank
+
     def join_workers(self, deadline: Deadline) -> None:
-        assert self._group is not None
-        self._group.join(deadline, lambda rank: self._peers.get(rank, f"rank {rank}"))
+        whole = self._groups.whole
+        ranks = self.parallel_config.world_size
+
+        def name_of(trainers: int, member: int) -> str:
+            return f"trainer rank {member}" if member < trainers else self._peers[member - trainers]
+
+        join_groups(
+            [(group, partial(name_of, 1 if group is whole else ranks)) for group in self._groups.all()], deadline
+        )
 
     def describe_update(self, source: WeightSource, manifest: Manifest, deadline: Deadline) -> dict[str, Any]:
         if self._plan is None or self._plan.manifest is not manifest:
@@ -74,21 +158,32 @@ class NcclTrainerEngine(TrainerWeightTransferEngine[NcclInitInfo, NcclUpdateInfo
     def send_weights(
         self, source: WeightSource, manifest: Manifest, deadline: Deadline, progress: Callable[[int], None]
     ) -> None:
-        assert self._group is not None and self._plan is not None
-        self._sending = self._sending or Sending(self._layout, self._device)
-        self._sending.send(self._group, self._plan, source, deadline, progress)
+        assert self._groups.whole is not None and self._plan is not None
+        self._sending = self._sending or Sending(self._layout, self._device, self._buffers)
+        with self._groups.failing_together():
+            self._sending.send(self._groups.whole, self._plan, source, deadline, progress)
+
+    def share_regions(self, outgoing: OutgoingRegions, deadline: Deadline) -> dict[str, Any]:
+        assert self._regions is not None
+        return self._regions.share(outgoing)
+
+    def send_regions(self, outgoing: OutgoingRegions, deadline: Deadline, progress: Callable[[int], None]) -> None:
+        assert self._groups.regions is not None and self._regions is not None
+        with self._groups.failing_together():
+            self._regions.send(self._groups.regions, outgoing, deadline, progress)
 
     def abort_update(self) -> None:
-        if self._group is not None:
-            self._group.abort()
+        self._groups.abort()
 
     def shutdown(self) -> None:
         self.abort_update()
-        self._group = self._plan = self._sending = None
+        self._groups = _Groups(None, None)
+        self._plan = self._sending = self._regions = None
+        self._buffers = Buffers(self.config.buckets, self._device)
 
     @property
     def extra_memory(self) -> int:
-        return self._sending.extra_memory if self._sending is not None else 0
+        return self._buffers.nbytes
 
 
 class NcclWorkerEngine(WeightTransferEngine[NcclInitInfo, NcclUpdateInfo]):
@@ -101,28 +196,37 @@ class NcclWorkerEngine(WeightTransferEngine[NcclInitInfo, NcclUpdateInfo]):
         super().__init__(config, parallel_config)
         self._device = torch.device(parallel_config.device or "cpu")
         self._layout: Layout | None = None
-        self._group: Group | None = None
+        self._groups = _Groups(None, None)
+        self._buffers: Buffers | None = None
         self._plan: Plan | None = None
         self._receiving: Receiving | None = None
+        self._regions: RegionReceiving | None = None
 
     def init_transfer_engine(self, init_info: NcclInitInfo) -> None:
         deadline = Deadline(init_info.timeout)
-        meeting = init_info.rendezvous
-        if meeting.transport != _transport("auto", self._device):
-            raise HandshakeError(
-                f"The trainer broadcasts over {meeting.transport}, but this worker's weights lie on {self._device}; "
-                "put both on CUDA devices or both on the CPU.",
-                backend="nccl",
-                phase="init",
-            )
+        meeting, ranks, workers = init_info.rendezvous, init_info.trainer_ranks, init_info.world_size - 1
+        _require_same_transport("The trainer", meeting, "this worker", self._device)
         self.transport = meeting.transport
         self._layout = init_info.layout
+        self._buffers = Buffers(self._layout.buckets, self._device)
         rank = init_info.rank_offset + self.parallel_config.rank
-        self._group = Group(None, meeting, rank, init_info.world_size, self._device)
-        self._group.join(deadline, lambda rank: "the trainer" if rank == 0 else f"rank {rank}")
+        whole = Group(None, meeting, rank, init_info.world_size, self._device)
+        member = ranks - 1 + rank
+        regions = whole if ranks == 1 else _regions_group(None, meeting, member, ranks, workers, self._device)
+        self._groups = _Groups(whole, regions)
+        self._regions = RegionReceiving(self._layout, rank - 1, ranks, workers, self._device, self._buffers)
+
+        def name_of(trainers: int, member: int) -> str:
+            if member < trainers:
+                return "the trainer" if ranks == 1 else f"trainer rank {member}"
+            return f"rank {member - trainers + 1}"
+
+        join_groups(
+            [(group, partial(name_of, 1 if group is whole else ranks)) for group in self._groups.all()], deadline
+        )
 
     def receive_weights(self, update_info: NcclUpdateInfo, load_weights: LoadWeights) -> None:
-        assert self._group is not None and self._layout is not None
+        assert self._groups.whole is not None and self._layout is not None and self._buffers is not None
         deadline = Deadline(update_info.timeout)
         if self._plan is None or self._plan.manifest is not update_info.manifest:
             self._plan = make_plan(update_info.manifest, self._layout)
@@ -132,20 +236,43 @@ class NcclWorkerEngine(WeightTransferEngine[NcclInitInfo, NcclUpdateInfo]):
                 backend="nccl",
                 phase="update",
             )
-        self._receiving = self._receiving or Receiving(self._layout, self._device)
-        self._receiving.receive(self._group, self._plan, load_weights, deadline)
+        self._receiving = self._receiving or Receiving(self._device, self._buffers)
+        with self._groups.failing_together():
+            self._receiving.receive(self._groups.whole, self._plan, load_weights, deadline)
+
+    def receive_regions(self, update_info: NcclUpdateInfo, incoming: IncomingRegions) -> None:
+        assert self._groups.regions is not None and self._regions is not None
+        deadline = Deadline(update_info.timeout)
+        with self._groups.failing_together():
+            self._regions.receive(self._groups.regions, update_info.shares or (), incoming, deadline)
 
     def abort_update(self) -> None:
-        if self._group is not None:
-            self._group.abort()
+        self._groups.abort()
 
     def shutdown(self) -> None:
         self.abort_update()
-        self._group = self._plan = self._receiving = None
+        self._groups = _Groups(None, None)
+        self._buffers = self._plan = self._receiving = self._regions = None
 
     @property
     def extra_memory(self) -> int:
-        return self._receiving.extra_memory if self._receiving is not None else 0
+        return self._buffers.nbytes if self._buffers is not None else 0
+
+
+def _regions_group(
+    store: Any | None, meeting: Rendezvous, member: int, ranks: int, workers: int, device: torch.device
+) -> Group:
+    return Group(store, meeting, member, ranks + workers, device, trainers=ranks)
+
+
+def _require_same_transport(other: str, meeting: Rendezvous, this: str, device: torch.device) -> None:
+    if meeting.transport != _transport("auto", device):
+        raise HandshakeError(
+            f"{other} sends over {meeting.transport}, but {this} has its weights on {device}; put all on CUDA devices "
+            "or all on the CPU.",
+            backend="nccl",
+            phase="init",
+        )
 
 
 def _transport(wanted: str, device: torch.device) -> str:

@@ -5,79 +5,40 @@ The user's default process group is neither created, needed nor touched.
 
 from __future__ import annotations
 
-import ipaddress
-import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from weight_transfer.errors import PeerLostError, TransferError
+from weight_transfer_nccl.communicators import build, close
 from weight_transfer_nccl.rendezvous import Rendezvous, dist, first_line, reach_store
 from weight_transfer_nccl.sockets import End, break_connections, published_end
+from weight_transfer_nccl.works import MARGIN, Work, aborted, errors_of_torch
 
 if TYPE_CHECKING:
     from weight_transfer.authoring import Deadline
 
 _POLL = 0.02  # seconds between two looks at the store
 _GRACE = 0.5  # seconds in which a thread may say why it failed at its deadline
-_MARGIN = 0.01  # seconds by which gloo's timeout, in whole milliseconds, comes after the deadline
 _ABORT_WAIT = 3.0  # seconds
 _STORE_TIMEOUT = timedelta(seconds=2)
 _LAST_WORKS = 64  # more than are under way: those before have been waited for
 _FIRST_CONTEXT = 0  # the number under which gloo publishes the addresses of a group's first connections
-_NEVER = timedelta(days=365)  # NCCL's own watchdog would end the process: deadlines are ours
+_FEW = 64  # members; of more, only those pairs are connected between which something travels
+_TAGS = 2**31
 
-
-class Work:
-    """Broadcasts under way.
-
-    It can let go of torch's own objects, which keep gloo's connections open as long as anything refers to them, be it
-    the frames of a traceback.
-
-    Args:
-        deadline: when they must have ended.
-        doing: for messages.
-    """
-
-    def __init__(self, deadline: Deadline, doing: str) -> None:
-        self._works: list[Any] | None = []
-        self._deadline = deadline
-        self._doing = doing
-
-    def add(self, work: Any) -> None:
-        """Add one more."""
-        if self._works is not None:
-            self._works.append(work)
-
-    def wait(self) -> None:
-        """Wait for their end: on the host for gloo, on the current stream for NCCL.
-
-        Raises:
-            TransferTimeoutError: the deadline passed.
-            PeerLostError: a member of the group died, or the group was aborted.
-        """
-        if self._works is None:
-            raise _aborted(self._deadline, self._doing)
-        with _errors_of_torch(self._deadline, self._doing):
-            for index in range(len(self._works)):  # no name for a work: a traceback would keep it
-                self._works[index].wait()
-
-    def drain(self) -> None:
-        """Wait until each has ended, well or not, and forget them."""
-        works, self._works = self._works or [], None
-        for work in works:
-            with suppress(RuntimeError):  # gloo: each operation ends by its own timeout at the latest
-                work.wait()
+Parcel = tuple[int, torch.Tensor]
+"""The rank of the other member, and what goes to it or comes from it: contiguous, uint8, not empty."""
 
 
 class Group:
-    """A process group of the trainer (rank 0) and its workers.
+    """A process group of the trainer's ranks (from 0) and its workers.
 
     Args:
         store: the trainer's; None: it is reached by `join`.
@@ -85,17 +46,27 @@ class Group:
         rank: of this one.
         world_size: their number.
         device: of the tensors that it moves.
+        trainers: how many of the members are the trainer's ranks.
     """
 
     def __init__(
-        self, store: Any | None, meeting: Rendezvous, rank: int, world_size: int, device: torch.device
+        self,
+        store: Any | None,
+        meeting: Rendezvous,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        trainers: int = 1,
     ) -> None:
         self.device = device
-        self._store: Any = store and dist.PrefixStore(meeting.secret, store)
         self._meeting = meeting
+        self._prefix = meeting.secret if trainers == 1 else f"{meeting.secret}/{trainers}"
+        self._store: Any = store and dist.PrefixStore(self._prefix, store)
         self._rank = rank
         self._world_size = world_size
-        self._doing = "receiving the weights" if rank else "broadcasting the weights"
+        self._trainers = trainers
+        sends = "broadcasting the weights" if trainers == 1 else "sending the weights"
+        self._doing = sends if rank < trainers else "receiving the weights"
         self._backend: Any = None
         self._options = dist.BroadcastOptions()
         self._options.rootRank = 0
@@ -104,49 +75,20 @@ class Group:
         self._building = threading.Lock()
         self._ends: Set[End] = frozenset()
         self._works: deque[Work] = deque(maxlen=_LAST_WORKS)
+        self._tags = [0] * world_size
 
     def join(self, deadline: Deadline, name_of: Callable[[int], str]) -> None:
-        """Meet the other members.
-
-        Args:
-            deadline: for all of it.
-            name_of: how messages call the member of a rank.
-
-        Raises:
-            TransferTimeoutError: members are missing, and named; or the trainer stands still.
-            PeerLostError: one died meanwhile.
-            TransferError: joining was aborted.
-        """
-        outcome: list[Exception | None] = []
-        done = threading.Event()
-
-        def meet() -> None:
-            try:
-                self._meet(deadline, name_of)
-                outcome.append(None)
-            except Exception as error:  # noqa: BLE001  (raised below, in the caller's thread)
-                outcome.append(error)
-            done.set()
-
-        # torch asks a store whose host stands still for ever: that costs a thread, not this one.
-        threading.Thread(target=meet, name="weight-transfer nccl join", daemon=True).start()
-        while not done.wait(_POLL):
-            self._require_joining()
-            if deadline.expired and not done.wait(_GRACE):
-                self.abort()
-                raise deadline.timeout("building the communicator", backend="nccl", phase="init")
-        error = outcome[0]
-        if isinstance(error, TransferError) and error.phase == "init":
-            raise error
-        if error is not None:
-            if deadline.expired:
-                raise deadline.timeout("building the communicator", backend="nccl", phase="init") from error
-            message, cause = "The communicator could not be built.", first_line(error)
-            raise PeerLostError(message, backend="nccl", phase="init", cause=cause) from error
+        """Meet the other members; see `join_groups`."""
+        join_groups([(self, name_of)], deadline)
 
     def begin(self, deadline: Deadline) -> Work:
         """Begin an update: the trainer says so to all workers. One whose work has ended knows that bytes follow."""
         return self.broadcast([self._token], deadline)
+
+    def begin_with(self, peers: Sequence[int], deadline: Deadline) -> Work:
+        """Begin an update with some members only, as `begin`: trainer ranks say so, workers hear it."""
+        tokens = torch.zeros(max(len(peers), 1), dtype=torch.uint8, device=self.device)
+        return self.exchange([(peer, tokens[index : index + 1]) for index, peer in enumerate(peers)], deadline)
 
     def broadcast(self, data: Sequence[torch.Tensor], deadline: Deadline) -> Work:
         """Start to broadcast tensors from rank 0 to all; returns a work to wait for.
@@ -159,20 +101,38 @@ class Group:
             PeerLostError: a member of the group died, or the group was aborted.
             TransferTimeoutError: it was aborted because the deadline has passed.
         """
+        if self._meeting.transport == "gloo":  # the operation itself must end: only then is its memory quiet
+            self._options.timeout = timedelta(seconds=deadline.remaining() + MARGIN)
+        calls = [([tensor], self._options) for tensor in data]
+        return self._start("broadcast", calls, deadline, together=len(data) > 1)
+
+    def exchange(self, parcels: Sequence[Parcel], deadline: Deadline) -> Work:
+        """Start to send, on a trainer's rank, or to receive, on a worker; in one launch of NCCL.
+
+        What one member sends another is received in the same order, and in parcels of the same sizes.
+
+        Raises:
+            PeerLostError, TransferTimeoutError: as `broadcast` does.
+        """
+        calls = []
+        for peer, tensor in parcels:
+            calls.append(([tensor], peer, self._tags[peer]))
+            self._tags[peer] = (self._tags[peer] + 1) % _TAGS
+        return self._start("send" if self._rank < self._trainers else "recv", calls, deadline, together=True)
+
+    def _start(self, name: str, calls: Sequence[tuple[Any, ...]], deadline: Deadline, together: bool) -> Work:
         backend = self._backend
         if self._aborted.is_set() or backend is None:
-            raise _aborted(deadline, self._doing)
-        if self._meeting.transport == "gloo":  # the operation itself must end: only then is its memory quiet
-            self._options.timeout = timedelta(seconds=deadline.remaining() + _MARGIN)
-        work = Work(deadline, self._doing)
+            raise aborted(deadline, self._doing)
+        work = Work(deadline, self._doing, timed=name != "broadcast" and self._meeting.transport == "gloo")
         self._works.append(work)
-        together = len(data) > 1 and backend.supports_coalescing
-        with _errors_of_torch(deadline, self._doing):
+        together = together and bool(calls) and backend.supports_coalescing
+        with errors_of_torch(deadline, self._doing):
             try:
                 if together:
                     backend._start_coalescing()  # noqa: SLF001  (its only name)
-                for tensor in data:
-                    launched = backend.broadcast([tensor], self._options)
+                for arguments in calls:
+                    launched = getattr(backend, name)(*arguments)
                     if not together:
                         work.add(launched)
             finally:
@@ -195,7 +155,7 @@ class Group:
         try:
             yield
             if self.aborted:  # NCCL's kernels end without an error
-                raise _aborted(deadline, self._doing)
+                raise aborted(deadline, self._doing)
         except BaseException:
             self._quiet()
             raise
@@ -217,36 +177,49 @@ class Group:
 
     def abort(self) -> None:
         """End all operations and connections; callable from any thread, and twice."""
+        abort_groups([self])
+
+    def begin_abort(self) -> threading.Thread | None:
+        """Begin to `abort`; return what has to be waited for, or None."""
         self._aborted.set()
         with self._building:
             backend, self._backend = self._backend, None
         if backend is None:
-            return
+            return None
         # NCCL's abort ends the running kernels and then waits for its peers, for ever if one of them is stopped.
         # gloo has none: its operations end with their connections, or else by their own timeouts. A group that is being
         # torn down when the interpreter ends would abort the process.
         break_connections(self._ends)
-        closing = threading.Thread(target=_close, args=([backend], self._meeting.transport), daemon=True)
+        closing = threading.Thread(target=close, args=([backend], self._meeting.transport), daemon=True)
         del backend
         closing.start()
-        closing.join(_ABORT_WAIT)
+        return closing
 
-    def _meet(self, deadline: Deadline, name_of: Callable[[int], str]) -> None:
-        """Meet the other members, for as long as it takes."""
-        store = self._store or dist.PrefixStore(self._meeting.secret, reach_store(self._meeting, deadline))
-        store.set(f"here/{self._rank}", "")
+    def arrive(self, deadline: Deadline) -> None:
+        """Reach the store, and say there that this member is here."""
+        self._store = self._store or dist.PrefixStore(self._prefix, reach_store(self._meeting, deadline))
+        self._store.set(f"here/{self._rank}", "")
+
+    def meet(self, deadline: Deadline, name_of: Callable[[int], str]) -> None:
+        """Build the communicator with the other members once they have arrived, for as long as it takes."""
+        store = self._store
         self._await_members(store, deadline, name_of)
-        built = [self._build(store, deadline)]
+        built = [build(self._meeting, store, self._rank, self._world_size, self.device, deadline)]
         ends = self._published(store)
         with self._building:
             if not self._aborted.is_set():
-                self._store, self._backend, self._ends = store, built.pop(), ends
+                self._backend, self._ends = built.pop(), ends
         if built:  # nobody waits for it any more
-            _close(built, self._meeting.transport)
-            self._require_joining()
+            close(built, self._meeting.transport)
+            self.require_joining()
         self._token = torch.zeros(1, dtype=torch.uint8, device=self.device)
         self._warm_up(deadline)
         store.set_timeout(_STORE_TIMEOUT)  # its host may stand still when torch asks it
+
+    def require_joining(self) -> None:
+        """Raise if joining was aborted."""
+        if self._aborted.is_set():
+            raise TransferError("Joining was aborted.", backend="nccl", phase="init")
 
     def _await_members(self, store: Any, deadline: Deadline, name_of: Callable[[int], str]) -> None:
         missing = [rank for rank in range(self._world_size) if rank != self._rank]
@@ -254,7 +227,7 @@ class Group:
             missing = [rank for rank in missing if not store.check([f"here/{rank}"])]
             if not missing:
                 return
-            self._require_joining()
+            self.require_joining()
             if deadline.expired:
                 names = ", ".join(name_of(rank) for rank in missing)
                 raise deadline.timeout(f"waiting for {names} to join", backend="nccl", phase="init", peer=names)
@@ -267,90 +240,70 @@ class Group:
         found = {published_end(store.get(key)) for key in keys if store.check([key])}
         return {end for end in found if end is not None}
 
-    def _require_joining(self) -> None:
-        if self._aborted.is_set():
-            raise TransferError("Joining was aborted.", backend="nccl", phase="init")
-
-    def _build(self, store: Any, deadline: Deadline) -> Any:
-        if self._meeting.transport == "nccl":
-            torch.cuda.set_device(self.device)
-            # before the copies and casts of the next batch, which would else take the multiprocessors first
-            options: Any = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-            options._timeout = _NEVER  # noqa: SLF001  (its only name)
-            with _without_watchdog():
-                return dist.ProcessGroupNCCL(store, self._rank, self._world_size, options)
-        options = dist.ProcessGroupGloo._Options()  # noqa: SLF001  (its only name)
-        options._timeout = timedelta(seconds=max(deadline.remaining(), 1e-3))  # noqa: SLF001
-        options._devices = [_gloo_device(self._meeting)]  # noqa: SLF001
-        return dist.ProcessGroupGloo(store, self._rank, self._world_size, options)
-
     def _warm_up(self, deadline: Deadline) -> None:
         """Connect now, so that the first update does not pay for it."""
         self.broadcast([self._token], deadline).wait()
+        if self._trainers > 1 and self._world_size <= _FEW:
+            ranks = range(self._world_size)
+            others = ranks[self._trainers :] if self._rank < self._trainers else ranks[: self._trainers]
+            self.begin_with(others, deadline).wait()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
-@contextmanager
-def _errors_of_torch(deadline: Deadline, doing: str) -> Iterator[None]:
-    """Map the errors of torch.distributed, whose operations are all that may stand inside."""
+def abort_groups(groups: Iterable[Group]) -> None:
+    """Abort groups, all at once."""
+    for closing in [group.begin_abort() for group in groups]:
+        if closing is not None:
+            closing.join(_ABORT_WAIT)
+
+
+def join_groups(groups: Sequence[tuple[Group, Callable[[int], str]]], deadline: Deadline) -> None:
+    """Meet the other members of some groups, one group after another; the order is that of all members.
+
+    Args:
+        groups: each with how messages call its member of a rank.
+        deadline: for all of it.
+
+    Raises:
+        TransferTimeoutError: members are missing, and named; or the trainer stands still.
+        PeerLostError: one died meanwhile.
+        TransferError: joining was aborted.
+    """
+    outcome: list[Exception | None] = []
+    done = threading.Event()
+
+    def meet() -> None:
+        try:
+            for group, _ in groups:  # those who wait in a later group see who is still in an earlier one
+                group.arrive(deadline)
+            for group, name_of in groups:
+                group.meet(deadline, name_of)
+            outcome.append(None)
+        except Exception as error:  # noqa: BLE001  (raised below, in the caller's thread)
+            outcome.append(error)
+        done.set()
+
+    # torch asks a store whose host stands still for ever: that costs a thread, not this one.
+    threading.Thread(target=meet, name="weight-transfer nccl join", daemon=True).start()
     try:
-        yield
-    except RuntimeError as error:
-        if deadline.expired:
-            raise deadline.timeout(doing, backend="nccl", phase="update") from error
-        message = f"A member of the group died or closed its connection while {doing}."
-        raise PeerLostError(message, backend="nccl", phase="update", cause=first_line(error)) from error
+        while not done.wait(_POLL):
+            for group, _ in groups:
+                group.require_joining()
+            if deadline.expired and not done.wait(_GRACE):
+                raise deadline.timeout("building the communicator", backend="nccl", phase="init")
+        error = outcome[0]
+        if isinstance(error, TransferError) and error.phase == "init":
+            raise error
+        if error is not None:
+            raise _joining_error(error, deadline) from error
+    except BaseException:
+        abort_groups(group for group, _ in groups)
+        raise
 
 
-def _aborted(deadline: Deadline, doing: str) -> TransferError:
-    """Return the error of a group that was aborted, be it by its deadline."""
+def _joining_error(error: Exception, deadline: Deadline) -> TransferError:
     if deadline.expired:
-        return deadline.timeout(doing, backend="nccl", phase="update")
-    return PeerLostError("The communicator was aborted.", backend="nccl", phase="update")
-
-
-def _gloo_device(meeting: Rendezvous) -> Any:
-    create = dist.ProcessGroupGloo.create_device
-    if meeting.interface is not None:
-        return create(interface=meeting.interface)
-    return (
-        create(hostname=meeting.address)
-        if _is_loopback(meeting.address)
-        else dist.ProcessGroupGloo.create_default_device()
-    )
-
-
-def _is_loopback(address: str) -> bool:
-    try:
-        return address == "localhost" or ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return False
-
-
-_UNSUPERVISED = {
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # else a peer's death ends the process
-    "TORCH_NCCL_ENABLE_MONITORING": "0",  # else an abort that waits for a stopped peer ends it
-    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",  # else the store is polled, with warnings once the trainer has closed it
-}
-
-
-@contextmanager
-def _without_watchdog() -> Iterator[None]:
-    """Keep torch's supervision of NCCL from ending the process; a group reads these settings when it is built."""
-    before = {name: os.environ.get(name) for name in _UNSUPERVISED}
-    os.environ.update(_UNSUPERVISED)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _close(last_reference: list[Any], transport: str) -> None:
-    if transport == "nccl":
-        last_reference[0].abort()
-    last_reference.clear()
+        return deadline.timeout("building the communicator", backend="nccl", phase="init")
+    message, cause = "The communicator could not be built.", first_line(error)
+    return PeerLostError(message, backend="nccl", phase="init", cause=cause)

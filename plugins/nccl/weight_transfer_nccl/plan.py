@@ -65,13 +65,13 @@ class Plan:
 
 def make_plan(manifest: Manifest, layout: Layout) -> Plan:
     """Return the plan; the same arguments give the same plan everywhere."""
-    planner = _Planner(layout)
+    planner = Planner(layout)
     for index, param in enumerate(manifest.params):
         planner.add(index, param.nbytes)
     return Plan(manifest, planner.finish(), digest_json([manifest.digest, attrs.astuple(layout)]))
 
 
-class _Planner:
+class Planner:
     """Fills batch after batch."""
 
     def __init__(self, layout: Layout) -> None:
@@ -91,10 +91,10 @@ class _Planner:
         """Bytes that are left in the batch."""
         return self._bucket_bytes - _aligned(self._packed_bytes) - self._direct_bytes
 
-    def add(self, param: int, nbytes: int) -> None:
-        """Add the next tensor."""
+    def add(self, param: int, nbytes: int, unit: int = 1) -> None:
+        """Add the next tensor; it is cut between units only, of some bytes that fit in a bucket."""
         if nbytes >= self._direct_from:
-            self._cut(param, nbytes)
+            self._cut(param, nbytes, unit)
             return
         if nbytes > self._room:
             self._close()
@@ -102,12 +102,12 @@ class _Planner:
         self._packed.append(Slot(param, 0, start, nbytes, last=True))
         self._packed_bytes = start + nbytes
 
-    def _cut(self, param: int, nbytes: int) -> None:
+    def _cut(self, param: int, nbytes: int, unit: int) -> None:
         start = 0
         while start < nbytes:
-            if self._room < min(nbytes - start, _SLIVER):
+            if self._room < min(nbytes - start, max(_SLIVER, unit)):
                 self._close()
-            size = min(nbytes - start, self._room)
+            size = min(nbytes - start, self._room // unit * unit)
             self._direct.append(Slot(param, start, self._direct_bytes, size, last=start + size == nbytes))
             self._direct_bytes += _aligned(size)
             start += size

@@ -10,12 +10,20 @@ def weight_transfer_backend() -> Backend:
     return Backend(
         name="nccl",
         api_version=API_VERSION,
-        summary="broadcast over NCCL, or over gloo for CPU tensors",
+        summary="broadcast and regions over NCCL, or over gloo for CPU tensors",
         worker_engine="weight_transfer_nccl.engine:NcclWorkerEngine",
         trainer_engine="weight_transfer_nccl.engine:NcclTrainerEngine",
         options="weight_transfer_nccl.config:NcclOptions",
         probe="weight_transfer_nccl.plugin:probe",
-        capabilities=frozenset({Capability.CPU, Capability.CUDA, Capability.CROSS_PROCESS, Capability.CROSS_HOST}),
+        capabilities=frozenset(
+            {
+                Capability.CPU,
+                Capability.CUDA,
+                Capability.CROSS_PROCESS,
+                Capability.CROSS_HOST,
+                Capability.REGIONS,
+            }
+        ),
     )
 
 

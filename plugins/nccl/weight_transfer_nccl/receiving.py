@@ -17,8 +17,9 @@ from weight_transfer_nccl.pieces import Places, piece_of
 if TYPE_CHECKING:
     from weight_transfer.authoring import Deadline, Manifest
     from weight_transfer.engine import LoadWeights
-    from weight_transfer_nccl.group import Group, Work
-    from weight_transfer_nccl.plan import Batch, Layout, Plan
+    from weight_transfer_nccl.group import Group
+    from weight_transfer_nccl.plan import Batch, Plan
+    from weight_transfer_nccl.works import Work
 
 _WHAT = "receiving the weights"
 
@@ -49,22 +50,16 @@ class _Landing:
 class Receiving:
     """Receives plan after plan with the same buckets."""
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
-        self._layout = layout
+    def __init__(self, device: torch.device, buffers: Buffers) -> None:
         self._device = device
         self._arriving = Lane(device)
         self._loading = Lane(device)
         self._plan: Plan | None = None
         self._destinations: Mapping[str, torch.Tensor] | None = None
-        self._buffers: Buffers | None = None
+        self._buffers = buffers
         self._landings: list[_Landing] = []
         self._loaded: dict[int, Any] = {}
         self._partial: dict[int, torch.Tensor] = {}
-
-    @property
-    def extra_memory(self) -> int:
-        """Bytes of the buckets."""
-        return self._buffers.nbytes if self._buffers is not None else 0
 
     def receive(self, group: Group, plan: Plan, load_weights: LoadWeights, deadline: Deadline) -> None:
         """Receive and load every parameter; returns when all are in place."""
@@ -107,9 +102,7 @@ class Receiving:
         self._plan, self._destinations = plan, destinations
         owns = [[self._own(plan.manifest.params[slot.param].name) for slot in b.direct] for b in plan.batches]
         needs = [_need(batch, own) for batch, own in zip(plan.batches, owns, strict=True)]
-        bucket_bytes = max(needs, default=0)
-        if self._buffers is None or self._buffers.bucket_bytes < bucket_bytes:
-            self._buffers, self._loaded = Buffers(self._layout.buckets, bucket_bytes, self._device), {}
+        self._buffers.reserve(max(needs, default=0))
         self._landings = []
         for batch, own, need in zip(plan.batches, owns, needs, strict=True):
             bucket, buffer = self._buffers.take() if need else (None, torch.empty(0))

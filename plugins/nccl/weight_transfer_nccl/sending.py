@@ -12,9 +12,9 @@ import torch
 
 from weight_transfer.authoring import bucket_views, laid_out, uncast_tensors
 from weight_transfer_nccl.buffers import WINDOW, Buffers
-from weight_transfer_nccl.group import Work
 from weight_transfer_nccl.lanes import Lane
 from weight_transfer_nccl.pieces import Masters, Places, StreamedBytes, piece_of
+from weight_transfer_nccl.works import Work
 
 if TYPE_CHECKING:
     from weight_transfer.authoring import Deadline, WeightSource
@@ -91,21 +91,16 @@ class _Running:
 class Sending:
     """Broadcasts plan after plan with the same buckets."""
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
+    def __init__(self, layout: Layout, device: torch.device, buffers: Buffers) -> None:
         self._layout = layout
         self._device = device
         self._lane = Lane(device)
         self._plan: Plan | None = None
         self._converts = False
-        self._buffers: Buffers | None = None
+        self._buffers = buffers
         self._packings: list[_Packing | None] = []
         self._resident: Mapping[str, torch.Tensor] | None = None
         self._cuts: list[_ResidentCut] = []
-
-    @property
-    def extra_memory(self) -> int:
-        """Bytes of the buckets."""
-        return self._buffers.nbytes if self._buffers is not None else 0
 
     def send(
         self, group: Group, plan: Plan, source: WeightSource, deadline: Deadline, progress: Callable[[int], None]
@@ -157,9 +152,7 @@ class Sending:
         self._plan, self._resident, self._cuts, self._converts = plan, None, [], converts
         needs = [batch.bucket_bytes if converts else batch.packed_bytes for batch in plan.batches]
         used = [max(need, 1) for need, batch in zip(needs, plan.batches, strict=True) if converts or batch.packed]
-        bucket_bytes = max(used, default=0)
-        if self._buffers is None or self._buffers.bucket_bytes < bucket_bytes:
-            self._buffers = Buffers(self._layout.buckets, bucket_bytes, self._device)
+        self._buffers.reserve(max(used, default=0))
         self._packings = []
         for batch in plan.batches:
             packing = None

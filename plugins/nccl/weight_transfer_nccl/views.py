@@ -1,0 +1,164 @@
+"""Boxes of tensors as views, and the copies between them and a bucket.
+
+Bytes of one dtype are copied as integers, since on CUDA a float's copy may change the bits of NaNs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import TYPE_CHECKING, NoReturn
+
+import attrs
+import torch
+
+from weight_transfer.authoring import as_bytes, torch_dtype
+from weight_transfer.errors import ManifestMismatchError
+
+if TYPE_CHECKING:
+    from weight_transfer.authoring import ParamMeta, Pieces
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WIDEST = 8  # bytes of an integer
+
+
+class Copies:
+    """Some copies, which run one after another on the current stream.
+
+    Args:
+        pairs: target and source, of one shape; if their dtypes differ, with the bits of ``tensor.to``.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self._batches: dict[tuple[bool, torch.dtype], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        self._conversions: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for pair in pairs:
+            target, source = pair
+            if target.dtype is not source.dtype or source.is_conj() or source.is_neg():
+                self._conversions.append(pair)
+                continue
+            dense = target.is_contiguous() and source.is_contiguous()
+            ends = [as_bytes(end) for end in pair] if dense else pair
+            wide = _INTEGERS[min(map(_ratio, ends)) * ends[0].element_size()]
+            batch = self._batches.setdefault((dense, wide), ([], []))  # dense ones of a dtype are copied by one launch
+            for ends_of_batch, end in zip(batch, ends, strict=True):
+                ends_of_batch.append(end.view(wide))
+
+    def __bool__(self) -> bool:
+        return bool(self._batches or self._conversions)
+
+    def run(self) -> None:
+        """Copy everything."""
+        for targets, sources in self._batches.values():
+            torch._foreach_copy_(targets, sources)
+        for target, source in self._conversions:
+            target.copy_(source)
+
+
+@attrs.frozen
+class View:
+    """A box of a tensor.
+
+    Attributes:
+        tensor: the box, as integers, or in its own dtype if it is converted; of one dimension if it is contiguous.
+        travels: dtype of its bytes in a bucket.
+        direct: whether they can travel from or into the tensor itself: as they lie there, they are those that travel.
+    """
+
+    tensor: torch.Tensor
+    travels: torch.dtype
+    direct: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that travel."""
+        return self.tensor.numel() * self.travels.itemsize
+
+
+class Ends:
+    """The tensors of one side: a rank's shards, or a worker's targets.
+
+    Args:
+        tensors: as pieces count them.
+        device: of the buckets.
+        outgoing: whether they are shards.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor], device: torch.device, outgoing: bool) -> None:
+        self._tensors = tensors
+        self._device = device
+        self._outgoing = outgoing
+        self._bits: dict[int, torch.Tensor | None] = {}
+
+    def place(self, pieces: Pieces, piece: int) -> tuple[int, list[int]]:
+        """Return in which tensor a piece lies, and where it begins there."""
+        if self._outgoing:
+            return int(pieces.shard[piece]), pieces.source_start[piece].tolist()
+        return int(pieces.target[piece]), pieces.target_start[piece].tolist()
+
+    def view(self, number: int, start: Sequence[int], shape: Sequence[int], meta: ParamMeta) -> View:
+        """Return a box of a tensor, which is one of a parameter.
+
+        Raises:
+            ManifestMismatchError: the tensor does not hold the box, or is a target of another dtype.
+        """
+        dtype, tensor = torch_dtype(meta.dtype), self._tensors[number]
+        if number not in self._bits:
+            self._bits[number] = _as_integers(tensor.detach(), dtype)
+        bits, dims = self._bits[number], tensor.dim()
+        if any(a + b > size for a, b, size in zip_longest(start, shape, tensor.shape, fillvalue=1)):
+            self._refuse(meta, f"of shape {list(tensor.shape)}, which does not hold what was planned")
+        if bits is None and not self._outgoing:
+            self._refuse(meta, f"of {tensor.dtype}")
+        whole = tensor.detach() if bits is None else bits
+        steps = whole.stride()
+        offset = whole.storage_offset() + sum(a * b for a, b in zip(start, steps[:dims], strict=False))
+        box = torch.as_strided(whole, [*shape[:dims], *whole.shape[dims:]], steps, offset)
+        contiguous = box.is_contiguous()
+        if contiguous:  # in one dimension: a dimension of size 1 may have any stride, which torch minds
+            box = torch.as_strided(whole, [box.numel()], [1], offset)
+        direct = bits is not None and contiguous and box.device == self._device
+        return View(box, dtype if bits is None else box.dtype, direct)
+
+    def copies(self, bucket: torch.Tensor, staged: Sequence[tuple[int, View]]) -> Copies:
+        """Return the copies between a bucket and views; with each stands its offset in the bucket."""
+        pairs = []
+        for offset, view in staged:
+            packed = bucket[offset : offset + view.nbytes].view(view.travels).view(view.tensor.shape)
+            pairs.append((packed, view.tensor) if self._outgoing else (view.tensor, packed))
+        return Copies(pairs)
+
+    def _refuse(self, meta: ParamMeta, what: str) -> NoReturn:
+        raise ManifestMismatchError(
+            f"{'A shard' if self._outgoing else 'A target'} of {meta} is {what}; let every tensor keep its shape and "
+            "dtype between updates.",
+            backend="nccl",
+            phase="update",
+        )
+
+
+def _as_integers(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """Return a tensor as integers of its size, two for complex128; None if its bytes are not those of ``dtype``."""
+    if tensor.dtype is not dtype or tensor.is_conj() or tensor.is_neg():
+        return None
+    if dtype.itemsize > _WIDEST:
+        tensor = torch.view_as_real(tensor)
+    return tensor.view(_INTEGERS[min(dtype.itemsize, _WIDEST)])
+
+
+def _ratio(view: torch.Tensor) -> int:
+    """Return how many neighbouring elements can be copied as one."""
+    size = view.element_size()
+    ratio = _WIDEST // size
+    while ratio > 1:
+        if (
+            view.dim()
+            and view.stride(-1) == 1
+            and view.shape[-1] % ratio == 0
+            and view.storage_offset() % ratio == 0
+            and view.data_ptr() % (ratio * size) == 0
+            and not any(step % ratio for step in view.stride()[:-1])
+        ):
+            return ratio
+        ratio //= 2
+    return 1
