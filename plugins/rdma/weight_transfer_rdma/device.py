@@ -11,22 +11,21 @@ import ctypes
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
 
-import attrs
 import numpy as np
 import torch
 
 from weight_transfer.authoring import SharedMemory
 from weight_transfer.errors import BackendUnavailableError, TransferError, TransferTimeoutError
 from weight_transfer_rdma.memory import Arena, Located
-from weight_transfer_rdma.nixl import VRAM, Agent, Place, Transport, environment, installed, transport_in
+from weight_transfer_rdma.nixl import VRAM, WHOLE, Agent, Place, Transport, environment, installed, transport_in
 from weight_transfer_rdma.plan import Regions
 from weight_transfer_rdma.process import foreign
+from weight_transfer_rdma.runs import FIRST_PAUSE, Runs
 
 if TYPE_CHECKING:
     from weight_transfer.authoring import Deadline, Manifest
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 
 _BLOCK = 512  # bytes; blocks of torch's CUDA allocator begin at multiples of it
 _KILL_TIMEOUT = 30.0  # seconds for a call of NIXL that is under way
-_FIRST_PAUSE, _LONGEST_PAUSE = 2e-5, 2e-4  # seconds between two looks at transfers
+_LONGEST_PAUSE = 2e-4  # seconds between two looks at transfers
 
 
 class LocalAgent:
@@ -60,10 +59,11 @@ class LocalAgent:
         self._peer = peer
         self._killed = threading.Event()
         self._busy = threading.Lock()
-        self._runs: deque[_Run] = deque()
+        self._labels: dict[str, str] = {}
         self._log = _log_file()
         with self._calling("start"), _variables(options, self._log):
             self._agent: Agent | None = Agent(name, module, progress=not reads)
+        self._runs: Runs | None = Runs(self._agent)
 
     @property
     def alive(self) -> bool:
@@ -83,45 +83,54 @@ class LocalAgent:
         with self._calling("metadata") as agent:
             return agent.metadata()
 
-    def connect(self, metadata: bytes, _deadline: Deadline) -> str:
-        with self._calling("connect") as agent:
-            return agent.connect(metadata)
+    def connect(
+        self, metadata: bytes, _deadline: Deadline, replaced: str | None = None, label: str | None = None
+    ) -> str:
+        with self._calling("connect", label) as agent:
+            peer = agent.connect(metadata, replaced)
+        self._labels[peer] = label or self._peer
+        return peer
 
-    def prepare(self, operation: str, peer: str, rows: Rows, local: Place, remote: Place, _deadline: Deadline) -> int:
-        with self._calling("prepare") as agent:
-            return agent.prepare(operation, peer, rows, local, remote)
+    def prepare(
+        self,
+        operation: str,
+        peer: str,
+        rows: Rows,
+        local: Place,
+        remote: Place,
+        _deadline: Deadline,
+        plan: str = WHOLE,
+    ) -> int:
+        with self._calling("prepare", self._labels.get(peer)) as agent:
+            return agent.prepare(operation, peer, rows, local, remote, plan)
 
-    def release(self, _deadline: Deadline) -> None:
+    def release(self, _deadline: Deadline, plan: str = WHOLE) -> None:
         with self._calling("release") as agent:
-            agent.release()
+            agent.release(plan)
 
-    def attach_flags(self, peer: str, filled: int, loaded: int, _deadline: Deadline) -> None:
-        with self._calling("attach_flags") as agent:
-            agent.attach_flags(peer, filled, loaded)
+    def attach_flags(self, peer: str, filled: int, loaded: int, _deadline: Deadline, plan: str = WHOLE) -> None:
+        with self._calling("attach_flags", self._labels.get(peer)) as agent:
+            agent.attach_flags(peer, filled, loaded, plan)
 
     def start(self, handle: int, bucket: int, deadline: Deadline) -> None:
-        with self._calling("moving weights") as agent:
-            self._runs.append(_Run(handle, bucket))
-            self._post(agent)
+        with self._moving() as runs:
+            runs.start(handle, bucket)
+            while runs.advance():
+                pass
 
     def finish(self, deadline: Deadline) -> None:
-        run = self._runs[0]
-        pause = _FIRST_PAUSE
-        with self._calling("moving weights") as agent:
+        pause = FIRST_PAUSE
+        with self._moving() as runs:
             while True:
-                self._post(agent)
-                if run.posted and agent.done(run.handle):
-                    break
-                self._check(deadline)
+                while runs.advance():
+                    pause = FIRST_PAUSE
+                if runs.take():
+                    return
+                deadline.check("moving weights", backend="rdma", peer=self._labels.get(runs.peer, self._peer))
+                if self._killed.is_set():
+                    raise TransferError("The transfer was stopped.", backend="rdma")
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
-            self._runs.popleft()
-            if run.bucket:
-                agent.note_read(run.bucket)
-            self._post(agent)  # the next ones are under way while this one is loaded
-            while not (self._runs or agent.has_told()):
-                self._check(deadline)
-                time.sleep(_FIRST_PAUSE)
 
     def transport(self, place: Place) -> Transport:
         ctypes.CDLL(None).fflush(None)  # UCX leaves what it logs in its buffer
@@ -137,51 +146,44 @@ class LocalAgent:
                 peer=self._peer,
             )
         try:
-            self._agent = None  # its destructor ends what is under way
+            self._agent = self._runs = None  # its destructor ends what is under way
         finally:
             self._busy.release()
 
     def close(self) -> None:
         self.kill()
 
-    def _post(self, agent: Agent) -> None:
-        """Begin what may begin, in order, and go on telling what was read."""
-        if any(run.bucket for run in self._runs):
-            agent.has_told()
-        for run in self._runs:
-            if run.posted:
-                continue
-            if run.bucket and not agent.is_filled(run.bucket):
-                return
-            agent.post(run.handle)
-            run.posted = True
-
-    def _check(self, deadline: Deadline) -> None:
-        deadline.check("moving weights", backend="rdma", peer=self._peer)
-        if self._killed.is_set():
-            raise TransferError("The transfer was stopped.", backend="rdma")
+    @contextmanager
+    def _moving(self) -> Iterator[Runs]:
+        """Hold the agent for one call about transfers under way."""
+        what = "moving weights"
+        with self._busy:
+            self._require_alive()
+            runs = self._runs
+            assert runs is not None
+            try:
+                yield runs
+            except TransferError:
+                raise
+            except Exception as error:
+                peer = self._labels.get(runs.peer, self._peer)
+                raise foreign(type(error).__name__, str(error), what, peer) from error
 
     @contextmanager
-    def _calling(self, what: str) -> Iterator[Agent]:
+    def _calling(self, what: str, label: str | None = None) -> Iterator[Agent]:
         """Hold the agent for one call, and map what it raises."""
         with self._busy:
-            if self._killed.is_set():
-                raise TransferError("The transfer was stopped.", backend="rdma")
+            self._require_alive()
             try:
                 yield getattr(self, "_agent", None)  # type: ignore[misc]  # it is missing while it is being made
             except (TransferError, BackendUnavailableError):
                 raise
             except Exception as error:
-                raise foreign(type(error).__name__, str(error), what, self._peer) from error
+                raise foreign(type(error).__name__, str(error), what, label or self._peer) from error
 
-
-@attrs.define(eq=False)
-class _Run:
-    """A transfer that was started, and the bucket of the trainer's that it waits for."""
-
-    handle: int
-    bucket: int
-    posted: bool = False
+    def _require_alive(self) -> None:
+        if self._killed.is_set():
+            raise TransferError("The transfer was stopped.", backend="rdma")
 
 
 class DeviceMemory:
@@ -198,24 +200,28 @@ class DeviceMemory:
         self._agent: LocalAgent | None = None
         self._registered: dict[int, int] = {}
         self._arenas: list[torch.Tensor] = []
-        self._known: tuple[tuple[object, ...], Located] | None = None
+        self._known: dict[str, tuple[tuple[object, ...], Located]] = {}
 
     def start_agent(self, name: str, peer: str, reads: bool, deadline: Deadline) -> LocalAgent:
-        self._known = None
+        self._known.clear()
         self._registered.clear()
         self._arenas.clear()
         self._agent = LocalAgent(name, self._options, peer, reads)
         return self._agent
 
-    def locate(self, manifest: Manifest, tensors: Mapping[str, torch.Tensor], deadline: Deadline) -> Located:
+    def locate(
+        self, manifest: Manifest, tensors: Mapping[str, torch.Tensor], deadline: Deadline, plan: str = WHOLE
+    ) -> Located:
         given = [tensors.get(param.name) for param in manifest.params]
         signature = (
             manifest.digest,
             [(tensor.data_ptr(), tensor.is_contiguous()) if tensor is not None else None for tensor in given],
         )
-        if self._known is None or self._known[0] != signature:
-            self._known = signature, self._located(given)
-        return self._known[1]
+        known = self._known.pop(plan, None)
+        if known is None or known[0] != signature:
+            known = signature, self._located(given)
+        self._known[plan] = known
+        return known[1]
 
     @property
     def parted(self) -> bool:
@@ -230,6 +236,9 @@ class DeviceMemory:
         self._register({int(segments.addresses[home]): int(segments.sizes[home])} if home >= 0 else _span(data))
         return Arena(data, data.data_ptr())
 
+    def free(self, arena: Arena, deadline: Deadline) -> None:
+        self._arenas = [data for data in self._arenas if data is not arena.data]  # its segment may hold weights, too
+
     def words(self, nbytes: int, deadline: Deadline) -> Arena:
         assert self._agent is not None
         data = SharedMemory(nbytes).storage(0, nbytes)
@@ -243,11 +252,12 @@ class DeviceMemory:
         torch.cuda.current_stream(self._device).synchronize()  # reads for the next buckets go on beside it
 
     def close(self) -> None:
-        self._agent = self._known = None
+        self._agent = None
+        self._known.clear()
         self._arenas.clear()
 
     def _located(self, tensors: list[torch.Tensor | None]) -> Located:
-        """Register the allocator's segments in which tensors lie, and take back the others."""
+        """Register the allocator's segments in which tensors lie, and take back those of no plan and no arena."""
         segments = self._segments()
         addresses = np.full(len(tensors), -1, dtype=np.int64)
         padding = np.zeros(len(tensors), dtype=np.int64)
@@ -265,7 +275,9 @@ class DeviceMemory:
             if storage.resizable() and storage.data_ptr() + storage.nbytes() == start + tensor.nbytes:
                 padding[index] = -(start + tensor.nbytes) % _BLOCK
             used[int(segments.addresses[home])] = int(segments.sizes[home])
-        kept = dict(used)
+        others = [located.regions for _, located in self._known.values()]
+        kept = {int(each): int(size) for own in others for each, size in zip(own.addresses, own.sizes, strict=True)}
+        kept |= used
         for arena in self._arenas:
             home = _home(segments, arena)
             kept |= {int(segments.addresses[home]): int(segments.sizes[home])} if home >= 0 else _span(arena)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from weight_transfer.authoring import ALIGNMENT, Export, Exporter, SharedMemory
+from weight_transfer.authoring import ALIGNMENT, Export, Exporter, Segment, SharedMemory
 from weight_transfer_rdma.memory import Arena, Located
-from weight_transfer_rdma.nixl import Place
+from weight_transfer_rdma.nixl import REGIONS, WHOLE, Place
 from weight_transfer_rdma.plan import Regions
 from weight_transfer_rdma.process import AgentProcess
 
@@ -26,32 +26,41 @@ class HostMemory:
     def __init__(self, options: RdmaOptions) -> None:
         self.place = Place()
         self._options = options
-        self._exporter = Exporter(adopt=options.adopt)
+        self._exporters = {plan: Exporter(adopt=options.adopt) for plan in (WHOLE, REGIONS)}
         self._agent: AgentProcess | None = None
         self._arenas: list[SharedMemory] = []
-        self._known: tuple[Export, Located] | None = None
+        self._known: dict[str, tuple[Export, Located]] = {}
 
     def start_agent(self, name: str, peer: str, reads: bool, deadline: Deadline) -> AgentProcess:
-        self._known = None
+        self._known.clear()
         self._arenas.clear()
         self._agent = AgentProcess(name, self._options, peer, deadline)
         return self._agent
 
-    def locate(self, manifest: Manifest, tensors: Mapping[str, torch.Tensor], deadline: Deadline) -> Located:
-        export = self._exporter.refresh(manifest, tensors)
-        if self._known is None or self._known[0] is not export:
-            self._known = export, self._located(export, manifest, tensors, deadline)
-        return self._known[1]
+    def locate(
+        self, manifest: Manifest, tensors: Mapping[str, torch.Tensor], deadline: Deadline, plan: str = WHOLE
+    ) -> Located:
+        export = self._exporters[plan].refresh(manifest, tensors)
+        known = self._known.pop(plan, None)
+        if known is None or known[0] is not export:
+            known = export, self._located(plan, export, manifest, tensors, deadline)
+        self._known[plan] = known
+        return known[1]
 
     @property
     def parted(self) -> bool:
-        return self._exporter.parted
+        return any(exporter.parted for exporter in self._exporters.values())
 
     def arena(self, nbytes: int, deadline: Deadline) -> Arena:
         assert self._agent is not None
         memory = SharedMemory(nbytes)
         self._arenas.append(memory)
         return Arena(memory.storage(0, nbytes), self._agent.share(memory, deadline))
+
+    def free(self, arena: Arena, deadline: Deadline) -> None:
+        address = arena.data.data_ptr()
+        self._arenas = [memory for memory in self._arenas if memory.address != address]
+        self._unshare([], deadline)
 
     def words(self, nbytes: int, deadline: Deadline) -> Arena:
         return self.arena(nbytes, deadline)
@@ -63,19 +72,35 @@ class HostMemory:
         return
 
     def close(self) -> None:
-        self._agent = self._known = None
+        self._agent = None
+        self._known.clear()
         self._arenas.clear()
-        self._exporter.close()
+        for exporter in self._exporters.values():
+            exporter.close()
+
+    def _unshare(self, used: list[SharedMemory], deadline: Deadline) -> None:
+        """Take back all segments but these, those of other plans, and the arenas."""
+        assert self._agent is not None
+        others = [self._exporters[plan].segment(segment.id) for plan in self._known for segment in self._export(plan)]
+        self._agent.unshare_all_but([*used, *others, *self._arenas], deadline)
+
+    def _export(self, plan: str) -> tuple[Segment, ...]:
+        return self._known[plan][0].segments
 
     def _located(
-        self, export: Export, manifest: Manifest, tensors: Mapping[str, torch.Tensor], deadline: Deadline
+        self,
+        plan: str,
+        export: Export,
+        manifest: Manifest,
+        tensors: Mapping[str, torch.Tensor],
+        deadline: Deadline,
     ) -> Located:
         assert self._agent is not None
-        used = [self._exporter.segment(segment.id) for segment in export.segments]
-        self._agent.unshare_all_but([*used, *self._arenas], deadline)
+        exporter = self._exporters[plan]
+        self._unshare([exporter.segment(segment.id) for segment in export.segments], deadline)
         bases, regions = {}, []
         for segment in export.segments:
-            memory = self._exporter.segment(segment.id)
+            memory = exporter.segment(segment.id)
             bases[segment.id] = self._agent.share(memory, deadline)
             regions.append((bases[segment.id], memory.nbytes))
         addresses = [

@@ -1,55 +1,27 @@
-"""What a worker does in an update, one read after another: planned once, done again and again."""
+"""What a worker reads of weights that go whole, one read after another: planned once, done again and again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-import attrs
 import numpy as np
-import torch
 
 from weight_transfer.authoring import ALIGNMENT, Unpacker, plan_buckets
-from weight_transfer.engine import LoadWeights
 from weight_transfer.errors import ManifestMismatchError
-from weight_transfer_rdma.plan import Regions, merge
+from weight_transfer_rdma.plan import Regions, cuts, merge
+from weight_transfer_rdma.reading import Job
 
 if TYPE_CHECKING:
+    import torch
+
     from weight_transfer.authoring import Deadline, Manifest
+    from weight_transfer.engine import LoadWeights
     from weight_transfer_rdma.info import Endpoint, Table
     from weight_transfer_rdma.memory import Located, RunningAgent
     from weight_transfer_rdma.nixl import Place
 
 _CHUNK = 2**30  # bytes of one read into the worker's own parameters
-
-
-@attrs.frozen(eq=False)
-class Job:
-    """One read, and what to load when it is done.
-
-    Attributes:
-        handle: the prepared read; None if there is nothing to read.
-        bucket: which bucket of the update the trainer must have filled, counted from 1; 0 for a read of the weights
-            where they lie.
-        nbytes: to be read from where the weights lie; 0 for a bucket, for which the trainer may have to be waited for.
-        load: called after the read.
-        targets: the worker's own tensors that it writes into, and where they were when it was prepared.
-    """
-
-    handle: int | None
-    bucket: int
-    nbytes: int
-    load: Callable[[LoadWeights], None]
-    targets: Sequence[tuple[torch.Tensor, int]] = ()
-
-    @property
-    def takes_a_bucket(self) -> bool:
-        """Whether it is read into a staging bucket: not if it is read in place, and not if there is nothing to read."""
-        return self.handle is not None and not self.targets
-
-    def stands(self) -> bool:
-        """Whether its targets still are where they were."""
-        return all(tensor.data_ptr() == address and tensor.is_contiguous() for tensor, address in self.targets)
 
 
 class Planner:
@@ -89,7 +61,7 @@ class Planner:
         order = np.flatnonzero(possible)
         order = order[np.argsort(located.addresses[order], kind="stable")]
         jobs = []
-        for chunk in np.split(order, _cuts(self._sizes[order], _CHUNK)):
+        for chunk in np.split(order, cuts(self._sizes[order], _CHUNK)):
             if len(chunk):
                 rows = merge(
                     located.addresses[chunk],
@@ -101,7 +73,7 @@ class Planner:
                 )
                 names = [self._params[index].name for index in chunk.tolist()]
                 weights = [(name, destinations[name]) for name in names]
-                targets = [(tensor, tensor.data_ptr()) for _, tensor in weights]
+                targets = [(tensor, tensor.data_ptr(), None) for _, tensor in weights]
                 nbytes = int(self._sizes[chunk].sum())
                 jobs.append(Job(self._prepare(rows), 0, nbytes, _loading(weights), targets))
         empty = [param.name for param in self._params if not param.nbytes]
@@ -143,7 +115,8 @@ class Planner:
                     np.full(len(used), ALIGNMENT, dtype=np.int64),
                 )
                 handle = self._prepare(rows)
-            jobs.append(Job(handle, 0, sum(slot.nbytes for slot in used), _unpacking(unpacker, number)))
+            nbytes = sum(slot.nbytes for slot in used)
+            jobs.append(Job(handle, 0, nbytes, _unpacking(unpacker, number), buffered=handle is not None))
         self.left -= set(indices)
         return jobs
 
@@ -157,20 +130,13 @@ class Planner:
         for number, slots in enumerate(plan.buckets):
             theirs = self._table.buckets[number % len(self._table.buckets)]
             row = np.array([[addresses[number % len(buffers)], theirs, slots[-1].offset + slots[-1].nbytes]], np.uint64)
-            jobs.append(Job(self._prepare(row), number + 1, 0, _unpacking(unpacker, number)))
+            jobs.append(Job(self._prepare(row), number + 1, 0, _unpacking(unpacker, number), buffered=True))
         self.left.clear()
         return jobs
 
     def _prepare(self, rows: np.ndarray[tuple[int, ...], np.dtype[np.uint64]]) -> int:
         endpoint = self._endpoint
         return self._agent.prepare("READ", endpoint.agent, rows, self._place, endpoint.place, self._deadline)
-
-
-def _cuts(
-    sizes: np.ndarray[tuple[int, ...], np.dtype[np.int64]], limit: int
-) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-    """Return where to cut a list so that no part is much larger than ``limit``."""
-    return np.flatnonzero(np.diff(np.cumsum(sizes) // limit)) + 1
 
 
 def _loading(weights: list[tuple[str, torch.Tensor]]) -> Callable[[LoadWeights], None]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import attrs
 import torch
 
+from weight_transfer_rdma.nixl import WHOLE
 from weight_transfer_rdma.plan import Integers, Regions
 
 if TYPE_CHECKING:
@@ -47,12 +48,21 @@ class RunningAgent(Protocol):
     @property
     def alive(self) -> bool: ...
     def metadata(self, deadline: Deadline) -> bytes: ...
-    def connect(self, metadata: bytes, deadline: Deadline) -> str: ...
+    def connect(
+        self, metadata: bytes, deadline: Deadline, replaced: str | None = None, label: str | None = None
+    ) -> str: ...
     def prepare(
-        self, operation: str, peer: str, rows: Rows, local: Place, remote: Place, deadline: Deadline
+        self,
+        operation: str,
+        peer: str,
+        rows: Rows,
+        local: Place,
+        remote: Place,
+        deadline: Deadline,
+        plan: str = WHOLE,
     ) -> int: ...
-    def release(self, deadline: Deadline) -> None: ...
-    def attach_flags(self, peer: str, filled: int, loaded: int, deadline: Deadline) -> None: ...
+    def release(self, deadline: Deadline, plan: str = WHOLE) -> None: ...
+    def attach_flags(self, peer: str, filled: int, loaded: int, deadline: Deadline, plan: str = WHOLE) -> None: ...
     def start(self, handle: int, bucket: int, deadline: Deadline) -> None: ...
     def finish(self, deadline: Deadline) -> None: ...
     def transport(self, place: Place) -> Transport: ...
@@ -72,8 +82,13 @@ class Memory(Protocol):
     def start_agent(self, name: str, peer: str, reads: bool, deadline: Deadline) -> RunningAgent:
         """Start an agent that reads, or one that is read from; the methods below speak of the last one."""
 
-    def locate(self, manifest: Manifest, tensors: Mapping[str, torch.Tensor], deadline: Deadline) -> Located:
-        """Let the agent at the tensors of a manifest; return the same object while nothing moved."""
+    def locate(
+        self, manifest: Manifest, tensors: Mapping[str, torch.Tensor], deadline: Deadline, plan: str = WHOLE
+    ) -> Located:
+        """Let the agent at the tensors of a manifest; return the same object while nothing moved.
+
+        What it was let at for another plan stays.
+        """
 
     @property
     def parted(self) -> bool:
@@ -81,6 +96,9 @@ class Memory(Protocol):
 
     def arena(self, nbytes: int, deadline: Deadline) -> Arena:
         """Make staging memory where the weights lie."""
+
+    def free(self, arena: Arena, deadline: Deadline) -> None:
+        """Give staging memory back."""
 
     def words(self, nbytes: int, deadline: Deadline) -> Arena:
         """Make zeroed host memory."""

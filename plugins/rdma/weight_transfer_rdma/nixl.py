@@ -1,4 +1,4 @@
-"""One NIXL agent: memory regions, a connection to the trainer's agent, prepared transfers. Needs numpy and NIXL only.
+"""One NIXL agent: memory regions, connections to the trainer's agents, prepared transfers. Needs numpy and NIXL only.
 
 Everything here may block, abort the process or crash it; `weight_transfer_rdma.process` is where it is contained.
 """
@@ -8,10 +8,10 @@ from __future__ import annotations
 import logging
 import os
 import re
-import time
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import count
 from typing import Any
 
 import attrs
@@ -26,8 +26,10 @@ Rows = NDArray[np.uint64]
 
 DRAM, VRAM = "DRAM", "VRAM"
 
+WHOLE, REGIONS = "whole", "regions"
+"""The two plans to which prepared transfers belong: of what goes whole, and of what goes by region."""
+
 _WORDS = 2
-_FIRST_PAUSE, _LONGEST_PAUSE = 2e-5, 1e-3  # seconds between two looks at a transfer
 _LONGEST_REST = 1000  # microseconds that a progress thread sleeps, unless it is woken
 
 
@@ -148,8 +150,8 @@ class Agent:
     Args:
         name: unique among all agents that may meet.
         module: the NIXL module, from `installed`.
-        progress: whether a thread of NIXL's drives transfers; without it they go on in `done` and `wait` only, and
-            peers whose transfers need this side's processor (TCP) wait for as long.
+        progress: whether a thread of NIXL's drives transfers; without it they go on in `done` only, and peers whose
+            transfers need this side's processor (TCP) wait for as long.
     """
 
     def __init__(self, name: str, module: str, progress: bool = True) -> None:
@@ -157,14 +159,11 @@ class Agent:
         self._nixl: Any = api.nixl_agent(name, api.nixl_agent_config(enable_prog_thread=progress, backends=[]))
         # Mode "none" would wait for ever for a peer that died.
         self._nixl.create_backend("UCX", {"ucx_error_handling_mode": "peer"})
-        self._transfers: list[Any] = []
+        self._transfers: dict[int, _Prepared] = {}
+        self._numbers = count()
         self._regions: dict[int, Any] = {}
-        self._words = np.zeros(_WORDS, dtype=np.int64)
-        self.register(self._words.ctypes.data, self._words.nbytes, Place())
-        self._flags: tuple[int, int] | None = None
-        self._peer: str | None = None
-        self._asking = self._telling = False
-        self._read = 0
+        self._flags: dict[Channel, _Flags] = {}
+        self._peers: set[str] = set()
 
     def register(self, address: int, nbytes: int, place: Place) -> None:
         """Let peers and transfers at a region."""
@@ -180,110 +179,78 @@ class Agent:
         blob: bytes = self._nixl.get_agent_metadata()
         return blob
 
-    def connect(self, metadata: bytes) -> str:
-        """Load the peer's metadata, also newer ones; return its name. Transfers that were prepared are forgotten.
+    def connect(self, metadata: bytes, replaced: str | None = None) -> str:
+        """Load a peer's metadata; return its name.
 
         NIXL adds newer metadata to those it has, so regions that the peer has taken back since would stay, and hide new
-        ones that lie across them.
-        """
-        if self._peer is not None:
-            self.release()
-            peer, self._peer = self._peer, None
-            self._nixl.remove_remote_agent(peer)
-        name = self._nixl.add_remote_agent(metadata)
-        self._peer = name.decode() if isinstance(name, bytes) else str(name)
-        return self._peer
+        ones that lie across them. So the peer's older ones must be named.
 
-    def prepare(self, operation: str, peer: str, rows: Rows, local: Place, remote: Place) -> int:
-        """Prepare a READ or WRITE; return its handle, which can be run again and again."""
+        Args:
+            metadata: the peer's.
+            replaced: a peer's name whose metadata, and transfers that were prepared, are forgotten.
+        """
+        if replaced in self._peers:
+            self._forget(lambda channel: channel[1] == replaced)
+            self._peers.discard(replaced)
+            self._nixl.remove_remote_agent(replaced)
+        name = self._nixl.add_remote_agent(metadata)
+        peer = name.decode() if isinstance(name, bytes) else str(name)
+        self._peers.add(peer)
+        return peer
+
+    def prepare(self, operation: str, peer: str, rows: Rows, local: Place, remote: Place, plan: str = WHOLE) -> int:
+        """Prepare a READ or WRITE; return its handle, which can be run again and again, until `release` of its plan."""
         devices = np.empty(len(rows), dtype=np.uint64)
         lists = []
         for column, place in ((0, local), (1, remote)):
             devices.fill(place.device)
             described = np.ascontiguousarray(np.stack([rows[:, column], rows[:, 2], devices], axis=1))
             lists.append(self._nixl.get_xfer_descs(described, place.memory))
-        self._transfers.append(self._nixl.initialize_xfer(operation, *lists, peer))
-        return len(self._transfers) - 1
+        handle = next(self._numbers)
+        self._transfers[handle] = _Prepared(self._nixl.initialize_xfer(operation, *lists, peer), (plan, peer))
+        return handle
 
-    def release(self) -> None:
-        """Forget all prepared transfers; none may be under way."""
-        for transfer in self._transfers:
-            self._nixl.release_xfer_handle(transfer)
-        self._transfers.clear()
-        self._flags = None
-        self._asking = self._telling = False
+    def release(self, plan: str = WHOLE) -> None:
+        """Forget what was prepared for a plan; nothing of it may be under way."""
+        self._forget(lambda channel: channel[0] == plan)
 
-    def attach_flags(self, peer: str, filled: int, loaded: int) -> None:
+    def attach_flags(self, peer: str, filled: int, loaded: int, plan: str = WHOLE) -> None:
         """Say where the peer counts filled buckets, and where this side is to count those that it has read."""
-        self._words[:], self._read = 0, 0
-        word = self._words.itemsize
-        read = np.array([[self._words.ctypes.data, filled, word]], dtype=np.uint64)
-        write = np.array([[self._words.ctypes.data + word, loaded, word]], dtype=np.uint64)
-        self._flags = tuple(  # type: ignore[assignment]
-            self.prepare(operation, peer, rows, Place(), Place())
-            for operation, rows in (("READ", read), ("WRITE", write))
+        words = np.zeros(_WORDS, dtype=np.int64)
+        here, word = words.ctypes.data, words.itemsize
+        self.register(here, words.nbytes, Place())
+        rows = {"READ": [[here, filled, word]], "WRITE": [[here + word, loaded, word]]}
+        ask, tell = (
+            self.prepare(operation, peer, np.array(row, dtype=np.uint64), Place(), Place(), plan)
+            for operation, row in rows.items()
         )
+        self._flags[plan, peer] = _Flags(words, ask, tell)
 
-    def run(self, handle: int, bucket: int = 0) -> None:
-        """Run a transfer to its end.
+    def channel(self, handle: int) -> Channel:
+        """Return plan and peer of a transfer."""
+        return self._transfers[handle].channel
 
-        Args:
-            handle: from `prepare`.
-            bucket: if positive, first wait until the peer has filled that many buckets, and afterwards tell it so.
-        """
-        pause = _FIRST_PAUSE
-        while not self.filled(bucket):
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
-        self.post(handle)
-        self.wait(handle)
-        if bucket:
-            self.tell_read(bucket)
+    def is_filled(self, channel: Channel, bucket: int) -> bool:
+        """Ask the peer whether it has filled that many buckets, without waiting for its word: ask again."""
+        flags = self._flags[channel]
+        if flags.words[0] < bucket:
+            if not flags.asking:
+                self.post(flags.ask)
+            flags.asking = not self.done(flags.ask)
+        return bool(flags.words[0] >= bucket)
 
-    def filled(self, bucket: int, check: Callable[[], None] = lambda: None) -> bool:
-        """Ask the peer whether it has filled that many buckets; for ``check`` see `wait`."""
-        if self._words[0] < bucket:
-            assert self._flags is not None
-            self.post(self._flags[0])
-            self.wait(self._flags[0], check)
-        return bool(self._words[0] >= bucket)
-
-    def tell_read(self, bucket: int, check: Callable[[], None] = lambda: None) -> None:
-        """Tell the peer that this side has read that many buckets; for ``check`` see `wait`."""
-        self._words[1] = bucket
-        assert self._flags is not None
-        self.post(self._flags[1])
-        self.wait(self._flags[1], check)
-
-    def is_filled(self, bucket: int) -> bool:
-        """As `filled`, but without waiting for the peer's word: ask again."""
-        if self._words[0] < bucket:
-            assert self._flags is not None
-            if not self._asking:
-                self.post(self._flags[0])
-            self._asking = not self.done(self._flags[0])
-        return bool(self._words[0] >= bucket)
-
-    def note_read(self, bucket: int) -> None:
-        """As `tell_read`, but without waiting: `has_told` goes on telling."""
-        self._read = bucket
-        self.has_told()
+    def note_read(self, channel: Channel, bucket: int) -> None:
+        """Tell the peer that this side has read that many buckets, without waiting: `has_told` goes on telling."""
+        self._flags[channel].read = bucket
 
     def has_told(self) -> bool:
-        """Go on with what `note_read` has begun; return whether the peer knows everything."""
-        if self._flags is None:
-            return True  # no buckets: there is nothing to tell
-        if self._telling:
-            self._telling = not self.done(self._flags[1])
-        if not self._telling and self._words[1] != self._read:
-            self._words[1] = self._read
-            self.post(self._flags[1])
-            self._telling = True
-        return not self._telling
+        """Go on with what `note_read` has begun; return whether all peers know everything."""
+        told = [self._has_told(flags) for flags in self._flags.values()]  # of each, whatever the first ones say
+        return all(told)
 
     def post(self, handle: int) -> None:
         """Begin a transfer. Where the kernel copies (CMA), this is also its end."""
-        self._nixl.transfer(self._transfers[handle])
+        self._nixl.transfer(self._transfers[handle].transfer)
 
     def done(self, handle: int) -> bool:
         """Ask whether a transfer has ended.
@@ -291,20 +258,47 @@ class Agent:
         Raises:
             RuntimeError, or an error of NIXL's: it failed.
         """
-        state = self._nixl.check_xfer_state(self._transfers[handle])
+        state = self._nixl.check_xfer_state(self._transfers[handle].transfer)
         if state not in ("PROC", "DONE"):
             raise RuntimeError(f"NIXL ended a transfer in state {state}")
         return bool(state == "DONE")
 
-    def wait(self, handle: int, check: Callable[[], None] = lambda: None) -> None:
-        """Wait for the end of a transfer.
+    def _has_told(self, flags: _Flags) -> bool:
+        if flags.telling:
+            flags.telling = not self.done(flags.tell)
+        if not flags.telling and flags.words[1] != flags.read:
+            flags.words[1] = flags.read
+            self.post(flags.tell)
+            flags.telling = True
+        return not flags.telling
 
-        Args:
-            handle: from `prepare`.
-            check: called now and then; what it raises ends the waiting, though not the transfer.
-        """
-        pause = _FIRST_PAUSE
-        while not self.done(handle):
-            check()
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+    def _forget(self, chosen: Callable[[Channel], bool]) -> None:
+        for handle in [handle for handle, prepared in self._transfers.items() if chosen(prepared.channel)]:
+            self._nixl.release_xfer_handle(self._transfers.pop(handle).transfer)
+        for channel in [channel for channel in self._flags if chosen(channel)]:
+            self.deregister(self._flags.pop(channel).words.ctypes.data)
+
+
+Channel = tuple[str, str]
+"""The plan and the peer of transfers that share a pair of counters."""
+
+
+@attrs.frozen(eq=False)
+class _Prepared:
+    transfer: Any
+    channel: Channel
+
+
+@attrs.define(eq=False)
+class _Flags:
+    """Counters of one channel: ``words`` hold what the peer has filled, and what this side has read of that.
+
+    ``ask`` and ``tell`` are the transfers that bring the one and take the other, ``read`` is what is to be told.
+    """
+
+    words: NDArray[np.int64]
+    ask: int
+    tell: int
+    asking: bool = False
+    telling: bool = False
+    read: int = 0

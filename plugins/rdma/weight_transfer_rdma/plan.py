@@ -86,3 +86,9 @@ def merge(
     length = local[last] + sizes[last] - local[first]
     rows: Rows = np.stack([local[first], remote[first], length], axis=1).astype(np.uint64)
     return rows
+
+
+def cuts(sizes: Integers, limit: int) -> Integers:
+    """Return where to cut a list so that no part is much larger than ``limit``."""
+    found: Integers = np.flatnonzero(np.diff(np.cumsum(sizes) // limit)) + 1
+    return found

@@ -26,6 +26,7 @@ def weight_transfer_backend() -> Backend:
             Capability.CUDA,
             Capability.CROSS_PROCESS,
             Capability.CROSS_HOST,
+            Capability.REGIONS,
             Capability.REJOIN,
         },
     )

@@ -10,15 +10,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from weight_transfer.authoring import tracing
 from weight_transfer.errors import BackendUnavailableError, PeerLostError, TransferError, TransferTimeoutError
-from weight_transfer_rdma.nixl import Place, Transport, environment, installed, transport_in
+from weight_transfer_rdma.nixl import WHOLE, Place, Transport, environment, installed, transport_in
 from weight_transfer_rdma.wire import Message, receive, send
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _KILL_TIMEOUT = 30.0  # seconds that the kernel gets to end a killed process
+_CLEAR_UP = 1.0  # seconds for what is left of it then; it may take longer, and nobody needs to wait for that
 _LOG_TAIL = 400  # characters of an agent's last words in an error
 
 
@@ -38,7 +41,7 @@ class AgentProcess:
     Args:
         name: of the NIXL agent.
         options: of the backend.
-        peer: how errors call the other side of its transfers.
+        peer: how errors call the other side of its transfers, unless `connect` says better.
         deadline: for the start, which takes about a quarter of a second.
 
     Raises:
@@ -56,6 +59,9 @@ class AgentProcess:
         self._traced = 0
         self._killed = False
         self._shared: dict[int, tuple[SharedMemory, int]] = {}
+        self._labels: dict[str, str] = {}
+        self._peers: dict[int, str] = {}
+        self._under_way: deque[str] = deque()
         self._socket, theirs = socket.socketpair()
         command = [sys.executable, "-u", "-P", "-m", "weight_transfer_rdma.agent", str(theirs.fileno()), name, module]
         self._keeper = _Keeper(command, _variables(options), theirs.fileno(), self._log)
@@ -70,7 +76,7 @@ class AgentProcess:
     @property
     def alive(self) -> bool:
         """Whether the process runs."""
-        return not self._killed and self._keeper.is_alive()
+        return not self._killed and not self._keeper.ended.is_set()
 
     @property
     def pid(self) -> int:
@@ -95,30 +101,51 @@ class AgentProcess:
         """See `Agent.metadata`."""
         return self._call({"call": "metadata"}, deadline).data
 
-    def connect(self, metadata: bytes, deadline: Deadline) -> str:
-        """See `Agent.connect`."""
-        return str(self._call({"call": "connect"}, deadline, metadata).body["peer"])
+    def connect(
+        self, metadata: bytes, deadline: Deadline, replaced: str | None = None, label: str | None = None
+    ) -> str:
+        """See `Agent.connect`; ``label`` is how errors call this peer."""
+        message = {"call": "connect", "replaced": replaced}
+        name = str(self._call(message, deadline, metadata, label=label).body["peer"])
+        self._labels[name] = label or self.peer
+        return name
 
-    def prepare(self, operation: str, peer: str, rows: Rows, local: Place, remote: Place, deadline: Deadline) -> int:
+    def prepare(
+        self,
+        operation: str,
+        peer: str,
+        rows: Rows,
+        local: Place,
+        remote: Place,
+        deadline: Deadline,
+        plan: str = WHOLE,
+    ) -> int:
         """See `Agent.prepare`; ``local`` is host memory."""
-        message = {"call": "prepare", "operation": operation, "peer": peer, "remote": [remote.memory, remote.device]}
-        return int(self._call(message, deadline, rows.tobytes()).body["handle"])
+        message = {"call": "prepare", "operation": operation, "peer": peer, "plan": plan}
+        place = {"remote": [remote.memory, remote.device]}
+        label = self._labels.get(peer)
+        handle = int(self._call(message | place, deadline, rows.tobytes(), label=label).body["handle"])
+        self._peers[handle] = label or self.peer
+        return handle
 
-    def release(self, deadline: Deadline) -> None:
+    def release(self, deadline: Deadline, plan: str = WHOLE) -> None:
         """See `Agent.release`."""
-        self._call({"call": "release"}, deadline)
+        self._call({"call": "release", "plan": plan}, deadline)
 
-    def attach_flags(self, peer: str, filled: int, loaded: int, deadline: Deadline) -> None:
+    def attach_flags(self, peer: str, filled: int, loaded: int, deadline: Deadline, plan: str = WHOLE) -> None:
         """See `Agent.attach_flags`."""
-        self._call({"call": "attach_flags", "peer": peer, "filled": filled, "loaded": loaded}, deadline)
+        message = {"call": "attach_flags", "peer": peer, "filled": filled, "loaded": loaded, "plan": plan}
+        self._call(message, deadline, label=self._labels.get(peer))
 
     def start(self, handle: int, bucket: int, deadline: Deadline) -> None:
-        """Begin `Agent.run`; `finish` waits for its end."""
+        """Begin a transfer, when its peer has filled ``bucket`` buckets; see `Runs.start`."""
+        self._under_way.append(self._peers[handle])
         self._send(Message({"call": "run", "handle": handle, "bucket": bucket}), deadline)
 
     def finish(self, deadline: Deadline) -> None:
-        """Wait for the end of what `start` began."""
-        self._receive("moving weights", deadline)
+        """Wait for the end of the first transfer that `start` began and that was not waited for."""
+        self._receive("moving weights", deadline, self._under_way[0])
+        self._under_way.popleft()
 
     def transport(self, place: Place) -> Transport:
         """Return how the agent reads from its peer into ``place``; known after a first transfer."""
@@ -142,37 +169,47 @@ class AgentProcess:
     def close(self) -> None:
         """Kill the process and close what belongs to it; after this no method may be called."""
         self.kill()
+        if self._keeper.is_alive():
+            self._keeper.join(_CLEAR_UP)
         self._socket.close()
         if self._log >= 0:
             os.close(self._log)
             self._log = -1
         self._shared.clear()
 
-    def _call(self, body: dict[str, Any], deadline: Deadline, data: bytes = b"", fds: tuple[int, ...] = ()) -> Message:
+    def _call(
+        self,
+        body: dict[str, Any],
+        deadline: Deadline,
+        data: bytes = b"",
+        fds: tuple[int, ...] = (),
+        label: str | None = None,
+    ) -> Message:
         self._send(Message(body, data, fds), deadline)
-        return self._receive(str(body.get("call", "start")), deadline)
+        return self._receive(str(body.get("call", "start")), deadline, label or self.peer)
 
     def _send(self, message: Message, deadline: Deadline) -> None:
         self._socket.settimeout(max(deadline.remaining(), 1e-3))
         try:
             send(self._socket, message)
         except OSError as error:
-            raise self._lost(error, deadline, "calling the RDMA agent") from error
+            raise self._lost(error, deadline, "calling the RDMA agent", self.peer) from error
 
-    def _receive(self, what: str, deadline: Deadline) -> Message:
+    def _receive(self, what: str, deadline: Deadline, label: str) -> Message:
         self._socket.settimeout(max(deadline.remaining(), 1e-3))
         try:
             reply = receive(self._socket)
         except (EOFError, OSError) as error:
-            raise self._lost(error, deadline, f"{what} ({self.peer})") from error
+            raise self._lost(error, deadline, f"{what} ({label})", label) from error
         self._trace()
         if "error" in reply.body:
-            raise foreign(reply.body["error"], reply.body["text"], what, self.peer, self._last_words())
+            label = self._labels.get(reply.body.get("peer", ""), label)
+            raise foreign(reply.body["error"], reply.body["text"], what, label, self._last_words())
         return reply
 
-    def _lost(self, error: Exception, deadline: Deadline, what: str) -> TransferError:
+    def _lost(self, error: Exception, deadline: Deadline, what: str, label: str) -> TransferError:
         if isinstance(error, TimeoutError):
-            return deadline.timeout(what, backend="rdma", peer=self.peer)
+            return deadline.timeout(what, backend="rdma", peer=label)
         if self._killed:
             return TransferError("The transfer was stopped.", backend="rdma")
         self._keeper.ended.wait(1)
@@ -204,7 +241,8 @@ class _Keeper(threading.Thread):
     """Starts the process and waits for its end, on one thread that lives as long as the process.
 
     The kernel's parent-death signal is sent when the *thread* that started a process ends, so that must not be one of
-    the caller's.
+    the caller's. ``ended`` says that the process runs no more and has no memory; under load it can take the kernel
+    seconds to clear up what is left of it then, for which only this thread waits.
     """
 
     def __init__(self, command: list[str], env: dict[str, str], fd: int, log: int) -> None:
@@ -213,6 +251,8 @@ class _Keeper(threading.Thread):
         self._spawned = threading.Event()
         self._error: OSError | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._code: int | None = None
+        self._ending = threading.Lock()
         self.ended = threading.Event()
 
     def await_start(self) -> None:
@@ -224,7 +264,7 @@ class _Keeper(threading.Thread):
 
     @property
     def status(self) -> str:
-        code = self._process.returncode if self._process else None
+        code = self._code
         return "its end is unknown" if code is None else f"signal {-code}" if code < 0 else f"exit status {code}"
 
     @property
@@ -233,10 +273,11 @@ class _Keeper(threading.Thread):
         return self._process.pid
 
     def kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-        else:
-            self.ended.set()
+        with self._ending:  # until ``ended`` is set the id is nobody else's
+            if self._process is None:
+                self.ended.set()
+            elif not self.ended.is_set():
+                os.kill(self._process.pid, signal.SIGKILL)
 
     def run(self) -> None:
         command, env, fd, log = self._arguments
@@ -248,8 +289,17 @@ class _Keeper(threading.Thread):
             self._error = error
         self._spawned.set()
         if self._process is not None:
+            self._await_end(self._process.pid)
+        with self._ending:
+            self.ended.set()
+        if self._process is not None:
             self._process.wait()
-        self.ended.set()
+
+    def _await_end(self, pid: int) -> None:
+        with contextlib.suppress(ChildProcessError):  # this process lets the kernel clear up after all its children
+            end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            if end is not None:
+                self._code = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
 
 
 def foreign(kind: str, text: str, what: str, peer: str, words: str | None = None) -> TransferError:

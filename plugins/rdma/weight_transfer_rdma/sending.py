@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
 
-from weight_transfer.authoring import ALIGNMENT, Manifest, Packer, plan_buckets, staged_tensors
+from weight_transfer.authoring import ALIGNMENT, Manifest, Packer, plan_buckets, staged_tensors, unstructure
 from weight_transfer.engine import TrainerWeightTransferEngine, WorkerSlot
 from weight_transfer.errors import HandshakeError, PeerLostError, TransferError
-from weight_transfer_rdma.info import PROBE_BYTES, WORD, Endpoint, RdmaInitInfo, RdmaUpdateInfo, Table
+from weight_transfer_rdma.giving import MOST, Rings, Shards, as_params, ring_sizes
+from weight_transfer_rdma.info import (
+    FLAGS_BYTES,
+    MOST_WORKERS,
+    PROBE_BYTES,
+    Endpoint,
+    RdmaInitInfo,
+    RdmaUpdateInfo,
+    Table,
+    ring_counter,
+)
 from weight_transfer_rdma.memory import Arena, Located, RunningAgent, memory_for
-from weight_transfer_rdma.nixl import VRAM
+from weight_transfer_rdma.nixl import DRAM, REGIONS, VRAM
 from weight_transfer_rdma.plan import Integers
 
 if TYPE_CHECKING:
-    from weight_transfer.authoring import Deadline, ParallelConfig, WeightSource, WeightTransferConfig
+    from weight_transfer.authoring import Deadline, OutgoingRegions, ParallelConfig, WeightSource, WeightTransferConfig
 
-_FLAGS_BYTES = 64 * 1024
 _PARTS, _LEAST = 4, 2**20  # of one bucket of the configuration, and the bytes that each has at least
-_FIRST_PAUSE, _LONGEST_PAUSE = 2e-5, 1e-4  # seconds between two looks at the workers' counters
+_FIRST_PAUSE = 2e-5  # seconds between two looks at the workers' counters, at first
+_LONGEST_PAUSE = {DRAM: 1e-3, VRAM: 1e-4}  # and later, by kind of memory
 
 
 class RdmaTrainerEngine(TrainerWeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo]):
@@ -31,7 +41,8 @@ class RdmaTrainerEngine(TrainerWeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo
 
     What the agent can reach is read in place while `send_weights` has nothing to do. The rest (gathered, temporary or
     not contiguous tensors) goes through a ring of buckets: the trainer counts the buckets that it fills, the workers
-    read the counter, then the bucket, and write how far they are.
+    read the counter, then the bucket, and write how far they are. By region each worker has a ring of its own, for
+    what is cut too fine to be read where it lies.
     """
 
     init_info_cls = RdmaInitInfo
@@ -45,17 +56,26 @@ class RdmaTrainerEngine(TrainerWeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo
         self._filled = 0
         self._updating = False
         self._aborted = threading.Event()
+        self._shards: tuple[OutgoingRegions, Manifest, dict[str, torch.Tensor]] | None = None
 
     def open_endpoint(self, slots: Sequence[WorkerSlot], deadline: Deadline) -> list[dict[str, Any]]:
+        endpoint = self._open_for(slots, deadline)
+        return [{"endpoint": endpoint} for _ in slots]
+
+    def open_rank(self, first: Mapping[str, Any], slots: Sequence[WorkerSlot], deadline: Deadline) -> dict[str, Any]:
+        return {"endpoint": unstructure(self._open_for(slots, deadline))}
+
+    def _open_for(self, slots: Sequence[WorkerSlot], deadline: Deadline) -> Endpoint:
         self._aborted.clear()
         ranks = {slot.peer: range(slot.rank_offset, slot.rank_offset + slot.count) for slot in slots}
-        if max(each.stop for each in ranks.values()) * WORD > _FLAGS_BYTES:
-            raise HandshakeError(f"rdma serves at most {_FLAGS_BYTES // WORD - 1} workers from one trainer.")
+        if max(each.stop for each in ranks.values()) - 1 > MOST_WORKERS:
+            raise HandshakeError(f"rdma serves at most {MOST_WORKERS} workers from one trainer.")
         opened = self._opened(deadline)
         self._ranks |= ranks
         for each in ranks.values():
             opened.counters[each.start : each.stop] = self._filled
-        return [{"endpoint": opened.endpoint} for _ in slots]
+        opened.begin_turn()
+        return opened.endpoint
 
     def join_workers(self, deadline: Deadline) -> None:
         """Wait for nothing: a worker that has joined says so over the control channel."""
@@ -77,6 +97,45 @@ class RdmaTrainerEngine(TrainerWeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo
         if opened.packer is not None:
             self._fill(opened, opened.packer, source, deadline, progress)
 
+    def share_regions(self, outgoing: OutgoingRegions, deadline: Deadline) -> dict[str, Any]:
+        self._updating = True
+        opened = self._opened(deadline)
+        self._memory.settle()
+        if self._shards is None or self._shards[0] is not outgoing:
+            self._shards = outgoing, *as_params(outgoing.tensors)
+        located = self._memory.locate(*self._shards[1:], deadline, REGIONS)
+        rings = opened.rings
+        if rings is None or rings.shards.outgoing is not outgoing or rings.shards.located is not located:
+            rings = opened.rings = self._make_rings(opened, Shards(outgoing, located, self._memory), deadline)
+            self._renew_metadata(opened, deadline)
+        return rings.share(opened.endpoint, opened.turn)
+
+    def send_regions(self, outgoing: OutgoingRegions, deadline: Deadline, progress: Callable[[int], None]) -> None:
+        opened = self._open
+        assert opened is not None
+        assert opened.rings is not None
+        if not len(opened.rings):
+            return
+        pauses = _Pauses(self._memory.place.memory)
+
+        def packed(nbytes: int) -> None:
+            nonlocal pauses
+            pauses = _Pauses(self._memory.place.memory)
+            progress(nbytes)
+
+        try:
+            opened.rings.fill(
+                lambda peer: peer not in self._ranks,
+                self._memory.settle_copies,
+                lambda: self._pause(pauses, opened, deadline),
+                packed,
+            )
+            if not self._ranks:
+                raise PeerLostError("No worker is left.", backend="rdma", phase="update")
+        except BaseException:
+            opened.begin_turn()
+            raise
+
     def release_source(self) -> None:
         self._updating = False
 
@@ -96,7 +155,10 @@ class RdmaTrainerEngine(TrainerWeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo
 
     @property
     def extra_memory(self) -> int:
-        return self._open.ring.data.nbytes if self._open is not None and self._open.ring is not None else 0
+        if self._open is None:
+            return 0
+        arenas = {self._open.ring, self._open.rings.arena if self._open.rings is not None else None} - {None}
+        return sum(arena.data.nbytes for arena in arenas if arena is not None)
 
     def _opened(self, deadline: Deadline) -> _Open:
         """Return the agent and what belongs to it; make them anew if the agent has ended."""
@@ -105,7 +167,7 @@ class RdmaTrainerEngine(TrainerWeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo
         if self._open is None:
             agent = self._memory.start_agent(f"trainer-{secrets.token_hex(8)}", "a worker", False, deadline)
             try:
-                flags = self._memory.words(_FLAGS_BYTES, deadline)
+                flags = self._memory.words(FLAGS_BYTES, deadline)
                 probe = self._memory.arena(PROBE_BYTES, deadline)
                 endpoint = Endpoint(
                     agent=agent.name,
@@ -119,7 +181,7 @@ class RdmaTrainerEngine(TrainerWeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo
                 agent.close()
                 raise
             self._open = _Open(agent, endpoint, flags.data.view(torch.int64).numpy(), flags, probe)
-            self._open.counters[:] = self._filled
+            self._open.counters[: ring_counter(0)] = self._filled
         return self._open
 
     def _close_agent(self) -> None:
@@ -135,12 +197,12 @@ class RdmaTrainerEngine(TrainerWeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo
         ]
         bucket_bytes, count = self._cut()
         stride = -(-bucket_bytes // ALIGNMENT) * ALIGNMENT
-        if staged and opened.ring is None:
-            opened.ring = self._memory.arena(stride * count, deadline)
+        if staged:
+            self._stage(opened, stride * count, deadline)
         buckets: tuple[int, ...] = ()
         opened.packer = None
         if opened.ring is not None and staged:
-            buffers = opened.ring.data.split(stride)
+            buffers = opened.ring.data[: stride * count].split(stride)
             opened.packer = Packer(plan_buckets(staged, bucket_bytes), buffers)
             buckets = tuple(opened.ring.address + index * stride for index in range(len(buffers)))
         opened.table = Table(
@@ -150,10 +212,37 @@ class RdmaTrainerEngine(TrainerWeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo
             buckets=buckets,
             bucket_bytes=bucket_bytes,
         )
+        self._renew_metadata(opened, deadline)
+        opened.located, opened.manifest = located, manifest
+
+    def _make_rings(self, opened: _Open, shards: Shards, deadline: Deadline) -> Rings:
+        if opened.rings is not None and opened.rings.arena not in (None, opened.ring):
+            self._memory.free(opened.rings.arena, deadline)
+        opened.rings = None
+        if not shards.packed:
+            return Rings(shards, None, (0, 0), opened.counters)
+        bucket_bytes, count = self._cut()
+        sizes = ring_sizes(shards.packed, bucket_bytes * count, MOST[self._memory.place.memory])
+        nbytes = len(shards.packed) * sizes[0] * sizes[1]
+        if opened.ring is not None and opened.packer is not None and opened.ring.data.nbytes < nbytes:
+            arena = self._memory.arena(nbytes, deadline)  # so many workers that the other one is too small
+        else:
+            arena = self._stage(opened, nbytes, deadline)
+        return Rings(shards, arena, sizes, opened.counters)
+
+    def _stage(self, opened: _Open, nbytes: int, deadline: Deadline) -> Arena:
+        """Return staging memory of at least ``nbytes``, for what goes whole, and then for what goes by region."""
+        if opened.ring is not None and opened.ring.data.nbytes < nbytes:
+            self._memory.free(opened.ring, deadline)
+            opened.ring = opened.rings = None
+        if opened.ring is None:
+            opened.ring = self._memory.arena(nbytes, deadline)
+        return opened.ring
+
+    def _renew_metadata(self, opened: _Open, deadline: Deadline) -> None:
         metadata = opened.agent.metadata(deadline)
         if metadata != opened.endpoint.metadata:
             opened.endpoint = attrs.evolve(opened.endpoint, metadata=metadata)
-        opened.located, opened.manifest = located, manifest
 
     def _cut(self) -> tuple[int, int]:
         """Return size and number of the ring's buckets.
@@ -188,17 +277,31 @@ class RdmaTrainerEngine(TrainerWeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo
 
     def _await(self, bucket: int, opened: _Open, deadline: Deadline) -> None:
         """Wait until every worker has read that many buckets."""
-        pause = _FIRST_PAUSE
+        pauses = _Pauses(self._memory.place.memory)
         while waiting := list(self._ranks.values()):
             if all((opened.counters[ranks.start : ranks.stop] >= bucket).all() for ranks in waiting):
                 return
-            deadline.check("waiting for the workers to read a bucket", backend="rdma", phase="update")
-            if self._aborted.wait(pause):
-                raise TransferError("The update was aborted.", backend="rdma", phase="update")
-            pause = min(2 * pause, _LONGEST_PAUSE)
-            if not opened.agent.alive:
-                raise PeerLostError("The trainer's RDMA agent ended.", backend="rdma", phase="update", peer="trainer")
+            self._pause(pauses, opened, deadline)
         raise PeerLostError("No worker is left.", backend="rdma", phase="update")
+
+    def _pause(self, pauses: _Pauses, opened: _Open, deadline: Deadline) -> None:
+        """Wait a little for the workers' counters; raise if that has become vain."""
+        deadline.check("waiting for the workers to read a bucket", backend="rdma", phase="update")
+        if self._aborted.wait(next(pauses)):
+            raise TransferError("The update was aborted.", backend="rdma", phase="update")
+        if not opened.agent.alive:
+            raise PeerLostError("The trainer's RDMA agent ended.", backend="rdma", phase="update", peer="trainer")
+
+
+class _Pauses:
+    """Seconds between looks at the workers' counters: longer and longer ones."""
+
+    def __init__(self, memory: str) -> None:
+        self._next, self._longest = _FIRST_PAUSE, _LONGEST_PAUSE[memory]
+
+    def __next__(self) -> float:
+        pause, self._next = self._next, min(2 * self._next, self._longest)
+        return pause
 
 
 @attrs.define(eq=False)
@@ -206,7 +309,11 @@ class _Open:
     """A running agent and what it gives access to.
 
     Attributes:
-        counters: at index 0, the buckets that were filled; at a worker's rank, those that it has read.
+        counters: at index 0, the buckets that were filled; at a worker's rank, those that it has read; at
+            `ring_counter`, those of its own ring.
+        ring: staging memory.
+        rings: what is given by region.
+        turn: see `Share`.
     """
 
     agent: RunningAgent
@@ -215,7 +322,14 @@ class _Open:
     flags: Arena
     probe: Arena
     ring: Arena | None = None
+    rings: Rings | None = None
+    turn: int = 0
     table: Table | None = None
     packer: Packer | None = None
     located: Located | None = None
     manifest: Manifest | None = None
+
+    def begin_turn(self) -> None:
+        """Count the buckets of all workers' rings anew."""
+        self.turn += 1
+        self.counters[ring_counter(0) :] = 0
