@@ -18,6 +18,7 @@ from weight_transfer.scaffold import write_backend
 HERE = Path(__file__).parent
 BITS = "test_every_bit_arrives_from_a_to_b_and_back[1 workers-loader]"
 ZOO = "test_every_dtype_shape_and_layout_arrives[loader-module]"
+LAYOUTS = "test_every_layout_reaches_every_layout[{}]"
 
 PLUGIN = """
 {top}
@@ -31,8 +32,8 @@ def weight_transfer_backend():
         summary="wrong on purpose",
         worker_engine={worker!r},
         trainer_engine={trainer!r},
-        options="weight_transfer_acme.config:AcmeOptions",
-        capabilities=[Capability.CPU, Capability.CROSS_PROCESS],
+        options={options!r},
+        capabilities={capabilities},
     )
 """
 TESTS = """
@@ -73,10 +74,41 @@ class Mutant:
     def name(self) -> str:
         return self.stem.lower()
 
-    def engine(self, side: str) -> str:
+    def plugin(self) -> str:
+        """Return the text of its plugin module; its engines are its own, or honest ones."""
+        return PLUGIN.format(
+            top=self.top,
+            name=self.name,
+            worker=self._engine("Worker"),
+            trainer=self._engine("Trainer"),
+            options="weight_transfer_acme.config:AcmeOptions",
+            capabilities="[Capability.CPU, Capability.CROSS_PROCESS]",
+        )
+
+    def _engine(self, side: str) -> str:
         """Return ``"module:Class"`` of its own engine for ``"Worker"`` or ``"Trainer"``, else of the honest one."""
-        own = f"class {self.stem}{side}(" in (HERE / "wrong" / "engines.py").read_text()
-        return f"wrong.engines:{self.stem}{side}" if own else f"weight_transfer_acme.engine:Acme{side}Engine"
+        return self._own("engines", side) or f"weight_transfer_acme.engine:Acme{side}Engine"
+
+    def _own(self, module: str, side: str) -> str:
+        own = f"class {self.stem}{side}(" in (HERE / "wrong" / f"{module}.py").read_text()
+        return f"wrong.{module}:{self.stem}{side}" if own else ""
+
+
+class RegionMutant(Mutant):
+    """A backend that is wrong about regions alone, made of the ``ipc`` backend."""
+
+    def plugin(self) -> str:
+        return PLUGIN.format(
+            top=self.top,
+            name=self.name,
+            worker=self._engine("Worker"),
+            trainer=self._engine("Trainer"),
+            options="weight_transfer_ipc.config:IpcOptions",
+            capabilities="[Capability.CPU, Capability.CROSS_PROCESS, Capability.REJOIN, Capability.REGIONS]",
+        )
+
+    def _engine(self, side: str) -> str:
+        return self._own("region_engines", side) or f"weight_transfer_ipc.engine:Ipc{side}Engine"
 
 
 MUTANTS = [
@@ -207,6 +239,33 @@ MUTANTS = [
         "test_a_tensor_need_not_outlive_the_next_one[reused-loader]",
         passes=ZOO.replace("module", "passing tensors"),
     ),
+    RegionMutant(
+        "ReadsItsNeighbour",
+        "reads its neighbour's region",
+        LAYOUTS.format("megatron on 2-rows on 2"),
+        passes=LAYOUTS.format("plain on 1-experts on 1"),
+    ),
+    RegionMutant(
+        "TakesAStaleReplica",
+        "takes a replica of the update before",
+        LAYOUTS.format("hsdp on 4-columns on 4"),
+        passes=LAYOUTS.format("fsdp on 2-columns on 2"),
+    ),
+    RegionMutant(
+        "CopiesColumnsAsRows",
+        "copies a block of columns as rows",
+        LAYOUTS.format("plain on 1-columns on 4"),
+        passes=LAYOUTS.format("plain on 1-rows on 4"),
+    ),
+    RegionMutant("MovesAPieceTwice", "moves a piece twice", LAYOUTS.format("tp on 2-rows on 2")),
+    RegionMutant("CountsWhatItSkips", "counts bytes that it has not moved", LAYOUTS.format("tp on 2-rows on 2")),
+    RegionMutant("CountsDouble", "counts more bytes than it has moved", LAYOUTS.format("tp on 4-whole on 1")),
+    RegionMutant(
+        "KeepsItsShards",
+        "keeps a copy of its shards",
+        "test_extra_memory_of_both_sides_is_bounded_by_the_buckets[fsdp-rows]",
+        passes=LAYOUTS.format("tp on 2-rows on 2"),
+    ),
 ]
 
 
@@ -221,7 +280,7 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str, str
     path = [str(site), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400, check=False
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 1, done.stdout + done.stderr
     return {
@@ -236,10 +295,7 @@ def _install(folder: Path) -> Path:
     shutil.copytree(write_backend("acme", folder) / "weight_transfer_acme", site / "weight_transfer_acme")
     points = []
     for mutant in MUTANTS:
-        text = PLUGIN.format(
-            top=mutant.top, name=mutant.name, worker=mutant.engine("Worker"), trainer=mutant.engine("Trainer")
-        )
-        (site / f"plugin_{mutant.name}.py").write_text(text)
+        (site / f"plugin_{mutant.name}.py").write_text(mutant.plugin())
         points.append(f"{mutant.name} = plugin_{mutant.name}")
     info = site / "mutants-1.0.dist-info"
     info.mkdir()
@@ -256,7 +312,7 @@ def _verdict(case: ElementTree.Element) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(620)
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.wrong)
 def test_the_kit_catches_a_backend_that(mutant: Mutant, verdicts: Mapping[tuple[str, str], str]) -> None:
     assert verdicts[mutant.stem, mutant.caught_by] == "failed"

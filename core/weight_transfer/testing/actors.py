@@ -26,12 +26,15 @@ PATIENCE = 60.0
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
+        "torch._dynamo",  # FSDP2 imports it when it is first used
         "torch.distributed.fsdp",
         "weight_transfer.control.http_client",
         "weight_transfer.control.http_server",
         "weight_transfer.session.receiver",
         "weight_transfer.session.sender",
         "weight_transfer.testing.inviter",
+        "weight_transfer.testing.keeper",
+        "weight_transfer.testing.rank",
         "weight_transfer.testing.trainer",
         "weight_transfer.testing.worker",
     ]

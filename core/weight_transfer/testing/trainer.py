@@ -32,10 +32,15 @@ class RecordingChannel(HttpChannel):
         self._before = before
         self.init_infos: list[dict[str, Any]] = []
         self.update_infos: list[dict[str, Any]] = []
+        self.questions: list[dict[str, Any]] = []
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any] | None:
         self.init_infos.append(init_info)
         return super().init_weight_transfer_engine(init_info)
+
+    def weight_needs(self, request: dict[str, Any]) -> dict[str, Any] | None:
+        self.questions.append(request)
+        return super().weight_needs(request)
 
     def start_weight_update(self, session: str | None = None) -> None:
         self._before("start")
@@ -165,11 +170,15 @@ class Trainer:
             raise vars(builtins)[self._error]("the source was told to fail")
 
     def infos(self) -> list[dict[str, Any]]:
-        """Return, for each worker, all init and update infos that it was sent, and the size of the latter in bytes."""
+        """Return, for each worker, all init and update infos that it was sent, and the size of the latter in bytes.
+
+        Also what it was asked: the manifest travels with the question, if there was one, and then not with the update.
+        """
         return [
             {
                 "init": channel.init_infos,
                 "update": channel.update_infos,
+                "asked": channel.questions,
                 "nbytes": [len(json.dumps(info)) for info in channel.update_infos],
             }
             for channel in self.channels
@@ -189,7 +198,7 @@ class Trainer:
 
     def remains(self) -> list[str]:
         """Close, let go of everything but the engine, and return the weights that are still held."""
-        engine, watch = self.sender._fleet.engine, Watch(self.model)  # noqa: SLF001  (what it holds is the question)
+        engine, watch = self.sender._fleet.engines.own, Watch(self.model)  # noqa: SLF001  (what it holds is the question)
         self.close()
         vars(self).clear()
         return watch.remaining(engine)

@@ -99,9 +99,9 @@ class Receiver(WeightReceiver):
     failure: WeightTransferError | None = None
     session: str | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, observers: tuple[object, ...] = (), **kwargs: Any) -> None:
         self.told = threading.Event()
-        super().__init__(*args, observers=(_Teller(self.told),), **kwargs)
+        super().__init__(*args, observers=(_Teller(self.told), *observers), **kwargs)
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any] | None:
         self.session = init_info.get("session")
@@ -194,9 +194,8 @@ class Worker:
 
     def remains(self) -> list[str]:
         """Close, let go of everything but the engine, and return the weights that are still held."""
-        joined, watch = self.receiver._joined, Watch(self.model)  # noqa: SLF001  (what it holds is the question)
-        assert joined is not None
-        engine = joined.engine
+        assert self.receiver._joined is not None  # noqa: SLF001  (what its engine holds is the question)
+        engine, watch = self.receiver._joined.engine, Watch(self.model)  # noqa: SLF001
         self.close()
         vars(self).clear()
         return watch.remaining(engine)

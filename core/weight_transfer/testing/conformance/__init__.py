@@ -16,6 +16,8 @@ from weight_transfer.testing.conformance.contract import ContractTests
 from weight_transfer.testing.conformance.faults import FaultsTests
 from weight_transfer.testing.conformance.lifecycle import LifecycleTests
 from weight_transfer.testing.conformance.memory import MemoryTests
+from weight_transfer.testing.conformance.region_faults import RegionFaultsTests
+from weight_transfer.testing.conformance.regions import RegionsTests
 from weight_transfer.testing.conformance.resources import ResourcesTests
 from weight_transfer.testing.conformance.scale import ScaleTests
 from weight_transfer.testing.conformance.sessions import SessionsTests
@@ -31,6 +33,8 @@ class BackendConformance(
     ResourcesTests,
     MemoryTests,
     BlameTests,
+    RegionFaultsTests,
+    RegionsTests,
     FaultsTests,
     SessionsTests,
     TargetsTests,
@@ -46,6 +50,7 @@ class BackendConformance(
     The tests follow the capabilities of the backend's descriptor, and say why they skip what it does not promise.
     Without `Capability.CROSS_PROCESS` workers are threads, and none is killed. With `Capability.CUDA`, on a machine
     that has a GPU, tensors are CUDA tensors. Without `Capability.REJOIN` nobody is asked to come back alone.
+    Trainers of several ranks, and workers that keep parts of weights, are for backends with `Capability.REGIONS`.
 
     A test that a subclass overrides must carry ``pytest.mark.xfail`` or ``pytest.mark.skip`` with a reason, so that a
     report shows what is left out; a silent override is refused when the class is made.

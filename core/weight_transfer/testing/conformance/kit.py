@@ -22,6 +22,7 @@ from weight_transfer.testing.models import Weight, weight
 if TYPE_CHECKING:
     from weight_transfer.errors import WeightTransferError
 
+
 T = TypeVar("T")
 _MOMENT = 1.0  # seconds; who pulls pays them in full
 
@@ -195,16 +196,20 @@ class Kit:
     @pytest.fixture
     def cast(self) -> Iterator[Cast]:
         """Actors that end with the test; skips if the backend cannot work on this machine."""
-        answer = self.loaded().probe()
-        if not answer.available:
-            pytest.skip(f"{self.backend} does not work here: {answer.reason}")
-        if Capability.CPU not in self._capabilities() and self.device(0) == "cpu":
-            pytest.skip(f"{self.backend} moves no CPU tensors, and there is no CUDA device")
+        self.require_machine()
         result = Cast(self.settings(), self.device, in_process=Capability.CROSS_PROCESS not in self._capabilities())
         try:
             yield result
         finally:
             result.end()
+
+    def require_machine(self) -> None:
+        """Skip if the backend cannot work on this machine."""
+        answer = self.loaded().probe()
+        if not answer.available:
+            pytest.skip(f"{self.backend} does not work here: {answer.reason}")
+        if Capability.CPU not in self._capabilities() and self.device(0) == "cpu":
+            pytest.skip(f"{self.backend} moves no CPU tensors, and there is no CUDA device")
 
     @pytest.fixture(autouse=True)
     def _declared(self, request: pytest.FixtureRequest) -> None:
