@@ -89,3 +89,77 @@ def qwen_moe(layers: int = 24) -> dict[str, tuple[int, ...]]:
     shapes["model.norm.weight"] = (2048,)
     shapes["lm_head.weight"] = (151936, 2048)
     return shapes
+
+
+def small_moe() -> dict[str, tuple[int, ...]]:
+    """A mixture of experts for CPUs: 1,197 tensors, 0.38 GB in bfloat16."""
+    hidden, experts = 512, 64
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (32000, hidden)}
+    for layer in range(6):
+        prefix = f"model.layers.{layer}"
+        for name, rows in (("q", 1024), ("k", 256), ("v", 256)):
+            shapes[f"{prefix}.self_attn.{name}_proj.weight"] = (rows, hidden)
+        shapes[f"{prefix}.self_attn.o_proj.weight"] = (hidden, 1024)
+        shapes[f"{prefix}.mlp.gate.weight"] = (experts, hidden)
+        shapes |= routed(f"{prefix}.mlp", experts, hidden, 256) | norms(prefix, hidden)
+    return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (32000, hidden)}
+
+
+def qwen3_235b() -> dict[str, tuple[int, ...]]:
+    """Qwen3-235B-A22B: 36,945 tensors, 470.2 GB in bfloat16."""
+    hidden, head, experts = 4096, 128, 128
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (151936, hidden)}
+    for layer in range(94):
+        prefix = f"model.layers.{layer}"
+        for name, rows in (("q", 64 * head), ("k", 4 * head), ("v", 4 * head)):
+            shapes[f"{prefix}.self_attn.{name}_proj.weight"] = (rows, hidden)
+        shapes[f"{prefix}.self_attn.o_proj.weight"] = (hidden, 64 * head)
+        for name in ("q_norm", "k_norm"):
+            shapes[f"{prefix}.self_attn.{name}.weight"] = (head,)
+        shapes[f"{prefix}.mlp.gate.weight"] = (experts, hidden)
+        shapes |= routed(f"{prefix}.mlp", experts, hidden, 1536) | norms(prefix, hidden)
+    return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (151936, hidden)}
+
+
+def kimi_k2() -> dict[str, tuple[int, ...]]:
+    """Kimi-K2: 69,975 tensors, 2.053 TB in bfloat16."""
+    hidden, heads, experts, rope = 7168, 64, 384, 64
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (163840, hidden)}
+    for layer in range(61):
+        prefix = f"model.layers.{layer}"
+        shapes |= {
+            f"{prefix}.self_attn.q_a_proj.weight": (1536, hidden),
+            f"{prefix}.self_attn.q_a_layernorm.weight": (1536,),
+            f"{prefix}.self_attn.q_b_proj.weight": (heads * (128 + rope), 1536),
+            f"{prefix}.self_attn.kv_a_proj_with_mqa.weight": (512 + rope, hidden),
+            f"{prefix}.self_attn.kv_a_layernorm.weight": (512,),
+            f"{prefix}.self_attn.kv_b_proj.weight": (heads * (128 + 128), 512),
+            f"{prefix}.self_attn.o_proj.weight": (hidden, heads * 128),
+        }
+        shapes |= norms(prefix, hidden)
+        if layer == 0:
+            shapes |= gated(f"{prefix}.mlp", hidden, 18432)
+            continue
+        shapes[f"{prefix}.mlp.gate.weight"] = (experts, hidden)
+        shapes[f"{prefix}.mlp.gate.e_score_correction_bias"] = (experts,)
+        shapes |= routed(f"{prefix}.mlp", experts, hidden, 2048) | gated(f"{prefix}.mlp.shared_experts", hidden, 2048)
+    return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (163840, hidden)}
+
+
+def gated(prefix: str, hidden: int, intermediate: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a gated feed-forward block."""
+    up, down = (intermediate, hidden), (hidden, intermediate)
+    return {f"{prefix}.{name}_proj.weight": down if name == "down" else up for name in ("gate", "up", "down")}
+
+
+def routed(prefix: str, experts: int, hidden: int, intermediate: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a layer's routed experts."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for expert in range(experts):
+        shapes |= gated(f"{prefix}.experts.{expert}", hidden, intermediate)
+    return shapes
+
+
+def norms(prefix: str, hidden: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a layer's two norms."""
+    return {f"{prefix}.{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}

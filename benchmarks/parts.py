@@ -1,0 +1,124 @@
+"""Which part of each weight lies where, in benchmarks of regions: trainer ranks hold rows, workers keep their share.
+
+Nothing here asks the planner of the core: a benchmark that compares with it has to cut by itself.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+
+import attrs
+import torch
+
+from weight_transfer.model.regions import Region
+
+Shape = tuple[int, ...]
+ITEMSIZE = 2  # bytes of bfloat16, which all weights are
+BY_COLUMNS = ("o_proj", "down_proj")
+_AT_ONCE = 2**24  # elements
+
+
+@attrs.frozen
+class Piece:
+    """What a worker takes of one weight from one trainer rank: indices into the rank's shard and into the target."""
+
+    name: str
+    rank: int
+    source: tuple[slice, ...]
+    target: tuple[slice, ...]
+    nbytes: int
+
+
+@attrs.frozen
+class Parts:
+    """A model's weights, cut for a number of trainer ranks and of workers.
+
+    Attributes:
+        shapes: full shapes by name.
+        trainers: ranks; each holds a share of the rows of every weight, as FSDP2 does.
+        shares: into how many parts the workers' model is cut; there may be fewer workers.
+    """
+
+    shapes: Mapping[str, Shape]
+    trainers: int
+    shares: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return ITEMSIZE * sum(Region.whole(shape).volume for shape in self.shapes.values())
+
+    def held(self, name: str, rank: int) -> Region:
+        """Return what a trainer rank holds of a weight."""
+        return Region.split(self.shapes[name], 0, rank, self.trainers)
+
+    def kept(self, name: str, worker: int) -> Region | None:
+        """Return what a worker keeps of a weight: rows, columns where tensor parallelism reduces, or whole experts."""
+        shape = self.shapes[name]
+        expert = re.search(r"\.experts\.(\d+)\.", name)
+        if expert is not None:
+            return Region.whole(shape) if int(expert[1]) * self.shares // self._experts == worker else None
+        if len(shape) == 1 or name.endswith("mlp.gate.weight"):
+            return Region.whole(shape)
+        return Region.split(shape, int(any(part in name for part in BY_COLUMNS)), worker, self.shares)
+
+    def pieces(self, worker: int) -> Iterator[Piece]:
+        """Yield what a worker takes."""
+        for name in self.shapes:
+            kept = self.kept(name, worker)
+            if kept is None:
+                continue
+            for rank in range(self.trainers):
+                held = self.held(name, rank)
+                common = held.intersect(kept)
+                if common is not None:
+                    nbytes = common.volume * ITEMSIZE
+                    yield Piece(name, rank, within(common, held), within(common, kept), nbytes)
+
+    def by_rank(self, worker: int) -> list[int]:
+        """Return the bytes that a worker takes from each rank."""
+        sizes = [0] * self.trainers
+        for piece in self.pieces(worker):
+            sizes[piece.rank] += piece.nbytes
+        return sizes
+
+    def fill(self, tensor: torch.Tensor, name: str, region: Region, seed: int) -> None:
+        """Fill a tensor that holds a region with bits that tell weight, place and seed."""
+        for rows, bits in self._bits(name, region, seed, tensor.device):
+            tensor.view(torch.int16)[rows].copy_(bits)
+
+    def wrong(self, tensor: torch.Tensor, name: str, region: Region, seed: int) -> torch.Tensor:
+        """Count the elements that hold other bits; int64 ``[]``, on the tensor's device."""
+        count = torch.zeros((), dtype=torch.int64, device=tensor.device)
+        for rows, bits in self._bits(name, region, seed, tensor.device):
+            count += (tensor.view(torch.int16)[rows] != bits).sum()
+        return count
+
+    @property
+    def _experts(self) -> int:
+        found = (re.search(r"\.experts\.(\d+)\.", name) for name in reversed(list(self.shapes)))
+        return next(1 + int(expert[1]) for expert in found if expert is not None)
+
+    def _bits(self, name: str, region: Region, seed: int, device: torch.device) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield the bits of some rows of a region at a time, int16."""
+        shape, rows = self.shapes[name], max(1, _AT_ONCE * region.shape[0] // max(region.volume, 1))
+        salt = zlib.crc32(name.encode()) % 2**24 + seed * 7919
+        for start in range(0, region.shape[0], rows):
+            some = min(rows, region.shape[0] - start)
+            index = torch.zeros((some, *region.shape[1:]), dtype=torch.int32, device=device)
+            step = 1
+            for dim in reversed(range(len(shape))):
+                first = region.offset[dim] + (start if dim == 0 else 0)
+                own = torch.arange(first, first + index.shape[dim], dtype=torch.int32, device=device)
+                index += (own * step).view([-1 if other == dim else 1 for other in range(len(shape))])
+                step *= shape[dim]
+            index.mul_(-1640531527).bitwise_right_shift_(9).add_(salt)
+            yield slice(start, start + some), index.to(torch.int16)
+
+
+def within(region: Region, around: Region) -> tuple[slice, ...]:
+    """Return what indexes a region in a tensor that holds another one around it."""
+    offset = (own - start for own, start in zip(region.offset, around.offset, strict=True))
+    return Region(offset, region.shape).slices
