@@ -48,6 +48,7 @@ def test_every_python_block_says_whether_it_runs(page: Path) -> None:
         assert block.mark != "not run" or block.argument, f"{name_of(page)}:{block.line}: say why it is not run"
 
 
+@pytest.mark.timeout(5 * SECONDS)  # a page may have several scripts
 @pytest.mark.parametrize("page", [page for page in PAGES if any(b.mark == "run" for b in python(page))], ids=name_of)
 def test_the_examples_run(page: Path, tmp_path: Path) -> None:
     marked = [block for block in python(page) if block.mark == "run"]
@@ -70,10 +71,12 @@ def test_the_examples_run(page: Path, tmp_path: Path) -> None:
         elif ports:
             standard = WORKERS.replace("PORTS", str(others))
             workers.append(stack.enter_context(example(page, tmp_path, [(0, standard, False)])))
-        for part in (trainer, sharded):
-            if part:
-                with example(page, tmp_path, with_ports(part, ports), ranks=2 if part is sharded else 1) as process:
-                    finish(process, tmp_path)
+        if trainer:
+            with example(page, tmp_path, with_ports(trainer, ports)) as process:
+                finish(process, tmp_path)
+        for block in sharded:  # each a script of its own
+            with example(page, tmp_path, with_ports([block], ports), ranks=2) as process:
+                finish(process, tmp_path)
         for process in workers:
             finish(process, tmp_path)
 
@@ -151,7 +154,7 @@ def example(
     page: Path, folder: Path, code: list[tuple[int, str, bool]], ranks: int = 1
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run code of a page in a process, or under torchrun; the process has ended when the block is left."""
-    path = os.pathsep.join([str(folder), str(ROOT / "tests")])
+    path = os.pathsep.join([str(folder), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WEIGHT_TRANSFER_")} | {"PYTHONPATH": path}
     command = [sys.executable, "-m", "support.example", name_of(page)]
     if ranks > 1:
