@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 from xml.etree import ElementTree
 
 import attrs
@@ -64,6 +65,9 @@ class Mutant:
         top: the first line of its plugin module.
     """
 
+    options: ClassVar[str] = "weight_transfer_acme.config:AcmeOptions"
+    capabilities: ClassVar[str] = "[Capability.CPU, Capability.CROSS_PROCESS]"
+
     stem: str
     wrong: str
     caught_by: str
@@ -81,8 +85,8 @@ class Mutant:
             name=self.name,
             worker=self._engine("Worker"),
             trainer=self._engine("Trainer"),
-            options="weight_transfer_acme.config:AcmeOptions",
-            capabilities="[Capability.CPU, Capability.CROSS_PROCESS]",
+            options=self.options,
+            capabilities=self.capabilities,
         )
 
     def _engine(self, side: str) -> str:
@@ -97,15 +101,8 @@ class Mutant:
 class RegionMutant(Mutant):
     """A backend that is wrong about regions alone, made of the ``ipc`` backend."""
 
-    def plugin(self) -> str:
-        return PLUGIN.format(
-            top=self.top,
-            name=self.name,
-            worker=self._engine("Worker"),
-            trainer=self._engine("Trainer"),
-            options="weight_transfer_ipc.config:IpcOptions",
-            capabilities="[Capability.CPU, Capability.CROSS_PROCESS, Capability.REJOIN, Capability.REGIONS]",
-        )
+    options = "weight_transfer_ipc.config:IpcOptions"
+    capabilities = "[Capability.CPU, Capability.CROSS_PROCESS, Capability.REJOIN, Capability.REGIONS]"
 
     def _engine(self, side: str) -> str:
         return self._own("region_engines", side) or f"weight_transfer_ipc.engine:Ipc{side}Engine"
