@@ -14,7 +14,7 @@ import attrs
 from weight_transfer.config.settings import RECEIVER, parse_cast
 from weight_transfer.errors import ConfigError
 from weight_transfer.model.manifest import Manifest, torch_dtype
-from weight_transfer.model.source import NO_SHARDS, WeightSource, as_source
+from weight_transfer.model.source import NO_SHARDS, WrappingSource, as_source
 
 if TYPE_CHECKING:
     import torch
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
     from weight_transfer.model.manifest import ParamMeta
     from weight_transfer.model.shards import Shard
+    from weight_transfer.model.source import WeightSource
 
 
-class CastSource(WeightSource):
+class CastSource(WrappingSource):
     """Casts the floating point weights of a module or source, on their own device, one at a time.
 
     The bits are those of ``tensor.to(dtype)``. Integers, bool and complex numbers stay as they are. Sharded weights are
@@ -48,7 +49,7 @@ class CastSource(WeightSource):
                 f'CastSource knows no workers, so {RECEIVER!r} has no meaning here; set cast = {{"*" = "{RECEIVER}"}} '
                 "in the sender's configuration, or name a dtype."
             )
-        self.source = as_source(weights)
+        super().__init__(as_source(weights))
         self._choose: Callable[[Manifest], Mapping[str, str]] = partial(declared_dtypes, patterns=patterns)
         self._forget()
 
@@ -123,18 +124,6 @@ class CastSource(WeightSource):
             self._masters = {name: tensor for name, tensor in resident.items() if name in self._dtypes}
             self._masters |= {name: tensor for name, tensor in masters.items() if name not in self._dtypes}
             self._found = found
-
-    @property
-    def device(self) -> str:
-        return self.source.device
-
-    @property
-    def collective(self) -> bool:
-        return self.source.collective
-
-    @property
-    def whole(self) -> bool:
-        return self.source.whole
 
     @property
     def reuses_memory(self) -> bool:

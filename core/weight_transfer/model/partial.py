@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from weight_transfer.errors import ConfigError
 from weight_transfer.model.manifest import Manifest
-from weight_transfer.model.source import NO_SHARDS, WeightSource
+from weight_transfer.model.selection import SelectedSource
 
 if TYPE_CHECKING:
-    import torch
-
-    from weight_transfer.model.shards import Shard
+    from weight_transfer.model.source import WeightSource
 
 
-class PartialSource(WeightSource):
+class PartialSource(SelectedSource):
     """The weights of a source whose names match.
 
     Args:
@@ -30,12 +28,9 @@ class PartialSource(WeightSource):
     def __init__(self, source: WeightSource, only: Sequence[str]) -> None:
         if isinstance(only, str) or not only or not all(isinstance(pattern, str) for pattern in only):
             raise ConfigError(f'only: expected a list of names or patterns such as ["lm_head.*"], got {only!r}.')
-        self.source = source
+        super().__init__(source, Manifest((), partial=True))
         self.only = tuple(only)
         self._whole: Manifest | None = None
-        self._manifest = Manifest((), partial=True)
-        self._all_shards: Mapping[str, Sequence[Shard]] | None = None
-        self._shards: Mapping[str, Sequence[Shard]] = NO_SHARDS
 
     def manifest(self) -> Manifest:
         """Return the part of the source's manifest, marked as one.
@@ -46,48 +41,11 @@ class PartialSource(WeightSource):
         whole = self.source.manifest()
         if whole is not self._whole:
             names = _matching(whole, self.only)
-            self._manifest = Manifest(
-                (param for param in whole.params if param.name in names),
-                {alias: name for alias, name in whole.aliases.items() if name in names},
-                partial=True,
-            )
-            self._whole, self._all_shards = whole, None
+            params = (param for param in whole.params if param.name in names)
+            aliases = {alias: name for alias, name in whole.aliases.items() if name in names}
+            self._select(Manifest(params, aliases, partial=True))
+            self._whole = whole
         return self._manifest
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return self.source.stream(self._manifest.by_name)
-
-    def stream(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        return self.source.stream(self._manifest.by_name.keys() & set(names))
-
-    def resident(self) -> Mapping[str, torch.Tensor]:
-        return {name: tensor for name, tensor in self.source.resident().items() if name in self._manifest.by_name}
-
-    def masters(self) -> Mapping[str, torch.Tensor]:
-        return {name: tensor for name, tensor in self.source.masters().items() if name in self._manifest.by_name}
-
-    def shards(self) -> Mapping[str, Sequence[Shard]]:
-        shards = self.source.shards()
-        if shards is not self._all_shards:
-            self._all_shards = shards
-            self._shards = {name: own for name, own in shards.items() if name in self._manifest.by_name}
-        return self._shards
-
-    @property
-    def device(self) -> str:
-        return self.source.device
-
-    @property
-    def collective(self) -> bool:
-        return self.source.collective
-
-    @property
-    def whole(self) -> bool:
-        return self.source.whole
-
-    @property
-    def reuses_memory(self) -> bool:
-        return self.source.reuses_memory
 
     def __repr__(self) -> str:
         return f"{self.source!r}, only {', '.join(self.only)}"

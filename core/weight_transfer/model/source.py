@@ -129,6 +129,31 @@ def _depth(cls: type, name: str) -> int:
     return next(depth for depth, base in enumerate(cls.__mro__) if name in vars(base))
 
 
+class WrappingSource(WeightSource):
+    """A source made of another one, whose weights lie where those of the other do.
+
+    Whether it `reuses_memory` is for each to say, since that depends on how it iterates.
+
+    Args:
+        source: the other one.
+    """
+
+    def __init__(self, source: WeightSource) -> None:
+        self.source = source
+
+    @property
+    def device(self) -> str:
+        return self.source.device
+
+    @property
+    def collective(self) -> bool:
+        return self.source.collective
+
+    @property
+    def whole(self) -> bool:
+        return self.source.whole
+
+
 def as_source(weights: nn.Module | WeightSource) -> WeightSource:
     """Return ``weights`` as a source; a module becomes a `ModuleSource`.
 

@@ -9,12 +9,12 @@ import attrs
 from weight_transfer.config.settings import WeightTransferConfig
 from weight_transfer.errors import ManifestMismatchError
 from weight_transfer.model.manifest import Manifest
+from weight_transfer.model.selection import SelectedSource
 from weight_transfer.model.source import WeightSource
 from weight_transfer.plan.layout import Layout, Regions
 from weight_transfer.session.guarded import named
 from weight_transfer.session.meeting import name_of
 from weight_transfer.session.rank_shards import RankShards
-from weight_transfer.session.selection import SelectedSource
 from weight_transfer.values.events import Version
 
 _SHARED = ("backend", "cast", "verify", "is_checkpoint_format", "bucket_bytes", "buckets")
