@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import os
 import threading
@@ -109,20 +110,30 @@ def _device_memory() -> int:
     return torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
 
 
+def _give_back_freed() -> None:
+    """Have glibc give back what was freed: it keeps blocks of up to 32 MiB, of whoever asked for them once."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
 class MemoryMark:
     """Measures by how many bytes this process's memory grows from now on."""
 
     def __init__(self) -> None:
+        self._resident = _status("VmRSS")  # with what malloc keeps and will use again: no growth
+        _give_back_freed()
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
         if torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats()
-        self._private, self._resident, self._device = _status("RssAnon"), _status("VmRSS"), _device_memory()
+        self._private, self._device = _status("RssAnon"), _device_memory()
 
     def growth(self) -> dict[str, int]:
         """Return the growth in bytes: ``private`` to this moment, ``peak`` at the worst one, with shared memory.
 
         Where CUDA is in use ``private`` is that of device memory: libraries that are loaded take host memory.
         """
+        _give_back_freed()
         if not torch.cuda.is_initialized():
             return {"private": _status("RssAnon") - self._private, "peak": _status("VmHWM") - self._resident}
         peak = torch.cuda.max_memory_allocated() - self._device
