@@ -19,15 +19,19 @@
         └── IntegrityError(ValueError)             param, expected, got
 
 Errors are data: a sentence plus typed fields. They survive pickling by a process pool and, through
-`error_to_dict` and `error_from_dict`, a trip over JSON. A foreign exception is kept as text in ``cause``.
+`error_to_dict` and `error_from_dict`, a trip over JSON; through `embed` and `extract` also one through an RPC of which
+nothing but an exception's text arrives. A foreign exception is kept as text in ``cause``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import attrs
+
+from weight_transfer.foreign_text import pack, unpack
 
 
 def _texts(values: Iterable[str]) -> tuple[str, ...]:
@@ -212,11 +216,74 @@ def error_to_dict(error: BaseException) -> dict[str, Any]:
 
 
 def error_from_dict(data: dict[str, Any]) -> WeightTransferError:
-    """Rebuild an error from `error_to_dict`; an unknown type becomes a `TransferError`."""
-    fields = {key: value for key, value in data.items() if key != "type"}
+    """Rebuild an error from `error_to_dict`; an unknown type becomes a `TransferError`.
+
+    Whatever the dict holds, this returns an error: fields that the class lacks are dropped, and so are those whose
+    values are not of the field's type.
+    """
     cls = _tree(WeightTransferError).get(str(data.get("type")), TransferError)
-    known = {field.name for field in attrs.fields(cls)}
-    fields = {key: value for key, value in fields.items() if key in known}
-    if not isinstance(fields.get("message"), str):
-        fields["message"] = "The other side failed without a message."
-    return cls(**fields)
+    fields = {
+        field.name: data[field.name]
+        for field in attrs.fields(cls)
+        if field.name in data and _fits(data[field.name], field.type)
+    }
+    fields.setdefault("message", "The other side failed without a message.")
+    try:
+        return cls(**fields)
+    except TypeError:  # a class of a plugin's own, with a field that has no default
+        return TransferError(fields["message"], cause=fields.get("cause"))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _each(is_one: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, (list, tuple)) and all(map(is_one, value))
+
+
+_KINDS: dict[str, Callable[[object], bool]] = {
+    "str": _is_text,
+    "str | None": lambda value: value is None or _is_text(value),
+    "int | str | None": lambda value: value is None or _is_text(value) or _is_number(value),
+    "bool": lambda value: isinstance(value, bool),
+    "int": _is_number,
+    "float": lambda value: isinstance(value, float) or _is_number(value),
+    "tuple[str, ...]": _each(_is_text),
+    "tuple[int, ...]": _each(_is_number),
+}
+"""By the type of a field, whether it takes a value that came as JSON."""
+
+
+def _fits(value: object, kind: object) -> bool:
+    is_one = _KINDS.get(kind if isinstance(kind, str) else inspect.formatannotation(kind))
+    return is_one is not None and is_one(value)
+
+
+def embed(error: BaseException) -> str:
+    """Return ``error`` as text from which `extract` rebuilds it, for an RPC that hands on an exception's text alone.
+
+    ``raise RuntimeError(embed(error))`` on one side is ``extract(str(caught))`` on the other. First comes the class and
+    the sentence, for people; behind it the fields, in groups of letters and digits. The whole has at most 8,000
+    characters: texts that are very long are shortened in the middle.
+
+    Args:
+        error: one of this library; a foreign exception becomes the ``cause`` of a `TransferError`.
+    """
+    fields = error_to_dict(error)
+    return pack(f"{fields['type']}: {error}" if isinstance(error, WeightTransferError) else fields["cause"], fields)
+
+
+def extract(text: str) -> WeightTransferError | None:
+    """Return the error that `embed` has put into ``text``; None if there is none, or not all of it has arrived.
+
+    The text may have gone through JSON, HTML, a log or a traceback on its way, also in the middle of it. Of several
+    errors the first one that is complete is returned. Whatever the text holds, nothing else is made of it than an error
+    of this library, and no exception is raised.
+    """
+    fields = unpack(text)
+    return None if fields is None else error_from_dict(fields)
