@@ -327,8 +327,8 @@ def test_a_parameter_that_is_a_target_itself_may_move() -> None:
 
 
 def test_targets_are_the_same_object_while_nothing_changes() -> None:
+    from weight_transfer.model.checkpoint_loading import loader_for
     from weight_transfer.model.declared import declared_for
-    from weight_transfer.model.loading import loader_for
 
     half = Half(0)
     manifest = wt.ModuleSource(Trained()).manifest()

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from weight_transfer import ConfigError, TransferError, WeightReceiver, WeightSender
+from weight_transfer.model.checkpoint_loading import CheckpointFormatLoader
 from weight_transfer.model.lending import lend
-from weight_transfer.model.loading import CheckpointFormatLoader
 
 CONFIG = {"backend": "loopback", "timeout": 20}
 

@@ -16,7 +16,8 @@ from weight_transfer import (
     ModuleSource,
     ParamMeta,
 )
-from weight_transfer.model.loading import Weights, destinations_of, loader_for
+from weight_transfer.model.checkpoint_loading import loader_for
+from weight_transfer.model.loading import Weights, destinations_of
 from weight_transfer.model.manifest import dtype_name
 from weight_transfer.plan.buckets import as_bytes
 

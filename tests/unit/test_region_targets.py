@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from weight_transfer import KernelFormatLoader, Manifest, ManifestMismatchError, ModuleSource, Region
 from weight_transfer.memory.place import host, place_of
-from weight_transfer.model.loading import loader_for
+from weight_transfer.model.checkpoint_loading import loader_for
 from weight_transfer.model.overlap import Memory
 from weight_transfer.model.shards import Target
 from weight_transfer.model.targets import RegionLoader

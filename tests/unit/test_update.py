@@ -27,7 +27,8 @@ class Opened:
         loader.begin(info.manifest)
         self.told: list[int] = []
         self.update = Update(30)
-        self.update.begin(info, loader, lambda event: self.told.append(event.done), "test")
+        self.update.loader = loader
+        self.update.begin(info, lambda event: self.told.append(event.done), "test")
 
     @property
     def own(self) -> Weights:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 from weight_transfer.config.structuring import nearest
 from weight_transfer.errors import ConfigError, ManifestMismatchError
 from weight_transfer.model.anchors import Anchors
+from weight_transfer.model.checkpoint_loading import CheckpointFormatLoader
 from weight_transfer.model.loading import InPlaceLoader, KernelFormatLoader
 from weight_transfer.model.manifest import Manifest, ParamMeta, cast_hint, dtype_name
 from weight_transfer.model.overlap import Memory, overlapping
@@ -57,6 +58,14 @@ class DeclaredLoader:
             )
         self._anchors = self._anchored({} if callable(needs) else needs)
 
+    @property
+    def disturbs(self) -> bool:
+        return self._rest.disturbs
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return self._rest.warnings
+
     def begin(self, manifest: Manifest) -> None:
         self._begun = None
         self._hand_rest(manifest, self._rest.begin)
@@ -97,6 +106,10 @@ class DeclaredLoader:
         self._begun = None
         self._rest.finish()
 
+    def abort(self, reason: str, touched: bool) -> None:
+        self._begun = None
+        self._rest.abort(reason, touched)
+
     def _hand_rest(self, manifest: Manifest, take: Callable[[Manifest], T]) -> T:
         """Hand the part of the manifest without targets to the loader of the rest; return what that returns."""
         self._resolve(manifest)
@@ -128,6 +141,8 @@ class DeclaredLoader:
         if isinstance(self._rest, KernelFormatLoader):
             self._rest.leave(self._filled(self._rest.weights(), targets, manifest))
             self._looks = self._rest.looks
+        elif isinstance(self._rest, CheckpointFormatLoader):
+            self._rest.leave({owner for _, owner in self._anchors.owners if owner is not None})
         self._declared, self._manifest = targets, manifest
 
     def _anchored(self, needs: object) -> Anchors:

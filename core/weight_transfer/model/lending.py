@@ -64,23 +64,25 @@ def require_done(result: object, call: Callable[..., Any], role: str) -> None:
         )
 
 
-def lend(weights: Weights, load_weights: Callable[[Weights], object]) -> None:
-    """Call a loader, and see that it is done and has let go of the tensors.
+def lend(weights: Weights, load_weights: Callable[[Weights], object]) -> object:
+    """Call a loader, see that it is done and has let go of the tensors, and return what it has returned.
 
     Raises:
         TransferError: it is not done, or has kept a tensor, a view of it, or its memory.
     """
     before = _references(weights)
-    require_done(load_weights([(name, tensor) for name, tensor in weights]), load_weights, "load_weights")
+    result = load_weights([(name, tensor) for name, tensor in weights])
+    require_done(result, load_weights, "load_weights")
     if _kept(weights, before):
         gc.collect()  # a cycle, such as that of an exception that was caught, holds nothing on purpose
         if names := _kept(weights, before):
             raise TransferError(
                 f"load_weights={_name(load_weights)} has kept {names[0]!r} ({len(names)} tensors in all) beyond its "
                 "call. Their memory is the transfer's and will hold other bytes; copy what is to be kept, as with "
-                "param.copy_(tensor) or tensor.clone().",
+                "param.copy_(tensor) or tensor.clone(), or say so: load_weights.retains = True.",
                 phase="update",
             )
+    return result
 
 
 def private_copies(weights: Weights) -> Weights:

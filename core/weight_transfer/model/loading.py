@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import operator
-import re
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import compress
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -12,9 +10,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import torch
 
 from weight_transfer.errors import ConfigError, ManifestMismatchError
-from weight_transfer.model.lending import lend, require_done, require_eager
 from weight_transfer.model.manifest import ParamMeta, dtype_name
-from weight_transfer.model.naming import walk
 from weight_transfer.model.regions import Region
 from weight_transfer.model.shards import Target
 from weight_transfer.model.source import is_sharded
@@ -33,6 +29,14 @@ Weights = list[tuple[str, "Tensor"]]
 class WeightLoader(Protocol):
     """Takes weights part by part."""
 
+    @property
+    def disturbs(self) -> bool:
+        """Whether nobody may use the model while this says what it keeps of it."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is amiss with the last update though it is good, for reports, a sentence each: a slow path, say."""
+
     def begin(self, manifest: Manifest) -> None:
         """An update begins; changes nothing yet. Raise ``ManifestMismatchError`` if it cannot fit."""
 
@@ -41,6 +45,14 @@ class WeightLoader(Protocol):
 
     def finish(self) -> None:
         """Every parameter of the manifest has been loaded."""
+
+    def abort(self, reason: str, touched: bool) -> None:
+        """The update that began has failed, and nothing of it will come any more.
+
+        Args:
+            reason: a sentence.
+            touched: whether some of it had come.
+        """
 
 
 @runtime_checkable
@@ -99,6 +111,12 @@ class KernelFormatLoader:
         self._looks = 0
         self.takers: Mapping[str, tuple[str, ...]] = {}
         """Names in the model by names in the manifest: several for weights that are tied on the trainer alone."""
+
+    disturbs = False
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return ()
 
     @property
     def looks(self) -> int:
@@ -194,6 +212,10 @@ class KernelFormatLoader:
                 target.copy_(source)
         self._begun = None
 
+    def abort(self, reason: str, touched: bool) -> None:
+        """Nothing to put back: what was copied stays, and is no whole version."""
+        self._begun = None
+
 
 def _forms_of(tensors: Sequence[Tensor]) -> list[Sequence[object]]:
     """Return columns of what changes if shards of this rank are placed otherwise, replaced, or moved."""
@@ -221,143 +243,3 @@ def _parts_of(names: Sequence[str], tensors: Sequence[Tensor]) -> list[Target]:
 
 def _cannot_take(error: ConfigError) -> ManifestMismatchError:
     return ManifestMismatchError(f"The worker's model cannot take weights. {error.message}", phase="update")
-
-
-class CheckpointFormatLoader:
-    """Hands checkpoint-format weights to a model's own loader, with a layerwise stage behind it.
-
-    When the last parameter of a layer has arrived, ``process_weights_after_loading(layer)`` runs, so that quantising
-    or repacking needs the extra memory of one layer and not of the model. A layer is what a numbered part of the
-    parameter's name points to (``model.layers.3``), else the module that owns the parameter.
-
-    Args:
-        load_weights: any callable that takes ``[(name, tensor), ...]`` in checkpoint format, such as a vLLM model's
-            ``load_weights``. It is called several times per update. Its method ``begin(manifest)``, if it has one, is
-            called first, and may refuse the update.
-        model: needed with ``process_weights_after_loading``.
-        process_weights_after_loading: called once per layer and update with the layer's module. Partial updates must
-            then hold whole layers.
-    """
-
-    _LAYER = re.compile(r"^(.*?\.\d+)\.")
-
-    def __init__(
-        self,
-        load_weights: Callable[[Weights], object],
-        model: nn.Module | None = None,
-        process_weights_after_loading: Callable[[nn.Module], object] | None = None,
-    ) -> None:
-        if process_weights_after_loading is not None and model is None:
-            raise ValueError("process_weights_after_loading needs the model whose layers it is to process")
-        require_eager(load_weights, "load_weights")
-        if process_weights_after_loading is not None:
-            require_eager(process_weights_after_loading, "process_weights_after_loading")
-        self._load_weights = load_weights
-        self._model = model
-        self._process = process_weights_after_loading
-        self._missing: Counter[str] = Counter()
-        self._sizes: Mapping[str, int] = {}
-        self._whole: Mapping[str, int] = {}
-        self._modules: dict[str, nn.Module] = {}
-
-    def begin(self, manifest: Manifest) -> None:
-        begin: Callable[[Manifest], object] | None = getattr(self._load_weights, "begin", None)
-        if begin is not None:
-            begin(manifest)
-        self._missing = Counter(self.layer_of(param.name) for param in manifest.params)
-        self._sizes = self._whole if manifest.partial else dict(self._missing)
-        if self._process:
-            assert self._model is not None
-            self._require_whole_layers()
-            self._modules = {path: module for _, path, module in walk(self._model)}  # of wrappers, what they wrap
-            for layer in self._missing:
-                self._module(layer)
-
-    def __call__(self, weights: Weights) -> None:
-        if self._process is None:
-            lend(weights, self._load_weights)
-            return
-        part: Weights = []
-        for name, tensor in weights:
-            part.append((name, tensor))
-            layer = self.layer_of(name)
-            self._missing[layer] -= 1
-            if not self._missing[layer]:
-                lend(part, self._load_weights)
-                part = []
-                require_done(self._process(self._module(layer)), self._process, "process_weights_after_loading")
-        if part:
-            lend(part, self._load_weights)
-
-    def finish(self) -> None:
-        self._whole = self._sizes
-
-    def _require_whole_layers(self) -> None:
-        """Refuse a part of a layer: what it does not hold has been processed already, and would be once more."""
-        for layer, count in self._missing.items():
-            if count != self._sizes.get(layer):
-                example = f': only=["{layer}.*"]' if layer else ""
-                raise ManifestMismatchError(
-                    f"Some weights of layer {layer!r} came without the others, which process_weights_after_loading has "
-                    f"processed already; send whole layers{example}.",
-                    phase="update",
-                )
-
-    @classmethod
-    def layer_of(cls, name: str) -> str:
-        """Return the path of the layer to which the parameter called ``name`` belongs."""
-        match = cls._LAYER.match(name)
-        return match[1] if match else name.rpartition(".")[0]
-
-    def _module(self, layer: str) -> nn.Module:
-        module = self._modules.get(layer)
-        if module is None:
-            raise ManifestMismatchError(
-                f"The update has parameters of layer {layer!r}, which the worker's model lacks; "
-                "process_weights_after_loading needs checkpoint names that match the model's modules.",
-                phase="update",
-            )
-        return module
-
-
-def loader_for(
-    model: nn.Module,
-    load_weights: Callable[[Weights], object] | None,
-    process_weights_after_loading: Callable[[nn.Module], object] | None,
-    ignore: Sequence[str] = (),
-) -> Mapping[bool, WeightLoader]:
-    """Return the loaders for checkpoint format (True) and kernel format (False).
-
-    For checkpoint format that is ``load_weights``, else the model's own ``load_weights`` method, else a copy by name.
-    """
-    kernel = KernelFormatLoader(model, ignore)
-    load = load_weights or getattr(model, "load_weights", None)
-    if load is None and process_weights_after_loading is None:
-        return {True: kernel, False: kernel}
-    load = load or _CopyByName(model, ignore)
-    return {True: CheckpointFormatLoader(load, model, process_weights_after_loading), False: kernel}
-
-
-class _CopyByName:
-    """The default behind the layerwise stage: copies into the parameters that the model has at that moment."""
-
-    def __init__(self, model: nn.Module, ignore: Sequence[str]) -> None:
-        self._kernel = KernelFormatLoader(model, ignore)
-        self._weights = ModuleWeights(model, ignore)
-
-    def begin(self, manifest: Manifest) -> None:
-        self._kernel.begin(manifest)
-
-    def __call__(self, weights: Weights) -> None:
-        targets = self._weights.read()
-        for name, tensor in weights:
-            for taker in self._kernel.takers[name]:
-                target = targets.get(taker)
-                if target is None or target.shape != tensor.shape or target.dtype != tensor.dtype:
-                    sent = ParamMeta(name, dtype_name(tensor.dtype), tensor.shape)
-                    raise ManifestMismatchError(
-                        f"{sent} was sent, but {taker!r} of the worker's model is another since this update began; "
-                        "process_weights_after_loading may change no layer but its own.",
-                        phase="update",
-                    )
-                scatter(tensor, own_targets(taker, target))

@@ -150,6 +150,14 @@ class Served:
             self.torn.add(target)
             self.resume()
 
+    def forget(self, target: str) -> None:
+        """Another model has taken the place of ``target``: it has no version yet, and nothing has spoiled it."""
+        with self._changed:
+            self.versions.pop(target, None)
+            self.updates.pop(target, None)
+            self.torn.discard(target)
+            self._changed.notify_all()
+
     def resume(self) -> None:
         """Let samplers in again."""
         with self._changed:

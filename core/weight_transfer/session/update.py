@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from weight_transfer.model.manifest import Manifest, ParamMeta
     from weight_transfer.session.keeping import Arrivals
     from weight_transfer.values.events import Version
+
+logger = logging.getLogger(__name__)
 
 _PROGRESS_INTERVAL = 0.1  # seconds
 _MANY = 16
@@ -46,6 +49,7 @@ class Update:
         self.touched = False
         self.complete = False
         self.abort_reason: str | None = None
+        self.loader: WeightLoader | None = None
         self._backend = ""
         self._done = 0
         self._told = 0.0
@@ -53,7 +57,6 @@ class Update:
     def begin(
         self,
         info: WeightTransferUpdateInfo,
-        loader: WeightLoader,
         progress: Callable[[TransferProgress], None],
         backend: str,
         arrivals: Arrivals | None = None,
@@ -61,8 +64,7 @@ class Update:
         """Take the typed info; from here on the engine may load.
 
         Args:
-            info: the update.
-            loader: has begun it.
+            info: the update, which `loader` has begun.
             progress: is told how far it is.
             backend: for errors.
             arrivals: what comes by region; None if all comes whole.
@@ -73,7 +75,6 @@ class Update:
         self.params = len(info.manifest.params)
         self.begun = True
         self._manifest = info.manifest
-        self._loader = loader
         self._progress = progress
         self._backend = backend
         whole = info.manifest if arrivals is None else arrivals.layout.whole
@@ -81,12 +82,27 @@ class Update:
         self._to_move = None if arrivals is None else arrivals.layout.by_region
         self._whole = whole.nbytes
         self._total = whole.nbytes + (0 if arrivals is None else arrivals.nbytes)
-        self._destinations = _all_of(loader, whole)
+        self._destinations = _all_of(self._begun_loader, whole)
         self._digests = dict(zip(self._missing, info.digests, strict=True)) if info.digests else {}
 
     def abort(self, reason: str) -> None:
         """Let no further weights through."""
         self.abort_reason = reason
+
+    @property
+    def _begun_loader(self) -> WeightLoader:
+        assert self.loader is not None
+        return self.loader
+
+    def give_up(self, reason: str) -> None:
+        """Have the loader put back what is half done. If it cannot, the model counts as touched."""
+        if self.loader is None:
+            return
+        try:
+            self.loader.abort(reason, self.touched)
+        except Exception:
+            self.touched = True
+            logger.exception("the loader could not end the update that has failed")
 
     @property
     def aborted(self) -> bool:
@@ -135,7 +151,7 @@ class Update:
                 self._accept(name, tensor)
         self.touched = True
         if not in_place:
-            self._loader(weights)
+            self._begun_loader(weights)
         self._tell()
 
     def finish(self) -> None:
@@ -148,7 +164,7 @@ class Update:
                 phase="update",
                 version=self.version,
             )
-        self._loader.finish()
+        self._begun_loader.finish()
         self.complete = True
 
     def _accept_in_place(self, weights: Weights) -> bool:
