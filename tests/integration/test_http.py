@@ -142,8 +142,11 @@ def test_an_address_without_a_worker_is_a_lost_peer_within_the_deadline() -> Non
 
 
 def test_an_address_of_some_other_server_is_a_handshake_error(receiver: wt.WeightReceiver) -> None:
-    with serve(receiver) as server, pytest.raises(wt.HandshakeError, match="is this the worker's URL"):
-        _status(f"{server.url}/elsewhere")
+    with serve(receiver) as server:
+        sender = wt.WeightSender(CONFIG, [f"{server.url}/elsewhere"])
+        with sender, pytest.raises(wt.HandshakeError, match="is this the worker's URL") as caught:
+            sender.send(Odd(2))
+    assert (caught.value.peer, caught.value.phase) == (f"{server.url}/elsewhere", "init")
 
 
 def test_two_workers_behind_one_address_both_get_every_bit() -> None:
@@ -348,13 +351,13 @@ print("closed", flush=True)
     assert "Traceback" not in err
 
 
-def test_a_users_own_channel_without_sessions_works_behind_http() -> None:
-    class Own:
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_users_own_channel_without_sessions_works_behind_http(bare: bool) -> None:
+    class Bare:
         """What an inference server has: vLLM's signatures, in front of its workers."""
 
         def __init__(self, receiver: wt.WeightReceiver) -> None:
             self._receiver = receiver
-            self.status = receiver.status
 
         def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
             self._receiver.init_weight_transfer_engine(init_info)
@@ -368,12 +371,17 @@ def test_a_users_own_channel_without_sessions_works_behind_http() -> None:
         def finish_weight_update(self, weight_version: int | str | None = None) -> None:
             self._receiver.finish_weight_update(weight_version)
 
+    class Own(Bare):
+        def status(self) -> dict[str, Any]:
+            return self._receiver.status()
+
         def abort_weight_update(self, reason: str = "") -> None:
             self._receiver.abort_weight_update(reason)
 
     model = Odd(1)
     receiver = wt.WeightReceiver(CONFIG, model)
-    with receiver, serve(Own(receiver)) as server, wt.WeightSender(CONFIG, [server.url]) as sender:
+    own: Any = Bare(receiver) if bare else Own(receiver)
+    with receiver, serve(own) as server, wt.WeightSender(CONFIG, [server.url]) as sender:
         for seed in (2, 3):
             sender.send(Odd(seed), version=seed)
             assert (receiver.version, digest(model)) == (seed, digest(Odd(seed)))

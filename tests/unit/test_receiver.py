@@ -91,6 +91,23 @@ def test_finish_may_not_rename_the_version_that_was_announced(worker: Worker, ot
     assert worker.receiver.version == 1
 
 
+@pytest.mark.parametrize("version", [7, 0, -1, "7", "seven"])
+def test_a_channel_that_turns_versions_into_text_may_finish_with_that(worker: Worker, version: int | str) -> None:
+    worker.receiver.init_weight_transfer_engine(INIT | {"text_versions": True})
+    worker.start()
+    worker.update(1.0, version)
+    for other in ("8", 8, "07", "7.0", " 7"):
+        with pytest.raises(LifecycleError, match=f"announced as version {version!r}, not {other!r}"):
+            worker.finish(other)
+    worker.finish(str(version))
+    assert repr(worker.receiver.version) == repr(version)
+    worker.init()
+    worker.start()
+    worker.update(1.0, 9)
+    with pytest.raises(LifecycleError, match="announced as version 9, not '9'"):
+        worker.finish("9")
+
+
 def test_a_version_of_0_is_a_version(worker: Worker) -> None:
     worker.init()
     worker.deliver(1.0, 0)
@@ -745,6 +762,111 @@ def test_an_exception_while_sampling_does_not_hold_up_the_next_update(worker: Wo
     assert worker.receiver.version == "new"
 
 
+# Leaving.
+
+
+@pytest.mark.parametrize(
+    ("state", "after", "version"),
+    [
+        ("created", "created", None),
+        ("ready", "created", "old"),
+        ("updating", "created", "old"),
+        ("received", "failed", None),
+        ("failed", "failed", None),
+    ],
+)
+def test_a_worker_may_leave_its_trainer_and_be_initialised_again(
+    worker: Worker, state: str, after: str, version: str | None
+) -> None:
+    STATES[state](worker)
+    for _ in range(2):
+        worker.receiver.leave()
+        assert (str(worker.receiver.state), worker.receiver.version) == (after, version)
+        assert [engine.shutdowns for engine in worker.script.engines] == [1] * len(worker.script.engines)
+    with pytest.raises(LifecycleError, match="call init_weight_transfer_engine"):
+        worker.start()
+    for value in (2.0, 1.0):
+        worker.resync(value, f"version {value}")
+        worker.receiver.leave()
+        assert (worker.receiver.version, worker.model.values) == (f"version {value}", [value] * 3)
+        with worker.receiver.serving(timeout=1) as served:
+            assert served == f"version {value}"
+
+
+def test_a_worker_leaves_whichever_trainer_it_has_joined(worker: Worker) -> None:
+    worker.receiver.init_weight_transfer_engine(INIT | {"session": "s"})
+    worker.receiver.leave()
+    assert worker.receiver.state is ReceiverState.CREATED
+    worker.receiver.init_weight_transfer_engine(INIT)
+    worker.deliver(1.0, 1)
+    assert worker.receiver.version == 1
+
+
+def test_a_closed_worker_has_nobody_to_leave(worker: Worker) -> None:
+    STATES["closed"](worker)
+    with pytest.raises(LifecycleError, match="this receiver is closed; create a new one") as caught:
+        worker.receiver.leave()
+    assert (caught.value.method, caught.value.state) == ("leave", "closed")
+
+
+@pytest.mark.parametrize(("touched", "after", "version"), [(0, "created", "old"), (1, "failed", None)])
+def test_leaving_from_another_thread_ends_a_running_update(
+    worker: Worker, touched: int, after: str, version: str | None
+) -> None:
+    to_updating(worker)
+    inside, errors = threading.Event(), []
+
+    def receive(engine: Any, _info: Any, load_weights: Any) -> None:
+        load_weights(worker.script.weights[:touched]) if touched else None
+        inside.set()
+        assert engine.aborted.wait(20)
+        load_weights(worker.script.weights[touched:])
+
+    def update() -> None:
+        try:
+            worker.update(2.0, "new")
+        except TransferError as error:
+            errors.append(str(error))
+
+    worker.script.receive = receive
+    updating = threading.Thread(target=update)
+    updating.start()
+    assert inside.wait(20)
+    worker.receiver.leave("the server changes its backend")
+    assert (str(worker.receiver.state), worker.receiver.version) == (after, version)
+    updating.join(20)
+    assert errors == ["The update was aborted: the server changes its backend."]
+    assert worker.model.values == [2.0] * touched + [1.0] * (3 - touched)
+    worker.script.receive = worker.script.load_all
+    worker.resync(3.0, "later")
+    assert (worker.receiver.version, worker.model.values) == ("later", [3.0] * 3)
+
+
+def test_leaving_from_another_thread_ends_a_join(worker: Worker) -> None:
+    to_ready(worker)
+    inside = threading.Event()
+
+    def join(_info: Any) -> None:
+        inside.set()
+        assert worker.engine.aborted.wait(20)
+        raise OSError("nobody came")
+
+    def init() -> None:
+        with pytest.raises(TransferError, match="OSError: nobody came"):
+            worker.init()
+
+    worker.script.join = join
+    joining = threading.Thread(target=init)
+    joining.start()
+    assert inside.wait(20)
+    worker.receiver.leave()
+    joining.join(20)
+    assert (worker.receiver.state, worker.receiver.version) == (ReceiverState.CREATED, "old")
+    worker.script.join = lambda info: None
+    worker.resync(2.0, "new")
+    assert worker.receiver.version == "new"
+
+
 # Closing, and telling others.
 
 
@@ -844,10 +966,25 @@ def test_a_listener_that_fails_does_not_fail_the_update(new: Callable[..., Worke
     assert (worker.receiver.version, worker.model.values) == (1, [1.0] * 3)
 
 
-def test_a_place_among_ranks_that_names_no_device_takes_the_models() -> None:
+@pytest.mark.parametrize("on_meta", [(), ("first",), ("first", "second")])
+def test_a_place_among_ranks_that_names_no_device_takes_that_of_the_first_weight_with_memory(
+    on_meta: tuple[str, ...],
+) -> None:
+    model = Served()
+    for name in on_meta:
+        setattr(model, name, torch.nn.Parameter(torch.empty(4, 3, device="meta")))
     parallel = ParallelConfig(rank=1, world_size=2)
-    with WeightReceiver({"backend": "loopback"}, Served().to("meta"), parallel_config=parallel) as receiver:
-        assert receiver.parallel_config == ParallelConfig(rank=1, world_size=2, device="meta")
-    parallel = ParallelConfig(device="cpu")
-    with WeightReceiver({"backend": "loopback"}, Served().to("meta"), parallel_config=parallel) as receiver:
+    with WeightReceiver({"backend": "loopback"}, model, parallel_config=parallel) as receiver:
+        assert receiver.parallel_config == ParallelConfig(rank=1, world_size=2, device="cpu")
+
+
+def test_a_model_without_memory_takes_the_device_that_is_given_and_no_other() -> None:
+    model = Served().to("meta")
+    model.register_buffer("scale", torch.empty(3, device="meta"))
+    for parallel in (None, ParallelConfig(rank=1, world_size=2)):
+        with pytest.raises(ConfigError, match=r"all on the meta device.*ParallelConfig\(device="):
+            WeightReceiver({"backend": "loopback"}, model, parallel_config=parallel)
+    with WeightReceiver({"backend": "loopback"}, model, parallel_config=ParallelConfig(device="cpu")) as receiver:
+        assert receiver.parallel_config.device == "cpu"
+    with WeightReceiver({"backend": "loopback"}, torch.nn.Identity()) as receiver:
         assert receiver.parallel_config.device == "cpu"

@@ -29,6 +29,7 @@ from weight_transfer import (
     WeightReceiver,
     WeightSender,
 )
+from weight_transfer.values import versions
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -290,6 +291,17 @@ def test_an_update_of_the_other_one_survives_the_abort_of_the_overtaken_one(clos
     assert (receiver.version, digest(served)) == (2, digest(model(2.0)))
 
 
+def test_a_sender_joins_a_worker_again_that_has_left_it(closing: Any) -> None:
+    served = model()
+    receiver = closing(WeightReceiver(LOOPBACK, served))
+    sender = closing(WeightSender(LOOPBACK, [receiver]))
+    for version, value in enumerate((1.0, 2.0, 1.0)):
+        sender.send(model(value))
+        receiver.leave()
+        assert (receiver.state, receiver.version) == (ReceiverState.CREATED, version)
+        assert digest(served) == digest(model(value))
+
+
 # Versions.
 
 
@@ -322,6 +334,75 @@ def test_a_new_sender_asks_for_a_name_where_the_workers_serve_one(closing: Any) 
     closing(WeightSender(LOOPBACK, [receiver])).send(model(), version="best")
     with pytest.raises(ConfigError, match="The last version is called 'best'; name the new one"):
         closing(WeightSender(LOOPBACK, [receiver])).send(model())
+
+
+@pytest.mark.parametrize(
+    ("served", "following"),
+    [
+        ([], 0),
+        (["7"], 8),
+        (["7", 57, "12"], 58),
+        ([3, "0"], 4),
+        (["-3"], -2),
+        (["999999999999999999"], 10**18),
+    ],
+)
+def test_the_text_of_a_whole_number_counts_on_as_a_number(served: list[int | str], following: int) -> None:
+    assert (versions.following(served), type(versions.following(served))) == (following, int)
+
+
+@pytest.mark.parametrize("name", ["07", "7.0", "+7", " 7", "7 ", "7\n", "-0", "\u0667", "1_0", "default", "9" * 5000])
+def test_any_other_text_is_a_name(name: str) -> None:
+    with pytest.raises(ConfigError, match="name the new one"):
+        versions.following([1, name])
+
+
+class Texts(LocalChannel):
+    """Keeps versions as text, as vLLM does."""
+
+    text_versions: Any = True
+
+    def __init__(self, receiver: WeightReceiver) -> None:
+        super().__init__(receiver)
+        self.infos: list[dict[str, Any]] = []
+        self.finished: list[Any] = []
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any] | None:
+        self.infos.append(init_info)
+        return super().init_weight_transfer_engine(init_info)
+
+    def finish_weight_update(self, weight_version: int | str | None = None, session: str | None = None) -> None:
+        self.finished.append(weight_version)
+        super().finish_weight_update(weight_version, session)
+
+    def status(self) -> dict[str, Any]:
+        status = super().status()
+        version = None if status["version"] is None else str(status["version"])
+        return status | {"version": version, "versions": {"model": version}}
+
+
+def test_a_channel_that_wants_text_gets_it_and_its_worker_serves_what_all_serve(closing: Any) -> None:
+    plain, behind = (closing(WeightReceiver(LOOPBACK, model())) for _ in range(2))
+    channel = Texts(behind)
+    for expected in (0, 1):  # the second sender is told "0" by one of them
+        sender = closing(WeightSender(LOOPBACK, [plain, channel]))
+        assert sender.send(model(1.0)).version == expected
+        assert [repr(receiver.version) for receiver in (plain, behind)] == [repr(expected)] * 2
+    sender.send(model(2.0), version="best")
+    assert sender.send(model(3.0), version="7").version == "7"
+    assert [receiver.version for receiver in (plain, behind)] == ["7", "7"]
+    assert sender.send(model(3.0)).version == 8
+    assert channel.finished == ["0", "1", "best", "7", "8"]
+    assert [info.get("text_versions") for info in channel.infos] == [True, True]
+
+
+@pytest.mark.parametrize("declared", [False, "no", 1])
+def test_a_channel_that_does_not_say_so_gets_the_version_as_it_is(closing: Any, declared: object) -> None:
+    receiver = closing(WeightReceiver(LOOPBACK, model()))
+    channel = Texts(receiver)
+    channel.text_versions = declared
+    closing(WeightSender(LOOPBACK, [channel])).send(model(1.0), version=7)
+    assert (channel.finished, receiver.version, "text_versions" in channel.infos[0]) == ([7], 7, False)
 
 
 # Workers that are named wrongly.

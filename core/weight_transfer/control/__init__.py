@@ -4,13 +4,32 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from weight_transfer.control.answers import Reply, ReplyTo, send_reply
 from weight_transfer.control.channel import ControlChannel, LocalChannel
+from weight_transfer.control.joining import joint_init, joint_needs, joint_report, joint_status
+from weight_transfer.control.replies import Asked, Replies
 
 if TYPE_CHECKING:
     from weight_transfer.control.http_client import HttpChannel
     from weight_transfer.control.http_server import Server, create_app, serve
 
-__all__ = ["ControlChannel", "HttpChannel", "LocalChannel", "Server", "create_app", "serve"]
+__all__ = [
+    "Asked",
+    "ControlChannel",
+    "HttpChannel",
+    "LocalChannel",
+    "Replies",
+    "Reply",
+    "ReplyTo",
+    "Server",
+    "create_app",
+    "joint_init",
+    "joint_needs",
+    "joint_report",
+    "joint_status",
+    "send_reply",
+    "serve",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,9 +8,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from weight_transfer.control.joining import joint_init, joint_needs, joint_report, joint_status
 from weight_transfer.errors import ConfigError, WeightTransferError
-from weight_transfer.model.dtypes import joint_answer
-from weight_transfer.values.report import WorkerReport
 
 if TYPE_CHECKING:
     from weight_transfer.session.receiver import WeightReceiver
@@ -25,11 +24,18 @@ class ControlChannel(Protocol):
     The protocol is structural: the first four methods are those of vLLM's clients. Dicts are JSON-safe and carry their
     own ``timeout`` in seconds. A method returns when all workers behind the channel have done it, and raises a
     `WeightTransferError` otherwise. A sender may call ``abort_weight_update`` while
-    ``update_weights`` is under way in another thread. ``address`` (text) may be given as an attribute, for messages.
+    ``update_weights`` is under way in another thread.
+
+    Without ``status``, or with an empty answer, nobody can say how the workers are; without ``abort_weight_update`` a
+    failed update ends when the next ``send`` joins them anew. Attributes may say more: ``address`` (text) is for
+    messages, ``workers`` (a number) counts the workers behind the channel, as long as ``status`` does not. With
+    ``text_versions = True``, for servers that keep versions as text, ``finish_weight_update`` is called with ``"7"``
+    where the version is 7; a receiver behind it is told of that when it joins, and serves 7.
 
     ``start_weight_update``, ``finish_weight_update`` and ``abort_weight_update`` should also take
     ``session: str | None = None`` and hand it on to the receiver. If they all do, the sender names its session to the
-    worker, which then refuses the calls of trainers that it has not joined last. Otherwise it names none.
+    worker, which then refuses the calls of trainers that it has not joined last. Otherwise it names none; nor if the
+    channel has an attribute ``carries_session`` that is False, since it cannot hand them on after all.
 
     A channel may also have a method ``weight_needs(request)``, as `LocalChannel` and `HttpChannel` do; without it all
     weights go whole. It takes a `WeightNeeds` as a dict and returns ``{"needs": [...]}``: for each worker behind the
@@ -57,9 +63,10 @@ class ControlChannel(Protocol):
 
 
 def takes_session(channel: object) -> bool:
-    """Return whether the calls of a channel that may come too late all take a parameter ``session``."""
+    """Return whether the calls of a channel that may come too late all take a parameter ``session``, and hand it on."""
     methods = ("start_weight_update", "finish_weight_update", "abort_weight_update")
-    return all(_takes_session(getattr(channel, method)) for method in methods if hasattr(channel, method))
+    carries = getattr(channel, "carries_session", True) is not False
+    return carries and all(_takes_session(getattr(channel, method)) for method in methods if hasattr(channel, method))
 
 
 def _takes_session(method: Callable[..., object]) -> bool:
@@ -67,10 +74,6 @@ def _takes_session(method: Callable[..., object]) -> bool:
         return "session" in inspect.signature(method).parameters
     except (TypeError, ValueError):  # it is not written in Python
         return False
-
-
-def _common(versions: list[Version | None]) -> Version | None:
-    return versions[0] if len(set(versions)) == 1 else None
 
 
 class LocalChannel:
@@ -98,7 +101,7 @@ class LocalChannel:
         self._receivers = receivers
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any] | None:
-        return joint_answer(self._each(lambda receiver: receiver.init_weight_transfer_engine(init_info)))
+        return joint_init(self._each(lambda receiver: receiver.init_weight_transfer_engine(init_info)))
 
     def start_weight_update(self, session: str | None = None) -> None:
         self._each(lambda receiver: receiver.start_weight_update(session))
@@ -108,13 +111,12 @@ class LocalChannel:
             other.abort_weight_update(reason, update_info.get("session"))
 
         answers = self._each(lambda receiver: receiver.update_weights(update_info), fail)
-        return WorkerReport.joint([WorkerReport.of(answer) for answer in answers]).to_dict()
+        return joint_report(answers)
 
     def weight_needs(self, request: dict[str, Any]) -> dict[str, Any]:
         """Return what each receiver keeps, in the order of their ranks."""
         answers = self._each(lambda receiver: (receiver.parallel_config.rank, receiver.weight_needs(request)))
-        by_rank = sorted(answers, key=lambda answer: answer[0])
-        return {"needs": [own for _, answer in by_rank for own in answer["needs"]]}
+        return joint_needs([answer for _, answer in sorted(answers, key=lambda answer: answer[0])])
 
     def finish_weight_update(self, weight_version: Version | None = None, session: str | None = None) -> None:
         self._each(lambda receiver: receiver.finish_weight_update(weight_version, session))
@@ -124,19 +126,7 @@ class LocalChannel:
 
     def status(self) -> dict[str, Any]:
         """Return the first receiver's status; a version is None unless all have the same one."""
-        members = [receiver.status() for receiver in self._receivers]
-        versions = {member["version"] for member in members}
-        states = {member["state"] for member in members}
-        targets = dict.fromkeys(target for member in members for target in member["versions"])
-        return {
-            "state": states.pop() if len(states) == 1 else "mixed",
-            "version": versions.pop() if len(versions) == 1 else None,
-            "versions": {target: _common([member["versions"].get(target) for member in members]) for target in targets},
-            "backend": members[0]["backend"],
-            "workers": len(members),
-            "error": next((member["error"] for member in members if member["error"]), None),
-            "id": ",".join(member["id"] for member in members),
-        }
+        return joint_status([receiver.status() for receiver in self._receivers])
 
     def _each(
         self, call: Callable[[WeightReceiver], T], fail: Callable[[WeightReceiver, str], None] | None = None

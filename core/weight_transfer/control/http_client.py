@@ -11,7 +11,14 @@ try:
 except ImportError as error:  # pragma: no cover
     raise ImportError("A worker's URL needs HTTP support: pip install 'weight-transfer[http]'") from error
 
-from weight_transfer.errors import ConfigError, HandshakeError, PeerLostError, TransferTimeoutError, error_from_dict
+from weight_transfer.errors import (
+    ConfigError,
+    HandshakeError,
+    PeerLostError,
+    TransferTimeoutError,
+    error_from_dict,
+    extract,
+)
 
 if TYPE_CHECKING:
     from weight_transfer.values.events import Version
@@ -22,21 +29,43 @@ _MARGIN = 2.0  # seconds that an answer may take beyond the timeout that the req
 class HttpChannel:
     """Talks to `serve`, or to any server with the same routes.
 
+    A server needs vLLM's four routes only. That it does not offer ``/status``, ``/weight_needs`` or
+    ``/abort_weight_update`` (HTTP status 404 or 405) means that nobody can say how the workers are, that all weights go
+    whole, and that a failed update ends when they are joined anew.
+
     Args:
         address: base URL, such as ``http://127.0.0.1:8001``.
         token: bearer token, if the server demands one.
         timeout: seconds that a request without a timeout of its own may take.
+        status_timeout: seconds that ``/status`` may take; default is ``timeout``.
         connect_timeout: seconds that connecting may take.
+        workers: workers behind the server, if it has no ``/status`` that tells.
+        text_versions: whether the server wants versions as text, as vLLM's does; see `ControlChannel`.
+
+    Attributes:
+        carries_session: False once a server has been found to have no ``/status``: then its calls are vLLM's, which
+            hand on no session.
 
     Raises:
         ConfigError: ``address`` is no URL.
     """
 
     def __init__(
-        self, address: str, *, token: str | None = None, timeout: float = 300.0, connect_timeout: float = 5.0
+        self,
+        address: str,
+        *,
+        token: str | None = None,
+        timeout: float = 300.0,
+        status_timeout: float | None = None,
+        connect_timeout: float = 5.0,
+        workers: int | None = None,
+        text_versions: bool = False,
     ) -> None:
         self.address = address.rstrip("/")
+        self.workers, self.text_versions = workers, text_versions
+        self.carries_session = True
         self._timeout, self._connect_timeout = timeout, connect_timeout
+        self._status_timeout = status_timeout
         _require_url(self.address)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._client = httpx.Client(base_url=self.address, headers=headers, timeout=None, trust_env=False)
@@ -69,11 +98,14 @@ class HttpChannel:
         self._post("finish_weight_update", {"weight_version": weight_version} | _with(session))
 
     def abort_weight_update(self, reason: str = "", session: str | None = None) -> None:
-        self._post("abort_weight_update", {"reason": reason} | _with(session))
+        """Have the update given up; nothing happens if the server has no such route."""
+        self._post("abort_weight_update", {"reason": reason} | _with(session), optional=True)
 
     def status(self) -> dict[str, Any]:
-        status: dict[str, Any] = self._request("GET", "status", None, None)
-        return status
+        """Ask how the workers are; an empty dict if the server has no such route."""
+        status: dict[str, Any] | None = self._request("GET", "status", None, self._status_timeout, optional=True)
+        self.carries_session = status is not None
+        return status or {}
 
     def close(self) -> None:
         """Close the connections."""
@@ -115,14 +147,14 @@ class HttpChannel:
         try:
             answer = response.json() if response.content else None
         except ValueError as error:
-            raise HandshakeError(
-                f"/{route} answered with something else than JSON; is this the worker's URL?", **where
-            ) from error
+            message = f"/{route} answered with something else than JSON; is this the worker's URL?"
+            raise extract(response.text) or HandshakeError(message, **where) from error
         if response.is_success:
             return answer
         if isinstance(answer, dict) and isinstance(answer.get("error"), dict):
-            raise error_from_dict(answer["error"])
-        raise HandshakeError(
+            told = error_from_dict(answer["error"])
+            raise extract(told.message) or told
+        raise extract(response.text) or HandshakeError(
             f"/{route} answered with HTTP status {response.status_code}; is this the worker's URL?", **where
         )
 

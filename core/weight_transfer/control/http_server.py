@@ -65,8 +65,8 @@ def create_app(channel: ControlChannel, token: str | None = None, *, hosts: Sequ
     """Return the ASGI app of a worker, to be mounted in a server of your own.
 
     Routes: ``POST /init_weight_transfer_engine``, ``/start_weight_update``, ``/update_weights``,
-    ``/finish_weight_update``, ``/abort_weight_update``, ``GET /status``, and ``GET /healthz``, which anyone may call;
-    and ``POST /weight_needs``, if the channel has that.
+    ``/finish_weight_update``, and ``GET /healthz``, which anyone may call; and ``POST /abort_weight_update``,
+    ``/weight_needs`` and ``GET /status``, if the channel has them.
 
     Calls run on threads of their own, so that requests of yours that wait for a version keep none of them waiting. If
     the trainer's connection closes while it waits to join, to start or to update, that is aborted.
@@ -98,20 +98,22 @@ def create_app(channel: ControlChannel, token: str | None = None, *, hosts: Sequ
     async def status(request: Request) -> Response:
         return await _answer(request, guard, calls, channel.status, None)
 
+    def offered(path: str, body: type) -> list[Route]:
+        call: Callable[..., Any] | None = getattr(channel, path, None)
+        return [] if call is None else [route(path, call, body)]
+
     async def healthz(_request: Request) -> Response:
         return JSONResponse({"ok": True})
 
-    asked: Callable[..., Any] | None = getattr(channel, "weight_needs", None)
-    optional = [] if asked is None else [route("weight_needs", asked, WeightNeedsRequest)]
     return Starlette(
         routes=[
-            *optional,
             route("init_weight_transfer_engine", channel.init_weight_transfer_engine, WeightTransferInitRequest, True),
             route("start_weight_update", channel.start_weight_update, WeightTransferStartRequest, True),
             route("update_weights", channel.update_weights, WeightTransferUpdateRequest, True),
             route("finish_weight_update", channel.finish_weight_update, WeightTransferFinishRequest),
-            route("abort_weight_update", channel.abort_weight_update, WeightTransferAbortRequest),
-            Route("/status", status, methods=["GET"]),
+            *offered("abort_weight_update", WeightTransferAbortRequest),
+            *offered("weight_needs", WeightNeedsRequest),
+            *([Route("/status", status, methods=["GET"])] if hasattr(channel, "status") else []),
             Route("/healthz", healthz, methods=["GET"]),
         ]
     )
@@ -145,7 +147,9 @@ class _Calls:
             async def watch() -> None:
                 while (await request.receive())["type"] != "http.disconnect":
                     pass
-                abort: Callable[..., None] = self._channel.abort_weight_update
+                abort: Callable[..., None] | None = getattr(self._channel, "abort_weight_update", None)
+                if abort is None:
+                    return
                 reason = {"reason": TRAINER_LEFT}
                 with anyio.CancelScope(shield=True):  # the call may end at the same moment
                     await self.run(abort, reason | _session_of(arguments))

@@ -51,6 +51,8 @@ class WeightTransferInitInfo:
             dtypes; None, and then not sent at all, if nobody asks.
         trainer_ranks: how many trainer ranks have an engine; see `Capability.REGIONS`.
         ranks: of the trainer ranks 1 and higher, what their engines said to be joined.
+        text_versions: whether the control channel turns versions into text, so that ``finish_weight_update`` names 7 as
+            ``"7"``; not sent at all otherwise.
     """
 
     rank_offset: int
@@ -60,6 +62,7 @@ class WeightTransferInitInfo:
     report_dtypes: Literal["checkpoint", "kernel"] | None = None
     trainer_ranks: int = 1
     ranks: tuple[dict[str, Any], ...] = ()
+    text_versions: bool = False
 
     def of_ranks(self) -> list[Self]:
         """Return the init info of each trainer rank: this one, which is rank 0's, and the others'.

@@ -66,7 +66,7 @@ class Asking:
             "target": self._target,
             "timeout": max(deadline.remaining(), 1e-3),
         }
-        calls = self._fleet.call(asking, lambda peer: peer.needs(request, manifest), "init")
+        calls = self._fleet.call(asking, lambda peer: peer.needs(request, manifest), "weight_needs", deadline)
         failures = calls.wait(deadline)
         for peer in strangers:
             if peer not in failures:

@@ -37,14 +37,26 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ABORT_TIMEOUT = 10.0  # seconds that workers get to abort a failed update
+_PATIENCE = 1.0  # seconds that a worker's earlier call may still take if the others need not wait for it
 _RETRY_INTERVAL = 0.1  # seconds between two looks at a worker that does not answer yet
 
-_ASKED: dict[str, object] = {"report_dtypes": None, "session": None, "trainer_ranks": 1, "ranks": []}
+_ASKED: dict[str, object] = {
+    "report_dtypes": None,
+    "session": None,
+    "trainer_ranks": 1,
+    "ranks": [],
+    "text_versions": False,
+}
 """Keys of the init info that are left out unless they say something else: other systems' workers do not know them."""
 
 
 def _says_nothing(key: str, value: object) -> bool:
     return key in _ASKED and (value == _ASKED[key] or not value)
+
+
+def _version_in(status: dict[str, Any], target: str) -> object:
+    versions = status.get("versions")
+    return versions.get(target, status.get("version")) if isinstance(versions, dict) else status.get("version")
 
 
 class Fleet:
@@ -85,7 +97,12 @@ class Fleet:
     @property
     def goes_on(self) -> bool:
         """Whether the others go on when one worker fails in the middle of an update."""
-        return self._rejoins and self._config.on_worker_failure == "continue"
+        return self._rejoins and self._may_lose
+
+    @property
+    def _may_lose(self) -> bool:
+        """Whether a worker that does not answer is left behind, as long as there are others."""
+        return self._config.on_worker_failure == "continue"
 
     @property
     def started(self) -> list[Peer]:
@@ -149,11 +166,12 @@ class Fleet:
             slot = slots[peer]
             peer.first_worker = slot.rank_offset - 1
             common: dict[str, Any] = {"rank_offset": slot.rank_offset, "world_size": slot.world_size}
-            common |= {"timeout": max(deadline.remaining(), 1e-3)}
+            common |= {"timeout": max(deadline.remaining(), 1e-3), "text_versions": peer.text_versions}
             info = structure({**own, **common, **self._report_dtypes}, kind, "init_info")
             infos[peer] = {key: value for key, value in unstructure(info).items() if not _says_nothing(key, value)}
         session = f"{self._session}.{next(self._joins)}"
-        calls = self.call(joining, lambda peer: peer.join(infos[peer], session), "init", on_failure=self.react)
+        method = "init_weight_transfer_engine"
+        calls = self.call(joining, lambda peer: peer.join(infos[peer], session), method, deadline, self.react)
         self.require_going_on()
         try:
             with logged_wait(lambda: f"waiting for {calls.silent or 'the engine'} in phase init"):
@@ -182,7 +200,10 @@ class Fleet:
         """Wait until the workers answer that have not, and learn from their status what they are."""
         strangers = [peer for peer in self.peers if not (peer.joined or peer.greeted)]
         self._unreachable = {}
-        failures = self.call(strangers, lambda peer: self._greet(peer, deadline), "init").wait(deadline)
+        patience = (
+            Deadline(_PATIENCE) if self._may_lose and not all(peer.turns.busy for peer in self.peers) else deadline
+        )
+        failures = self.call(strangers, lambda peer: self._greet(peer, deadline), "status", patience).wait(deadline)
         late = {peer for peer, error in failures.items() if isinstance(error, TransferTimeoutError)}
         failures = {
             peer: self._unreachable.get(peer, error) if peer in late else error for peer, error in failures.items()
@@ -197,7 +218,7 @@ class Fleet:
         """Return the versions of ``target`` that the workers have; waits until they answer."""
         self.greet(Deadline(self._config.init_timeout))
         statuses = [peer.status for peer in self.peers if peer.greeted or peer.joined]
-        served = [(status.get("versions") or {}).get(target, status.get("version")) for status in statuses]
+        served = [_version_in(status, target) for status in statuses]
         return [version for version in served if isinstance(version, (int, str))]
 
     def dtypes(self, called: Mapping[str, Sequence[str]]) -> dict[str, str]:
@@ -210,7 +231,8 @@ class Fleet:
 
     def _greet(self, peer: Peer, deadline: Deadline) -> None:
         status_of = getattr(peer.channel, "status", None)
-        peer.status = self._first_status(peer, status_of, deadline) if status_of is not None else {}
+        status = self._first_status(peer, status_of, deadline) if status_of is not None else {}
+        peer.status = status if isinstance(status, dict) else {}
         backend = peer.status.get("backend", self._config.backend)
         if backend != self._config.backend:
             raise HandshakeError(
@@ -218,17 +240,24 @@ class Fleet:
                 peer=peer.address,
                 phase="init",
             )
-        peer.count = int(peer.status.get("workers", peer.count))
+        count = peer.status.get("workers", peer.count)
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise HandshakeError(
+                f"Its status says that {count!r} workers are behind it; a number from 1 on was expected.",
+                peer=peer.address,
+                phase="init",
+            )
+        peer.count = count
         peer.greeted = True
 
-    def _first_status(self, peer: Peer, status_of: Callable[[], dict[str, Any]], deadline: Deadline) -> dict[str, Any]:
+    def _first_status(self, peer: Peer, status_of: Callable[[], object], deadline: Deadline) -> object:
         """Ask until the worker answers; with ``"continue"``, only as long as no other one has."""
         while True:
             try:
                 return status_of()
             except PeerLostError as error:
                 self._unreachable[peer] = error
-                others = self._config.on_worker_failure == "continue" and any(p.joined or p.greeted for p in self.peers)
+                others = self._may_lose and any(peer.joined or peer.greeted for peer in self.peers)
                 if error.permanent or others or self.failed or deadline.remaining() < _RETRY_INTERVAL:
                     raise
                 time.sleep(_RETRY_INTERVAL)
@@ -255,7 +284,7 @@ class Fleet:
 
     def _start_joined(self, deadline: Deadline) -> Lost:
         peers = [peer for peer in self.peers if peer.joined and not peer.started]
-        failures = self.call(peers, lambda peer: peer.start(), "start").wait(deadline)
+        failures = self.call(peers, lambda peer: peer.start(), "start_weight_update", deadline).wait(deadline)
         for peer in peers:
             peer.started = peer not in failures
         return failures
@@ -263,7 +292,8 @@ class Fleet:
     def finish(self, version: Version, deadline: Deadline) -> Lost:
         """Have the version published."""
         peers = self.started
-        failures = self.call(peers, lambda peer: peer.finish(version), "finish").wait(deadline)
+        calls = self.call(peers, lambda peer: peer.finish(version), "finish_weight_update", deadline)
+        failures = calls.wait(deadline)
         for peer in peers:
             peer.started = False
         return self.settle(failures)
@@ -295,9 +325,11 @@ class Fleet:
     def abort(self, reason: str) -> None:
         """After a failure: all workers that were called, answered or not, leave this trainer, and join it next time."""
         self._latest = self._calls = None
+        for peer in self.peers:
+            peer.turns.withdraw()
         self.engines.abort()
         called = [peer for peer in self.peers if peer.called and hasattr(peer.channel, "abort_weight_update")]
-        calls = Calls(called, lambda peer: peer.abort(reason), "abort")
+        calls = Calls(called, lambda peer: peer.abort(reason), "abort_weight_update")
         for peer, error in calls.wait(Deadline(min(_ABORT_TIMEOUT, self._config.timeout))).items():
             if not isinstance(error, SessionError):  # then it is another trainer's by now
                 logger.warning("worker %s did not confirm the abort: %s", peer.address, error)
@@ -318,6 +350,7 @@ class Fleet:
         """Shut the engine down, and the channels that the sender made."""
         self.drop_engines()
         for peer in self.peers:
+            peer.turns.withdraw()
             peer.close()
         self.peers, self._calls = [], None
 
@@ -325,17 +358,21 @@ class Fleet:
         self,
         peers: list[Peer],
         call: Callable[[Peer], object],
-        phase: str,
+        method: str,
+        patience: Deadline,
         on_failure: Callable[[Peer], None] | None = None,
     ) -> Calls:
-        """Call workers of an update that may be cancelled; ``on_failure`` hears of no call but the latest."""
+        """Call workers of an update that may be cancelled; ``on_failure`` hears of no call but the latest.
+
+        The other arguments are those of `Calls`.
+        """
         this = self._latest = object()
 
         def failed(peer: Peer) -> None:
             if on_failure is not None and self._latest is this:  # else an echo of what was given up already
                 on_failure(peer)
 
-        calls = self._calls = Calls(peers, call, phase, failed)
+        calls = self._calls = Calls(peers, call, method, failed, patience)
         if self.failed is not None:
             calls.cancel(self.failed)
         return calls

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 
 from weight_transfer.errors import ManifestMismatchError
+from weight_transfer.model.declared import DeclaredLoader
+from weight_transfer.model.loading import KernelFormatLoader
 from weight_transfer.model.targets import RegionLoader, tensors_of
 from weight_transfer.plan.layout import NONE, Layout, Place, Regions, itemsizes
 from weight_transfer.plan.pieces import Pieces, plan_pieces
@@ -60,6 +62,27 @@ class Keeping:
         self._kept: Regions | None = None
         self._plan: _Plan | None = None
         self._arrivals: Arrivals | None = None
+        self._said: tuple[Manifest, Regions | None] | None = None
+
+    def say(self, manifest: Manifest, loader: WeightLoader) -> Regions | None:
+        """Return what `regions` does, to the trainer, which goes by it until it asks again."""
+        kept = self.regions(manifest, loader)
+        self._said = manifest, kept
+        return kept
+
+    def asks_again(self, manifest: Manifest, loader: WeightLoader) -> bool:
+        """Return whether the loader keeps something else by now, after an update, than the trainer was told, if it was.
+
+        It costs a look at the mapping that the loader returns; of one that only copies not even that, since what it
+        keeps is in the model, and no update changes it.
+        """
+        if _only_copies(loader):
+            return False
+        told = self._said[1] if self._said is not None and self._said[0] is manifest else None
+        try:
+            return self.regions(manifest, loader) is not told
+        except ManifestMismatchError:  # the trainer will hear of it when it asks, before the next update's first byte
+            return True
 
     def regions(self, manifest: Manifest, loader: WeightLoader) -> Regions | None:
         """Return what the loader keeps of the weights; the same object while it says the same. None if it cannot tell.
@@ -111,6 +134,11 @@ class Keeping:
             planned = tuple(pieces.by_rank(len(layout.places)).tolist())
             self._arrivals = Arrivals(layout, pieces, tensors_of(ordered), planned)
         return self._arrivals
+
+
+def _only_copies(loader: WeightLoader) -> bool:
+    declared = isinstance(loader, DeclaredLoader) and loader.destinations() is not None
+    return declared or isinstance(loader, KernelFormatLoader)
 
 
 @attrs.frozen(eq=False)

@@ -187,7 +187,7 @@ class Leader:
         )
         encoder, target = update.outgoing.encoder, update.part.target
         wires = {peer: encoder.encode(info, peer.known.get(target, {})) for peer in fleet.started}
-        calls = fleet.call(list(wires), lambda peer: peer.update(wires[peer]), "update", fleet.react)
+        calls = fleet.call(list(wires), lambda peer: peer.update(wires[peer]), "update_weights", deadline, fleet.react)
         fleet.require_going_on()
         progress = Progress(self._backend.notify, info, self._config.backend)
         try:
@@ -210,7 +210,11 @@ class Leader:
         progress(progress.left)
         engine.release_source()
         update.outgoing.update = source.update
-        return lost, {peer: WorkerReport.of(calls.results.get(peer)) for peer in wires}
+        noticed = {peer: WorkerReport.of(calls.results.get(peer)) for peer in wires}
+        for peer, report in noticed.items():
+            if report.asks_again:
+                peer.kept.pop(target, None)
+        return lost, noticed
 
     def _shares(
         self,

@@ -5,10 +5,11 @@
        ▲                ▲                 │
        │                │                 ├─ refused before the engine began ─▶ ready (old version)
        │                └───────init──────┼─ failed or aborted before the first byte ─▶ created (old version)
-       └─ aborted, or the trainer is gone ┴─ failed or aborted after it ─▶ failed (no version)
+       └─ aborted, left, or trainer gone ─┴─ failed or aborted after it ─▶ failed (no version)
 
 In ``created`` and ``failed`` there is no engine; ``init_weight_transfer_engine`` and a full update lead out of both. A
-`WeightSender` does that by itself at its next ``send``.
+`WeightSender` does that by itself at its next ``send``. A worker may be told to ``leave`` in any state but ``closed``:
+it aborts what is open, whose ever it is, and lets go of the engine.
 
 A trainer names its session when it initialises a worker. From then on the worker takes calls of that session only, so
 that a trainer that was replaced can no longer start, load, publish or abort anything.

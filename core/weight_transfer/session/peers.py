@@ -6,6 +6,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -20,10 +21,12 @@ from weight_transfer.errors import (
     TransferError,
     TransferTimeoutError,
     WeightTransferError,
+    extract,
 )
 from weight_transfer.model.manifest import Manifest
 from weight_transfer.plan.layout import Regions
 from weight_transfer.session.sharing import Keeper
+from weight_transfer.session.turns import Turns
 from weight_transfer.values.deadline import LONG, Deadline
 
 if TYPE_CHECKING:
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _GRACE = 0.5  # seconds
+_PHASES = {"status": "init", "weight_needs": "init"}
 _METHODS = ("init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update")
 
 
@@ -49,13 +53,14 @@ class Peer:
         called: whether they were told of this trainer since they were last forgotten: then they must hear of an abort.
         started: whether an update is open on them.
         greeted: whether they have answered.
-        status: what they answered; empty for a channel without ``status``.
+        status: what they answered; empty for a channel, or a server, without ``status``.
         session: by what they know this trainer, if the channel carries sessions.
         init_info: what they were sent to join.
         dtypes: of their weights by name, if they were asked and know.
         known: digest by field name of what they have been sent once, by target.
         first_worker: number of the first of them among all workers.
         kept: by target, the manifest of which they were asked what they keep, and what they answered.
+        turns: of the calls to the channel.
     """
 
     address: str
@@ -73,11 +78,17 @@ class Peer:
     known: dict[str, dict[str, str]] = attrs.field(factory=dict)
     first_worker: int = 0
     kept: dict[str, tuple[Manifest, list[Keeper]]] = attrs.field(factory=dict)
+    turns: Turns = attrs.field(factory=Turns)
 
     @property
     def ids(self) -> set[str]:
         """The receivers behind it, as far as they tell."""
         return {part for part in str(self.status.get("id") or "").split(",") if part}
+
+    @property
+    def text_versions(self) -> bool:
+        """Whether the channel wants versions as text."""
+        return getattr(self.channel, "text_versions", False) is True
 
     def join(self, init_info: dict[str, Any], session: str) -> object:
         """Have them join; from then on the session goes with each call, if the channel carries sessions."""
@@ -87,7 +98,7 @@ class Peer:
         return self.channel.init_weight_transfer_engine(self.init_info)
 
     def needs(self, request: dict[str, Any], manifest: Manifest) -> object:
-        """Ask what they keep of the weights of a manifest, which they then know."""
+        """Ask what they keep of the weights of a manifest, which they then know; None says that they were not asked."""
         self.called = True
         target = request["target"]
         sent: dict[str, Any] = {"digest": manifest.digest}
@@ -95,7 +106,8 @@ class Peer:
             sent["value"] = manifest.to_wire()
         call: Callable[..., Any] = self.channel.weight_needs  # type: ignore[attr-defined]  # it was looked for
         answer = call({**request, "manifest": sent} | self._session)
-        self.known.setdefault(target, {})["manifest"] = manifest.digest
+        if answer is not None:
+            self.known.setdefault(target, {})["manifest"] = manifest.digest
         return answer
 
     def keep(self, target: str, manifest: Manifest, answer: object) -> None:
@@ -129,7 +141,7 @@ class Peer:
     def finish(self, version: Version) -> None:
         """Have them publish."""
         call: Callable[..., None] = self.channel.finish_weight_update
-        call(version, **self._session)
+        call(str(version) if self.text_versions else version, **self._session)
 
     def abort(self, reason: str) -> None:
         """Have them give up."""
@@ -162,18 +174,22 @@ def make_peer(worker: str | ControlChannel, index: int, count: int, config: Weig
     Args:
         worker: a URL or a control channel.
         index: its number, the name of a channel without an address.
-        count: workers behind it.
+        count: workers behind it, unless its attribute ``workers`` says otherwise.
         config: token and timeouts of an HTTP channel.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: it is neither, or there is no worker behind it.
     """
     channel: ControlChannel
     if isinstance(worker, str):
         from weight_transfer.control.http_client import HttpChannel
 
         channel = HttpChannel(
-            worker, token=config.token, timeout=config.timeout, connect_timeout=min(5.0, config.init_timeout / 2)
+            worker,
+            token=config.token,
+            timeout=config.timeout,
+            status_timeout=min(config.timeout, config.init_timeout),
+            connect_timeout=min(5.0, config.init_timeout / 2),
         )
     elif all(callable(getattr(worker, method, None)) for method in _METHODS):
         channel = worker
@@ -183,6 +199,13 @@ def make_peer(worker: str | ControlChannel, index: int, count: int, config: Weig
             "channel."
         )
     address = getattr(channel, "address", None) or f"worker {index}"
+    own = getattr(channel, "workers", None)
+    if isinstance(own, int) and not isinstance(own, bool):  # else it is something of its own
+        count = own
+    if count < 1:
+        raise ConfigError(
+            f"{count} workers cannot be behind {address}; workers_per_channel, or its attribute workers, is 1 or more."
+        )
     return Peer(str(address), channel, count, owned=channel is not worker)
 
 
@@ -217,7 +240,7 @@ def gone_in(failures: Lost) -> Lost:
 class Calls:
     """The same call to several peers at once, each on a thread of its own.
 
-    The threads are daemons: a channel that never returns costs a thread, not the trainer.
+    The threads are daemons: a channel that never returns costs a thread, not the trainer. Its next call waits for it.
 
     Attributes:
         failures: the errors that are known so far.
@@ -226,25 +249,32 @@ class Calls:
     Args:
         peers: whom to call.
         call: what to call; its exceptions are collected.
-        phase: for messages and for the ``phase`` of errors.
+        method: the channel's method that it calls, for messages and for the ``phase`` of errors.
         on_failure: called at once, from the failing call's thread, with each peer that fails.
+        patience: until when a call waits for an earlier one to the same channel to end; None for an abort, which may
+            come while another call is under way.
     """
 
     def __init__(
         self,
         peers: Sequence[Peer],
         call: Callable[[Peer], object],
-        phase: str,
+        method: str,
         on_failure: Callable[[Peer], None] | None = None,
+        patience: Deadline | None = None,
     ) -> None:
-        self._phase = phase
+        self._method = method
+        self._phase = _PHASES.get(method, method.partition("_")[0])
         self._on_failure = on_failure
+        self._patience = patience
+        self._tickets = {peer: peer.turns.ticket() for peer in peers}
+        self._begun: set[Peer] = set()
         self._answers: queue.SimpleQueue[tuple[Peer | None, WeightTransferError | None]] = queue.SimpleQueue()
         self._pending = list(peers)
         self.failures: dict[Peer, WeightTransferError] = {}
         self.results: dict[Peer, object] = {}
         for peer in peers:
-            name = f"weight-transfer {phase} {peer.address}"
+            name = f"weight-transfer {self._phase} {peer.address}"
             threading.Thread(target=self._run, args=(peer, call), name=name, daemon=True).start()
 
     def wait(self, deadline: Deadline) -> dict[Peer, WeightTransferError]:
@@ -261,10 +291,15 @@ class Calls:
                     logger.log(level, "waiting for %s in phase %s", self.silent, self._phase)
                     continue
                 for late in self._pending:
-                    what = f"waiting for the worker to answer in phase {self._phase}"
-                    self.failures[late] = deadline.timeout(what, phase=self._phase, peer=late.address)
+                    self.failures[late] = self._late(late, deadline)
                 break
         return self.failures
+
+    def _late(self, peer: Peer, deadline: Deadline) -> TransferTimeoutError:
+        waits_for = peer.turns.late(deadline) if peer not in self._begun else None
+        error = waits_for or deadline.timeout(f"waiting for the worker to answer in phase {self._phase}")
+        error.phase, error.peer = self._phase, peer.address
+        return error
 
     def explain(self, error: WeightTransferError) -> WeightTransferError:
         """Return what is behind an engine's ``error``: the first worker's failure; after a timeout, who is silent.
@@ -304,15 +339,23 @@ class Calls:
         if error is not None:
             self.failures[peer] = error
 
+    def _turn(self, peer: Peer) -> AbstractContextManager[None]:
+        if self._patience is None:
+            return nullcontext()
+        return peer.turns.taken(self._method, self._tickets[peer], self._patience)
+
     def _run(self, peer: Peer, call: Callable[[Peer], object]) -> None:
         error: WeightTransferError | None = None
         try:
-            self.results[peer] = call(peer)
+            with self._turn(peer):
+                self._begun.add(peer)
+                self.results[peer] = call(peer)
         except WeightTransferError as known:
             error = known
         except BaseException as foreign:  # noqa: BLE001  (a channel of the user's own may raise anything; it is reported)
             cause = f"{type(foreign).__name__}: {foreign}"
-            error = TransferError(f"The worker's control channel failed in phase {self._phase}.", cause=cause)
+            message = f"The worker's control channel failed in phase {self._phase}."
+            error = extract(cause) or TransferError(message, cause=cause)
         if isinstance(error, TransferError):
             error.peer = error.peer or peer.address
             error.phase = error.phase or self._phase

@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -21,9 +21,9 @@ from weight_transfer.plugins.read_config import load_config
 from weight_transfer.session.lifecycle import ANYONE, Anyone, Lifecycle, ReceiverState
 from weight_transfer.session.serving import Served, Signal, Watch
 from weight_transfer.session.update import Update
-from weight_transfer.session.updating import Joined, device_of, targets_of
+from weight_transfer.session.updating import Joined, device_of, further_target, targets_of
 from weight_transfer.values.deadline import Deadline
-from weight_transfer.values.versions import as_version
+from weight_transfer.values.versions import as_version, is_same
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,6 +37,7 @@ __all__ = ["ReceiverState", "WeightReceiver"]
 _ABORT_INTERVAL = 0.2  # seconds
 
 
+_IDLE = (ReceiverState.CREATED, ReceiverState.READY, ReceiverState.FAILED)
 _ANSWER = 0.9
 """Part of ``timeout`` after which samplers are given up, so that their names reach the trainer in time."""
 
@@ -84,6 +85,7 @@ class WeightReceiver:
     ) -> None:
         self.config: WeightTransferConfig = load_config(config)
         self._targets = targets_of(model, load_weights, process_weights_after_loading, targets or {}, ignore, needs)
+        self._ignore = ignore
         parallel = parallel_config or ParallelConfig()
         self.parallel_config = attrs.evolve(parallel, device=parallel.device or device_of(model))
         self._id = secrets.token_hex(8)
@@ -152,6 +154,26 @@ class WeightReceiver:
             self._lifecycle.require_open("aserving")
 
         return self._served.ahold(self._watch(look, timeout))
+
+    def add_target(self, name: str, model: nn.Module, load_weights: Callable[[Weights], object] | None = None) -> None:
+        """Take in one more model, or another one in the place of one that was taken in before.
+
+        Args:
+            name: by which ``send(..., target=name)`` means it; not the first model's.
+            model: the module.
+            load_weights: see the class.
+
+        Raises:
+            ConfigError: it is no module, or the name is the first model's.
+            LifecycleError: an update is under way, or the receiver is closed.
+        """
+        added = further_target(name, model, load_weights, self._ignore)
+        with self._operation("add_target", ANYONE, *_IDLE):
+            with self._changed:
+                self._targets = {**self._targets, name: added}
+                self._served.forget(name)
+            if self._joined is not None:
+                self._joined.forget(name)
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any] | None:
         """Join a trainer. In a later call the previous engine is shut down first; a served version stays served.
@@ -246,16 +268,34 @@ class WeightReceiver:
             SessionError: another trainer has joined since.
             ConfigError: ``request`` is wrong; the sentence names the key.
             ManifestMismatchError: the weights do not fit the model.
+            TransferTimeoutError: the loader needs the model for itself, and somebody went on sampling.
         """
         with self._operation("weight_needs", request.get("session"), ReceiverState.READY):
             assert self._joined is not None
-            return self._joined.needs(request, self._targets)
+            disturbs = any(loader.disturbs for target in self._targets.values() for loader in target.loaders.values())
+            with self._without_samplers() if disturbs else nullcontext():
+                return self._joined.needs(request, self._targets)
+
+    @contextmanager
+    def _without_samplers(self) -> Iterator[None]:
+        """Wait until nobody samples, and let nobody begin to, for the length of a block."""
+        deadline = Deadline(_ANSWER * self.config.timeout)
+        with self._changed:
+            self._served.held_back = True
+        try:
+            self._served.await_samplers(
+                lambda what: deadline.check(what, backend=self.config.backend, phase="init"), deadline
+            )
+            yield
+        finally:
+            self._served.resume()
 
     def finish_weight_update(self, weight_version: Version | None = None, session: str | None = None) -> None:
         """Publish the version.
 
         Args:
-            weight_version: its name, if none came with the update; else the same one, or None.
+            weight_version: its name, if none came with the update; else the same one (as text, if the trainer's channel
+                turns versions into text), or None.
             session: see `start_weight_update`.
 
         Raises:
@@ -271,9 +311,11 @@ class WeightReceiver:
             version = update.version if weight_version is None else as_version(weight_version)
             if version is None:
                 raise self._lifecycle.refusal("finish_weight_update", "the update has no version; name one")
-            if update.version is not None and repr(version) != repr(update.version):
-                why = f"these weights were announced as version {update.version!r}, not {version!r}"
-                raise self._lifecycle.refusal("finish_weight_update", why)
+            if update.version is not None:
+                if not is_same(version, update.version, as_text=self._joined.text_versions):
+                    why = f"these weights were announced as version {update.version!r}, not {version!r}"
+                    raise self._lifecycle.refusal("finish_weight_update", why)
+                version = update.version
             self._joined.tell_end(update, version, None)
             with self._changed:
                 self._update, self._last_error = None, None
@@ -295,6 +337,21 @@ class WeightReceiver:
         """
         if self._lifecycle.state is not ReceiverState.CLOSED:
             self._abort("abort_weight_update", reason, session)
+
+    def leave(self, reason: str = "the worker left its trainer") -> None:
+        """End what is open with the present trainer, and let go of the engine; a served version stays served.
+
+        That is what ``shutdown_weight_transfer_engine`` means to vLLM. A trainer may initialise the receiver again. May
+        be called from any thread, in any state but ``closed``, and returns once nothing writes into the model any more.
+
+        Args:
+            reason: for errors of an update, or a join, that it ends.
+
+        Raises:
+            LifecycleError: the receiver is closed.
+            TransferTimeoutError: the engine went on for ``config.timeout`` seconds.
+        """
+        self._abort("leave", reason, ANYONE)
 
     def status(self) -> dict[str, Any]:
         """Return ``state``, ``version``, ``versions`` by target, ``backend``, ``workers`` (1), ``error`` and ``id``.
@@ -367,6 +424,7 @@ class WeightReceiver:
         if update.begun and joined is not None:
             joined.tell_end(update, update.version, reason)
             self._drop_engine()
+        update.give_up(reason)
         with self._changed:  # an abort that still sees the update waits for this
             self._update = None
             if update.touched:

@@ -46,7 +46,8 @@ class WeightSender:
             `send`; each gives its own shards if the backend moves regions, and rank 0 alone talks to the workers. By
             default each process sends by itself, except that weights which are sharded over ranks are sent by all ranks
             of torch.distributed's default group.
-        workers_per_channel: workers behind each channel, for channels whose ``status`` does not tell.
+        workers_per_channel: workers behind each channel, for channels that have neither a ``status`` that tells nor an
+            attribute ``workers``.
         observers: objects with hook implementations, beside the ones that the config names.
 
     Raises:

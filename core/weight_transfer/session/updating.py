@@ -21,9 +21,9 @@ from weight_transfer.errors import (
 )
 from weight_transfer.memory.place import place_of
 from weight_transfer.model.autograd_modes import Writing, reading
+from weight_transfer.model.checkpoint_loading import loader_for
 from weight_transfer.model.declared import declared_for
 from weight_transfer.model.info import MODEL, WeightNeeds, WeightTransferInitInfo, WireDecoder
-from weight_transfer.model.loading import loader_for
 from weight_transfer.session.incoming import Incoming
 from weight_transfer.session.keeping import Keeping
 from weight_transfer.values.events import TransferFinished, TransferStarted
@@ -89,17 +89,36 @@ def targets_of(
         raise ConfigError(f'targets: expected models by name, such as {{"draft": draft_model}}, got {others!r}.')
     first = _module("model", model)
     targets = {MODEL: ServedModel(first, load_weights, process_weights_after_loading, ignore, needs)}
-    for name, other in others.items():
-        if not isinstance(name, str) or not name or name == MODEL:
-            raise ConfigError(f"targets: {name!r} is no name for a further model; {MODEL!r} is the first one's.")
-        targets[name] = ServedModel(_module(f"targets: {name}", other), None, None, ignore)
-    return targets
+    return targets | {name: further_target(name, other, None, ignore) for name, other in others.items()}
+
+
+def further_target(
+    name: str, model: nn.Module, load_weights: Callable[[Weights], object] | None, ignore: Sequence[str]
+) -> ServedModel:
+    """Return a target beside the first one.
+
+    Raises:
+        ConfigError: it is no module, or has no name of its own.
+    """
+    if not isinstance(name, str) or not name or name == MODEL:
+        raise ConfigError(f"targets: {name!r} is no name for a further model; {MODEL!r} is the first one's.")
+    return ServedModel(_module(f"targets: {name}", model), load_weights, None, ignore)
 
 
 def device_of(model: nn.Module) -> str:
-    """Return the device on which a model lies: that of its first weight."""
-    first = next(chain(model.parameters(), model.buffers()), None)
-    return str(first.device) if first is not None else "cpu"
+    """Return the device on which a model lies: that of its first weight that has memory.
+
+    Raises:
+        ConfigError: all of its weights are on the meta device.
+    """
+    devices = [weight.device for weight in chain(model.parameters(), model.buffers())]
+    found = next((device for device in devices if device.type != "meta"), None)
+    if found is None and devices:
+        raise ConfigError(
+            "The model's weights are all on the meta device, which does not say where they will lie; say it: "
+            'WeightReceiver(..., parallel_config=ParallelConfig(device="cuda:0")).'
+        )
+    return str(found or "cpu")
 
 
 class Joined:
@@ -107,10 +126,12 @@ class Joined:
 
     Attributes:
         engine: the worker's engine.
+        text_versions: whether the trainer's calls name versions as text.
     """
 
     def __init__(self, engine: WeightTransferEngine[Any, Any], backend: LoadedBackend) -> None:
         self.engine = engine
+        self.text_versions = False
         self._backend = backend
         self._name = backend.backend.name
         self._decoders: dict[str, WireDecoder] = {}
@@ -122,9 +143,15 @@ class Joined:
         with _naming(self._name, "init", None):
             info: WeightTransferInitInfo = self.engine.parse_init_info(init_info)
             self._worker = info.rank_offset + self.engine.parallel_config.rank - 1
+            self.text_versions = info.text_versions
             with reading():
                 self.engine.init_transfer_engine(info)
         return info
+
+    def forget(self, target: str) -> None:
+        """Another model has taken a target's place: of what was worked out for the old one nothing holds."""
+        for key in [key for key in self._kept if key[0] == target]:
+            del self._kept[key]
 
     def receive(
         self,
@@ -152,7 +179,7 @@ class Joined:
             asked = structure(decoder.decode(request, WeightNeeds), WeightNeeds, "request of weight_needs")
             asked = decoder.restored(request, asked)
             loader = target.loaders[asked.is_checkpoint_format]
-            kept = self._keeping(name, asked.is_checkpoint_format).regions(asked.manifest, loader)
+            kept = self._keeping(name, asked.is_checkpoint_format).say(asked.manifest, loader)
             decoder.remember(request, asked)
         return {"needs": [None if kept is None else kept.to_wire()]}
 
@@ -176,13 +203,15 @@ class Joined:
                 phase="update",
             )
         loader = target.loaders[info.is_checkpoint_format]
+        update.loader = loader
         loader.begin(info.manifest)
-        arrivals = self._keeping(name, info.is_checkpoint_format).arrivals(info, loader)
+        keeping = self._keeping(name, info.is_checkpoint_format)
+        arrivals = keeping.arrivals(info, loader)
 
         def progress(event: TransferProgress) -> None:
             self._backend.notify("weight_transfer_progress", event)
 
-        update.begin(info, loader, progress, self._name, arrivals)
+        update.begin(info, progress, self._name, arrivals)
         self._backend.notify("weight_transfer_started", self._started(update))
         moved: list[int] = []
         with target.writing(loader, info.manifest):
@@ -194,7 +223,8 @@ class Joined:
         _synchronize(engine.parallel_config.device)
         decoder.remember(update_info, info)
         kept = arrivals.nbytes if arrivals is not None else 0
-        return WorkerReport(engine.transport, engine.warnings, kept, tuple(moved))
+        again = keeping.asks_again(info.manifest, loader)
+        return WorkerReport(engine.transport, (*engine.warnings, *loader.warnings), kept, tuple(moved), again)
 
     def _receive_both(self, info: WeightTransferUpdateInfo, update: Update, arrivals: Arrivals) -> list[int]:
         """Receive what goes whole, then what goes by region; return the bytes that came by region, by trainer rank."""

@@ -19,12 +19,15 @@ class WorkerReport:
         warnings: what is amiss though the update is good, a sentence each.
         kept: bytes of the weights that went by region, as far as the workers keep them.
         moved: bytes that came by region, by trainer rank; empty if all went whole.
+        asks_again: whether it keeps other regions from now on than it has said, so that the trainer has to ask again
+            before the next update.
     """
 
     transport: str = ""
     warnings: tuple[str, ...] = ()
     kept: int = 0
     moved: tuple[int, ...] = ()
+    asks_again: bool = False
 
     @classmethod
     def of(cls, answer: object) -> WorkerReport:
@@ -38,20 +41,23 @@ class WorkerReport:
             tuple(map(str, warnings)) if isinstance(warnings, (list, tuple)) else (),
             kept if _is_count(kept) else 0,
             counts if all(map(_is_count, counts)) else (),
+            fields.get("asks_again") is True,
         )
 
     @classmethod
     def joint(cls, reports: list[WorkerReport]) -> WorkerReport:
-        """Say once what several say alike, and add up their bytes."""
+        """Say once what several say alike, and add up their bytes; all ask again if one does."""
         transports = dict.fromkeys(report.transport for report in reports if report.transport)
         warnings = dict.fromkeys(warning for report in reports for warning in report.warnings)
         moved = map(sum, zip_longest(*(report.moved for report in reports), fillvalue=0))
-        return cls(", ".join(transports), tuple(warnings), sum(report.kept for report in reports), tuple(moved))
+        kept, again = sum(report.kept for report in reports), any(report.asks_again for report in reports)
+        return cls(", ".join(transports), tuple(warnings), kept, tuple(moved), again)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it JSON-safe."""
         counts = {"kept": self.kept, "moved": list(self.moved)} if self.moved else {}
-        return {"transport": self.transport, "warnings": list(self.warnings), **counts}
+        again = {"asks_again": True} if self.asks_again else {}
+        return {"transport": self.transport, "warnings": list(self.warnings), **counts, **again}
 
 
 def _is_count(value: object) -> TypeGuard[int]:
