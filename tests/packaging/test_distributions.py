@@ -1,4 +1,4 @@
-"""What the four distributions contain and declare."""
+"""What the distributions contain and declare."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from weight_transfer import __version__
 
 ROOT = Path(__file__).parents[2]
 PLUGINS = ["ipc", "nccl", "rdma"]
-NAMES = ["weight-transfer", *(f"weight-transfer-{plugin}" for plugin in PLUGINS)]
+NAMES = ["weight-transfer", *(f"weight-transfer-{plugin}" for plugin in PLUGINS), "weight-transfer-vllm"]
 
 Distribution = Callable[[str], Path]
 

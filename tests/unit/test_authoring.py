@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import weight_transfer
 from weight_transfer import authoring
 
 ROOT = Path(__file__).parents[2]
@@ -23,8 +24,17 @@ BACKENDS = [
 ]
 
 
-def foreign_imports(path: Path) -> Iterator[str]:
-    """Yield each import of a file from a module of the core that backends should not know, with its place."""
+PUBLIC = {
+    *ALLOWED,
+    "weight_transfer",
+    "weight_transfer.control",
+    *(f"weight_transfer.{name}" for name in vars(weight_transfer)["__all__"]),
+}
+INTEGRATIONS = sorted(ROOT.glob("integrations/*/weight_transfer_*"))
+
+
+def foreign_imports(path: Path, allowed: set[str] = ALLOWED) -> Iterator[str]:
+    """Yield each import of a file from a module of the core that it should not know, with its place."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
@@ -34,7 +44,7 @@ def foreign_imports(path: Path) -> Iterator[str]:
         else:
             continue
         for module in modules:
-            if module.partition(".")[0] == "weight_transfer" and module not in ALLOWED:
+            if module.partition(".")[0] == "weight_transfer" and module not in allowed:
                 yield f"{path}:{node.lineno}: {module}"
 
 
@@ -49,6 +59,12 @@ def test_the_backends_are_found() -> None:
 def test_a_backend_imports_what_is_meant_for_backends_only(package: Path) -> None:
     found = [line for path in sorted(package.rglob("*.py")) for line in foreign_imports(path)]
     assert not found, "\n".join(["import from weight_transfer.authoring instead:", *found])
+
+
+@pytest.mark.parametrize("package", INTEGRATIONS, ids=lambda path: path.name)
+def test_an_integration_imports_public_modules_only(package: Path) -> None:
+    found = [line for path in sorted(package.rglob("*.py")) for line in foreign_imports(path, PUBLIC)]
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize(

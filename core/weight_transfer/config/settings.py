@@ -172,7 +172,8 @@ class ParallelConfig:
     Attributes:
         rank: index of this process: among the trainer's ranks, or among the workers behind one control channel.
         world_size: how many processes that is.
-        device: torch device of this process's weights, such as ``"cuda:1"``; None takes the model's.
+        device: torch device of this process's weights, such as ``"cuda:1"``; None takes the model's, which
+            must not lie on ``meta`` entirely then.
         tensor_parallel_size: processes over which each weight matrix is split.
         pipeline_parallel_size: processes over which layers are split.
         data_parallel_size: replicas.

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from weight_transfer.errors import HandshakeError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from weight_transfer.model.info import WeightTransferInitInfo
     from weight_transfer.model.loading import WeightLoader
 
@@ -43,9 +42,10 @@ def joint_answer(answers: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] 
     """Return the answer of several ranks as one; None if one of them does not know."""
     names: dict[str, dict[str, None]] = {}
     for answer in answers:
-        if answer is None:
+        dtypes = answer.get("dtypes") if isinstance(answer, Mapping) else None
+        if not isinstance(dtypes, Mapping):
             return None
-        for dtype, some in answer["dtypes"].items():
+        for dtype, some in dtypes.items():
             names.setdefault(dtype, {}).update(dict.fromkeys(some))
     return {"dtypes": {dtype: list(some) for dtype, some in names.items()}}
 
