@@ -23,7 +23,7 @@ from weight_transfer.cli import main
 from weight_transfer.plugins.read_config import load_config
 
 PORT = re.compile(r"\b80\d\d\b")
-SECONDS = 60
+SECONDS = 120
 WORKERS = """
 import weight_transfer as wt
 receivers = [wt.WeightReceiver("sync.toml", type(model)(*(type(m)(m.in_features, m.out_features) for m in model)))
