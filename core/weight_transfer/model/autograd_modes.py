@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from weight_transfer.model.loading import InPlaceLoader
-from weight_transfer.model.targets import RegionLoader, tensors_of
+from weight_transfer.model.targets import NO_TARGETS, RegionLoader, tensors_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,9 +25,6 @@ def reading() -> Iterator[None]:
     """The mode for a trainer, and for joining: what is made there outlives the call, and is no inference tensor."""
     with torch.inference_mode(False), torch.no_grad():
         yield
-
-
-_NONE: Targets = {}
 
 
 class Writing:
@@ -46,7 +43,7 @@ class Writing:
     def __call__(self, loader: WeightLoader, manifest: Manifest) -> Iterator[None]:
         """Be in that mode; ``loader`` has begun the update of these weights."""
         whole = loader.destinations() if isinstance(loader, InPlaceLoader) else None
-        parts: Targets = _NONE
+        parts: Targets = NO_TARGETS
         if isinstance(loader, RegionLoader) and (whole is None or len(whole) < len(manifest.params)):
             parts = loader.targets(manifest)
         if whole is None or self._seen is None or not (whole is self._seen[0] and parts is self._seen[1]):

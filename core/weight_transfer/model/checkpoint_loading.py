@@ -13,7 +13,7 @@ from weight_transfer.model.lending import require_done, require_eager
 from weight_transfer.model.loading import KernelFormatLoader, WeightLoader, Weights
 from weight_transfer.model.manifest import ParamMeta, dtype_name
 from weight_transfer.model.naming import walk
-from weight_transfer.model.targets import own_targets, scatter
+from weight_transfer.model.targets import NO_TARGETS, own_targets, scatter
 from weight_transfer.model.weights import ModuleWeights
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from weight_transfer.model.manifest import Manifest
     from weight_transfer.model.targets import Targets
-
-_NONE: Targets = {}
 
 
 class CheckpointFormatLoader:
@@ -116,7 +114,7 @@ class CheckpointFormatLoader:
 
     def targets(self, manifest: Manifest) -> Targets:
         """Return those that the given loader offers; none if layers are processed, which takes whole ones."""
-        return self._given.targets(manifest) if self._process is None else _NONE
+        return self._given.targets(manifest) if self._process is None else NO_TARGETS
 
     def destinations(self) -> Mapping[str, Tensor] | None:
         """Return those that the given loader offers; see `targets`."""

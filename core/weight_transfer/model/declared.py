@@ -14,7 +14,7 @@ from weight_transfer.model.manifest import Manifest, ParamMeta, cast_hint, dtype
 from weight_transfer.model.overlap import Memory, overlapping
 from weight_transfer.model.shards import Target
 from weight_transfer.model.state import is_dense, is_lazy, lack_of_memory, local_part
-from weight_transfer.model.targets import RegionLoader, scatter
+from weight_transfer.model.targets import NO_TARGETS, RegionLoader, scatter
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from weight_transfer.model.targets import Needs, Targets
 
 T = TypeVar("T")
-
-_NONE: Mapping[str, Sequence[Target]] = {}
 
 
 class DeclaredLoader:
@@ -76,7 +74,7 @@ class DeclaredLoader:
             is_begun = self._begun is manifest
             rest = self._rest.targets(self._other) if is_begun else self._hand_rest(manifest, self._rest.targets)
         else:
-            rest = _NONE
+            rest = NO_TARGETS
             self._resolve(manifest)
         if not (self._made_of[0] is self._declared and self._made_of[1] is rest):
             self._targets, self._made_of = {**rest, **self._declared}, (self._declared, rest)

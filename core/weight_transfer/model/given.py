@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from weight_transfer.errors import ManifestMismatchError
 from weight_transfer.model.lending import lend, private_copies, require_done, require_eager
 from weight_transfer.model.naming import without_wrappers
+from weight_transfer.model.targets import NO_TARGETS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from weight_transfer.model.lending import Weights
     from weight_transfer.model.manifest import Manifest
     from weight_transfer.model.targets import Targets
-
-_NONE: Targets = {}
 
 
 class GivenLoader:
@@ -109,7 +108,7 @@ class GivenLoader:
         self._offer("abort", reason, touched)
 
     def targets(self, manifest: Manifest) -> Targets:
-        return self._offer("targets", manifest) or _NONE
+        return self._offer("targets", manifest) or NO_TARGETS
 
     def destinations(self) -> Mapping[str, Tensor] | None:
         found: Mapping[str, Tensor] | None = self._offer("destinations")

@@ -27,6 +27,9 @@ Targets = Mapping[str, Sequence[Target]]
 """Targets by the name under which a weight travels. No sequence: the weight goes whole, through ``load_weights``; an
 empty one: the worker keeps nothing of it."""
 
+NO_TARGETS: Targets = {}
+"""What a loader says that has none: always the same object, since callers compare mappings by identity."""
+
 Needs = Mapping[str, Target | Sequence[Target]] | Callable[["Manifest"], Mapping[str, Target | Sequence[Target]]]
 """What a user declares: targets by name, or a function that returns them for a manifest."""
 
