@@ -1,7 +1,7 @@
 """Speed of the ``nccl`` backend, beside the raw broadcast and other schemes over the same communicator in the same run.
 
     python benchmarks/nccl.py --device cuda --workers 1 --case dense --case moe
-    python benchmarks/nccl.py --device cpu --workers 2 --case small
+    python benchmarks/nccl.py --device cpu --workers 2 --case small [--layers N] [--json FILE]
 
 One trainer and the workers are processes of one host; on CUDA each has a GPU of its own. The schemes:
 
@@ -19,11 +19,13 @@ after A, then B, then A again.
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import shapes
@@ -40,9 +42,15 @@ from weight_transfer.values.deadline import Deadline
 from weight_transfer_nccl.group import Group
 from weight_transfer_nccl.rendezvous import Rendezvous, new_secret, open_store
 
-CASES = {"dense": shapes.llama_8b, "moe": shapes.qwen_moe, "small": shapes.qwen_half_billion}
+CASES = {
+    "dense": shapes.llama_8b,
+    "moe": shapes.qwen_moe,
+    "small": shapes.qwen_half_billion,
+    "tiny": lambda: shapes.llama(2, 256, 1024, 8, 2, 4096),
+}
 SCHEMES = ("limit", "ours", "ours, send", "per tensor", "packed")
 GIB = 2**30
+Shapes = dict[str, tuple[int, ...]]
 
 
 def digest(weights: nn.Module) -> str:
@@ -147,7 +155,8 @@ class Receiver:
     def receive(self, info: Any) -> None:
         update = Update(600)
         self._loader.begin(info.manifest)
-        update.begin(info, self._loader, lambda _event: None, "nccl")
+        update.loader = self._loader
+        update.begin(info, lambda _event: None, "nccl")
         self._engine.receive_weights(info, update)
         update.finish()
 
@@ -184,12 +193,14 @@ class Sender:
         self._engine.shutdown()
 
 
-def work(pipe: Connection, rank: int, size: int, device_name: str, case: str, meeting: Rendezvous, config: Any) -> None:
+def work(
+    pipe: Connection, rank: int, size: int, device_name: str, named: Shapes, meeting: Rendezvous, config: Any
+) -> None:
     """Be a worker: serve a receiver, and take part in the baselines when told to."""
     device = torch.device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    weights = shapes.Weights(CASES[case](), torch.bfloat16, device_name)
+    weights = shapes.Weights(named, torch.bfloat16, device_name)
     deadline = Deadline(120)
     group = Group(None, meeting, rank, size, device)
     group.join(deadline, str)
@@ -219,7 +230,9 @@ def work(pipe: Connection, rank: int, size: int, device_name: str, case: str, me
     group.abort()
 
 
-def measure(case: str, arguments: argparse.Namespace) -> None:
+def measure(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run one case; print its table, and return its figures, JSON-safe."""
+    named = shapes.first_layers(CASES[case](), arguments.layers)
     cuda = arguments.device == "cuda"
     devices = [f"cuda:{i}" if cuda else "cpu" for i in range(arguments.workers + 1)]
     device = torch.device(devices[0])
@@ -232,11 +245,11 @@ def measure(case: str, arguments: argparse.Namespace) -> None:
     pipes, processes = [], []
     for rank in range(1, arguments.workers + 1):
         pipe, theirs = context.Pipe()
-        args = (theirs, rank, arguments.workers + 1, devices[rank], case, meeting, config)
+        args = (theirs, rank, arguments.workers + 1, devices[rank], named, meeting, config)
         processes.append(context.Process(target=work, args=args, daemon=True))
         processes[-1].start()
         pipes.append(pipe)
-    weights = shapes.Weights(CASES[case](), torch.bfloat16, devices[0])
+    weights = shapes.Weights(named, torch.bfloat16, devices[0])
     nbytes = sum(parameter.nbytes for parameter in weights.parameters())
     group = Group(store, meeting, 0, arguments.workers + 1, device)
     group.join(Deadline(120), str)
@@ -302,9 +315,22 @@ def measure(case: str, arguments: argparse.Namespace) -> None:
     print(f"{case}: {report.params} tensors, {nbytes / 1e9:.2f} GB, 1 -> {arguments.workers}, bits equal after A, B, A")
     print(f"  ours, extra memory of the trainer and the workers: {held} MiB")
     medians["its update phase"] = statistics.median(updates[-arguments.rounds :])
+    rows = {}
     for scheme, seconds in medians.items():
         rate, ratio = nbytes / seconds / 1e9, medians["limit"] / seconds
         print(f"  {scheme:16} {seconds * 1e3:9.1f} ms {rate:8.2f} GB/s   ratio {ratio:5.3f}", flush=True)
+        rows[scheme] = {"median_s": seconds, "GBps": rate, "of_limit": ratio}
+    return {
+        "case": case,
+        "device": torch.cuda.get_device_name(0) if cuda else "cpu",
+        "torch": torch.__version__,
+        "workers": arguments.workers,
+        "rounds": arguments.rounds,
+        "tensors": report.params,
+        "nbytes": nbytes,
+        "extra_bytes": extra,
+        "rows": rows,
+    }
 
 
 def main() -> None:
@@ -316,10 +342,15 @@ def main() -> None:
     parser.add_argument("--bucket", default="256MiB")
     parser.add_argument("--direct", default="8MiB")
     parser.add_argument("--skip", choices=SCHEMES, action="append", default=[])
+    parser.add_argument("--layers", type=int, help="of the model, all by default")
+    parser.add_argument("--json", type=Path, help="write the figures here, too")
     arguments = parser.parse_args()
+    found = []
     for case in arguments.case:
         _buffers.clear()
-        measure(case, arguments)
+        found.append(measure(case, arguments))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
 import torch
@@ -31,19 +31,25 @@ class Piece:
     nbytes: int
 
 
-@attrs.frozen
+@attrs.frozen(kw_only=True)
 class Parts:
     """A model's weights, cut for a number of trainer ranks and of workers.
 
     Attributes:
         shapes: full shapes by name.
-        trainers: ranks; each holds a share of the rows of every weight, as FSDP2 does.
-        shares: into how many parts the workers' model is cut; there may be fewer workers.
+        trainers: ranks; rank r holds share r % shards of the rows of every weight, as with FSDP2 or HSDP.
+        shards: into how many shares the trainer's model is cut; there are trainers / shards replicas of it.
+        workers: worker w keeps share w % shares.
+        shares: into how many shares the workers' model is cut; there are workers / shares replicas of it.
+        beside: for each worker the trainer rank that has the same GPU; None if there is none.
     """
 
     shapes: Mapping[str, Shape]
     trainers: int
+    shards: int
+    workers: int
     shares: int
+    beside: Sequence[int | None]
 
     @property
     def nbytes(self) -> int:
@@ -52,30 +58,42 @@ class Parts:
 
     def held(self, name: str, rank: int) -> Region:
         """Return what a trainer rank holds of a weight."""
-        return Region.split(self.shapes[name], 0, rank, self.trainers)
+        return Region.split(self.shapes[name], 0, rank % self.shards, self.shards)
 
     def kept(self, name: str, worker: int) -> Region | None:
         """Return what a worker keeps of a weight: rows, columns where tensor parallelism reduces, or whole experts."""
-        shape = self.shapes[name]
+        shape, share = self.shapes[name], worker % self.shares
         expert = re.search(r"\.experts\.(\d+)\.", name)
         if expert is not None:
-            return Region.whole(shape) if int(expert[1]) * self.shares // self._experts == worker else None
+            return Region.whole(shape) if int(expert[1]) * self.shares // self._experts == share else None
         if len(shape) == 1 or name.endswith("mlp.gate.weight"):
             return Region.whole(shape)
-        return Region.split(shape, int(any(part in name for part in BY_COLUMNS)), worker, self.shares)
+        return Region.split(shape, int(any(part in name for part in BY_COLUMNS)), share, self.shares)
 
     def pieces(self, worker: int) -> Iterator[Piece]:
-        """Yield what a worker takes."""
+        """Yield what a worker takes: of replicas that of its own GPU, else from all of them evenly."""
+        taken = [0] * self.trainers
         for name in self.shapes:
             kept = self.kept(name, worker)
             if kept is None:
                 continue
-            for rank in range(self.trainers):
-                held = self.held(name, rank)
+            for shard in range(self.shards):
+                held = self.held(name, shard)
                 common = held.intersect(kept)
                 if common is not None:
                     nbytes = common.volume * ITEMSIZE
+                    rank = min(self._nearest(shard, worker), key=taken.__getitem__)
+                    taken[rank] += nbytes
                     yield Piece(name, rank, within(common, held), within(common, kept), nbytes)
+
+    def _nearest(self, shard: int, worker: int) -> Sequence[int]:
+        """Return the ranks from which a worker may take a shard, beginning with another one for each worker."""
+        ranks = range(shard, self.trainers, self.shards)
+        beside = self.beside[worker]
+        if beside in ranks:
+            return [beside]
+        first = worker % len(ranks)
+        return [*ranks[first:], *ranks[:first]]
 
     def by_rank(self, worker: int) -> list[int]:
         """Return the bytes that a worker takes from each rank."""
@@ -83,6 +101,11 @@ class Parts:
         for piece in self.pieces(worker):
             sizes[piece.rank] += piece.nbytes
         return sizes
+
+    @property
+    def largest_piece(self) -> int:
+        """Bytes of the largest piece of any worker."""
+        return max(piece.nbytes for worker in range(self.workers) for piece in self.pieces(worker))
 
     def fill(self, tensor: torch.Tensor, name: str, region: Region, seed: int) -> None:
         """Fill a tensor that holds a region with bits that tell weight, place and seed."""

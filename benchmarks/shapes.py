@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import nn
 
@@ -52,6 +54,16 @@ def llama(
     if not tied:
         shapes["lm_head.weight"] = (vocab, hidden)
     return shapes
+
+
+def first_layers(shapes: dict[str, tuple[int, ...]], count: int | None) -> dict[str, tuple[int, ...]]:
+    """Return the shapes without those of layers from ``count`` on; all for None."""
+    numbers = {name: re.search(r"\.layers\.(\d+)\.", name) for name in shapes}
+    return {
+        name: shape
+        for name, shape in shapes.items()
+        if count is None or (number := numbers[name]) is None or int(number[1]) < count
+    }
 
 
 def qwen_half_billion() -> dict[str, tuple[int, ...]]:

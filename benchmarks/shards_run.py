@@ -1,0 +1,236 @@
+"""One run of ``benchmarks/shards.py``: what is done in which order, compared, and timed."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from actors import Actor, ask, ask_each, end
+from shards_trainer import Trainer
+from shards_worker import Worker
+
+if TYPE_CHECKING:
+    from shards_member import Scene
+
+VERSIONS = (1, 2, 1)
+
+
+def tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class Run:
+    """One run of the benchmark.
+
+    Args:
+        scene: who takes part.
+        seconds: that one step may take.
+        life: seconds that the run may take.
+        repeat: rounds that count.
+        gathers: whether gathering is measured, too.
+    """
+
+    def __init__(self, scene: Scene, seconds: float, life: float, repeat: int, gathers: bool) -> None:
+        self.scene, self.seconds, self.repeat, self.gathers = scene, seconds, repeat, gathers
+        self.times: dict[str, list[float]] = {}
+        self.cpu: dict[str, list[float]] = {}
+        self.taken = [scene.parts.by_rank(worker) for worker in range(len(scene.workers))]
+        self.largest_piece = scene.parts.largest_piece
+        self.facts: dict[str, Any] = {"bits_equal": [], "memory": {}}
+        self.has_copies = False
+        self.trainers: list[Actor] = []
+        self.workers: list[Actor] = []
+        try:
+            for rank in range(len(scene.trainers)):
+                self.trainers.append(Actor(f"trainer rank {rank}", life, Trainer, scene, rank))
+            for number in range(len(scene.workers)):
+                self.workers.append(Actor(f"worker {number}", life, Worker, scene, number))
+            self._measure()
+        finally:
+            end([*self.trainers, *self.workers])
+
+    @property
+    def everyone(self) -> list[Actor]:
+        return [*self.trainers, *self.workers]
+
+    def ask(self, actors: Sequence[Actor], method: str, *arguments: Any) -> list[Any]:
+        return ask(actors, self.seconds, method, *arguments)
+
+    def _measure(self) -> None:
+        tell("starting processes")
+        self.ask(self.everyone, "tidy")
+        self._connect()
+        self.ask(self.workers, "forget")
+        for version in VERSIONS:
+            tell(f"bits of version {version}: ours, plain copies")
+            self._bring(version, self._send, "ours")
+            if not self.has_copies:
+                self._prepare_copies()
+            if not self.on_gpu:
+                self.ask(self.workers, "hold_seed", version)
+            self.ask(self.workers, "forget")
+            self._copy()
+            self._require_bits("plain copies", version)
+        meeting, self._store = new_meeting(self.scene)
+        calls = [(actor, "make_limit", (member, meeting)) for member, actor in enumerate(self.everyone)]
+        offers = ask_each(calls, self.seconds)[: len(self.trainers)]
+        self.ask(self.everyone, "join_limit", offers)
+        self.times.clear()
+        self.cpu.clear()
+        steps = (self._send, self._copy, self._reach_limit)
+        for number in range(self.repeat + 1):
+            tell(f"round {number} of {self.repeat}")
+            for step in range(len(steps)):  # a system that is busy favours whoever has rested
+                steps[(number + step) % len(steps)]()
+        self.times = {name: values[1:] for name, values in self.times.items()}
+        self.cpu = {name: values[1:] for name, values in self.cpu.items()}
+        self.ask(self.workers, "forget")
+        self.ask(self.trainers, "send")
+        self._require_bits("ours after the rounds", VERSIONS[-1])
+        self.ask(self.everyone, "end_limit")
+        self.ask(self.workers, "unpair")
+        if self.gathers:
+            self._measure_gathering()
+
+    def _measure_gathering(self) -> None:
+        self.ask(self.trainers, "disconnect")
+        self._connect()
+        self.ask(self.workers, "forget")
+        for version in VERSIONS:
+            tell(f"bits of version {version}: gathered")
+            self._bring(version, self._gather, "gathered")
+        for name in ("gathered", "gathered, engine"):
+            self.times[name].clear()
+        for number in range(max(2, self.repeat // 3)):
+            tell(f"gathered: round {number + 1}")
+            self._gather()
+
+    def _bring(self, version: int, move: Callable[[], None], what: str) -> None:
+        """Fill the trainer's shards, move them, and compare all bits; the first time, watch the memory."""
+        self.ask(self.trainers, "fill", version)
+        is_first = what not in self.facts["memory"]
+        if is_first:
+            self.ask(self.everyone, "tidy")
+            self.ask(self.everyone, "before")
+        move()
+        if is_first:
+            memory = self.ask(self.everyone, "memory")
+            self.facts["memory"][what] = dict(zip([actor.name for actor in self.everyone], memory, strict=True))
+        self._require_bits(what, version)
+
+    def _connect(self) -> None:
+        urls = self.ask(self.workers, "serve")
+        self.ask(self.trainers, "connect", urls)
+
+    def _prepare_copies(self) -> None:
+        self.has_copies = True
+        if self.on_gpu:
+            self.ask(self.workers, "map", self.ask(self.trainers, "where"))
+        else:
+            self.ask(self.workers, "hold")
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.scene.trainers[0] != "cpu"
+
+    def _require_bits(self, what: str, version: int) -> None:
+        wrong = self.ask(self.workers, "wrong", version)
+        if any(wrong):
+            raise SystemExit(f"{what}: {wrong} elements of the workers differ from version {version}")
+        if what not in self.facts["bits_equal"]:
+            self.facts["bits_equal"].append(what)
+
+    def _note(self, row: str, seconds: float, cpu: float | None = None) -> None:
+        self.times.setdefault(row, []).append(seconds)
+        if cpu is not None:
+            self.cpu.setdefault(row, []).append(cpu)
+
+    def _note_slowest(self, row: str, taken: Sequence[tuple[float, float]]) -> None:
+        self._note(row, max(wall for wall, _ in taken), max(cpu for _, cpu in taken))
+
+    def _send(self) -> None:
+        report = self.ask(self.trainers, "send")[0]
+        taken = [each["receive_regions"] for each in self.ask(self.workers, "engine_seconds")]
+        self._note("send", report["send"])
+        self._note("update", report["seconds"]["update"])
+        self._note_slowest("engine", taken)
+        for phase, seconds in report["seconds"].items():
+            self._note(f"phase {phase}", seconds)
+        self._require_counts(report)
+        self.facts["report"] = report
+
+    def _require_counts(self, report: dict[str, Any]) -> None:
+        """See that exactly what the workers keep was moved, and from where it lies.
+
+        Which of equally near replicas gives a piece is the planner's choice; they must share the bytes evenly.
+        """
+        kept = [sum(sizes) for sizes in self.taken]
+        expected = [sum(sizes) for sizes in zip(*self.taken, strict=True)]
+        given, shards = list(report["given"]), self.scene.parts.shards
+        of_shards = [[sum(each[shard::shards]) for shard in range(shards)] for each in (given, expected)]
+        uneven = max(abs(own - other) for own, other in zip(given, expected, strict=True))
+        most = len(self.workers) * self.largest_piece if len(given) > shards else 0
+        if list(report["kept"].values()) != kept or of_shards[0] != of_shards[1] or uneven > most or report["gathered"]:
+            raise SystemExit(
+                f"workers keep {kept}, of which the ranks give {expected}; the report says {report['kept']} were kept, "
+                f"{report['given']} given, {report['gathered']} gathered"
+            )
+        self.facts |= {"kept": kept, "given": given, "taken": self.taken}
+
+    def _gather(self) -> None:
+        report = self.ask(self.trainers, "send", True)[0]
+        taken = [each["receive_weights"] for each in self.ask(self.workers, "engine_seconds")]
+        self._note("gathered", report["send"])
+        self._note_slowest("gathered, engine", taken)
+        if report["kept"] or report["gathered"] != self.scene.parts.nbytes:
+            raise SystemExit(f"gathering was to move all {self.scene.parts.nbytes} bytes whole: {report}")
+
+    def _copy(self) -> None:
+        self._note_slowest("plain copies", self.ask(self.workers, "copy_plainly"))
+
+    def _reach_limit(self) -> None:
+        self._note_slowest("limit", self.ask(self.everyone, "run_limit"))
+
+
+def new_meeting(scene: Scene) -> tuple[Any, Any]:
+    """Return where the members of ``nccl``'s limit meet, and the store there; None for other backends."""
+    if scene.backend != "nccl":
+        return None, None
+    from weight_transfer_nccl.rendezvous import Rendezvous, new_secret, open_store
+
+    store, port = open_store("127.0.0.1", 0)
+    transport = "gloo" if scene.trainers[0] == "cpu" else "nccl"
+    return Rendezvous(address="127.0.0.1", port=port, secret=new_secret(), transport=transport), store
+
+
+ROWS = ("limit", "plain copies", "engine", "update", "send", "gathered", "gathered, engine")
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """Return the figures of a run, JSON-safe."""
+    medians = {name: statistics.median(values) for name, values in run.times.items()}
+    most = max(run.facts["kept"])
+    rows = {}
+    for name in [name for name in ROWS if name in medians]:
+        seconds, cpu = medians[name], run.cpu.get(name)
+        rows[name] = {
+            "median_s": seconds,
+            "best_s": min(run.times[name]),
+            "GBps": most / seconds / 1e9,
+            "of_limit": medians["limit"] / seconds,
+            "of_copies": medians["plain copies"] / seconds,
+            "cpu_s": statistics.median(cpu) if cpu else None,
+        }
+    phases = {name.removeprefix("phase "): value for name, value in medians.items() if name.startswith("phase ")}
+    facts = {name: value for name, value in run.facts.items() if not name.startswith("report")}
+    last = run.facts["report"]
+    return {
+        "rows": rows,
+        "phases_s": phases,
+        **facts,
+        "gathered_bytes": last["gathered"],
+        "transports": sorted(set(last["transports"].values())),
+        "warnings": last["warnings"],
+    }
