@@ -81,14 +81,14 @@ def regions(options: argparse.Namespace, backend: str, layout: str, case: str) -
     arguments += ["--quick"] if options.quick else layers(options, case)
     is_first = layout == ("apart" if backend == "nccl" else "colocated")
     arguments += [] if is_first and (case == "dense" or backend == "ipc") else ["--skip-gathering"]
-    return Command(f"{backend} {layout} {case}", 60 if case == "dense" else 90, arguments)
+    return Command(f"{backend} {layout} {case}", 75 if case == "dense" else 100, arguments)
 
 
 def one_to_all(options: argparse.Namespace, case: str) -> Command:
     """Return what measures ``nccl`` from one trainer to workers on all other GPUs."""
     arguments = [str(HERE / "nccl.py"), "--device", options.device, "--workers", str(options.gpus - 1)]
     arguments += ["--case", "tiny" if options.quick else case, "--rounds", str(options.rounds)]
-    return Command(f"nccl one-to-all {case}", 75, [*arguments, *layers(options, case)])
+    return Command(f"nccl one-to-all {case}", 90, [*arguments, *layers(options, case)])
 
 
 def layers(options: argparse.Namespace, case: str) -> list[str]:
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dense-layers", type=int, help="of 32")
     parser.add_argument("--moe-layers", type=int, help="of 24")
-    parser.add_argument("--kit-processes", type=int, default=6)
+    parser.add_argument("--kit-processes", type=int, default=12)
     parser.add_argument("--kit-seconds", type=float, default=150)
     parser.add_argument("--seconds", type=float, default=570, help="that all may take")
     parser.add_argument("--only", action="append", default=[], help="commands whose names contain this")

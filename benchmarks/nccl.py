@@ -286,20 +286,25 @@ def measure(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
             updates.append(report.seconds["update"])
             return time.perf_counter() - since
 
+        def require_bits() -> None:
+            for pipe in pipes:
+                pipe.send("digest")
+            own = digest(weights)
+            if any(pipe.recv() != own for pipe in pipes):
+                raise SystemExit(f"{case}: a worker's bytes differ from the trainer's")
+
         for seed in (1, 2, 1):
             weights.randomise(seed)
             ask("watch")
             memory.watch()
             whole_send()
             extra = [memory.extra, *ask("extra")] if cuda else [report.extra_memory]
-            if any(theirs != digest(weights) for theirs in ask("digest")):
-                raise SystemExit(f"{case}: a worker's bytes differ from the trainer's")
+            require_bits()
         engine = Sender(config, weights, devices[0], pipes)
         for seed in (2, 1):
             weights.randomise(seed)
             baseline("ours")
-            if any(theirs != digest(weights) for theirs in ask("digest")):
-                raise SystemExit(f"{case}: a worker's bytes differ from the trainer's")
+            require_bits()
         schemes = [scheme for scheme in SCHEMES if scheme not in arguments.skip]
         for _ in range(arguments.rounds + 1):
             for scheme in schemes:

@@ -128,8 +128,8 @@ class Troupe:
             fresh: take processes that no other test has, so that one may be killed.
         """
         devices = torch.cuda.device_count()
-        if size > 1 and devices and size % devices:
-            pytest.skip(f"torch's DeviceMesh wants a multiple of {devices} ranks, that of the CUDA devices")
+        if size > devices > 0 and size % devices:
+            pytest.skip(f"torch's DeviceMesh wants up to {devices} ranks, that of the CUDA devices, or a multiple of it")
         actors = self.company.ranks(size, fresh)
         ranks = [Member(actor, self.company.name()) for actor in actors]
         spec = {"layout": layout, "weights": weights, "config": self.company.config(config)}
