@@ -87,8 +87,10 @@ def regions(options: argparse.Namespace, backend: str, layout: str, case: str) -
 def one_to_all(options: argparse.Namespace, case: str) -> Command:
     """Return what measures ``nccl`` from one trainer to workers on all other GPUs."""
     arguments = [str(HERE / "nccl.py"), "--device", options.device, "--workers", str(options.gpus - 1)]
-    arguments += ["--case", "tiny" if options.quick else case, "--rounds", str(options.rounds)]
-    return Command(f"nccl one-to-all {case}", 90, [*arguments, *layers(options, case)])
+    named = {"dense": "toy", "moe": "toy-moe"}[case] if options.quick else case
+    arguments += ["--case", named, "--rounds", str(options.rounds)]
+    arguments += [] if options.quick else layers(options, case)
+    return Command(f"nccl one-to-all {case}", 90, arguments)
 
 
 def layers(options: argparse.Namespace, case: str) -> list[str]:
@@ -128,10 +130,8 @@ def run(command: Command, seconds: float) -> dict[str, Any]:
 
 
 def _call(arguments: Sequence[str], seconds: float, out: Any, err: Any) -> str | None:
-    """Run Python in a session of its own, which ends with it; return what went wrong."""
-    process = subprocess.Popen(
-        [sys.executable, *arguments], cwd=HERE.parent, stdout=out, stderr=err, start_new_session=True
-    )
+    """Run Python in a process group of its own, which ends with it; return what went wrong."""
+    process = subprocess.Popen([sys.executable, *arguments], cwd=HERE.parent, stdout=out, stderr=err, process_group=0)
     try:
         code = process.wait(seconds)
         return f"it failed with exit code {code}" if code else None

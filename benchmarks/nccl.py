@@ -23,13 +23,13 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import shapes
 import torch
+from nccl_schemes import BASELINES
 from torch import nn
 
 import weight_transfer as wt
@@ -46,10 +46,10 @@ CASES = {
     "dense": shapes.llama_8b,
     "moe": shapes.qwen_moe,
     "small": shapes.qwen_half_billion,
-    "tiny": lambda: shapes.llama(2, 256, 1024, 8, 2, 4096),
+    "toy": shapes.toy,
+    "toy-moe": shapes.toy_moe,
 }
 SCHEMES = ("limit", "ours", "ours, send", "per tensor", "packed")
-GIB = 2**30
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -78,69 +78,6 @@ class Memory:
     def extra(self) -> int:
         """Bytes at the peak, beyond what was held in the beginning; 0 on the CPU."""
         return torch.cuda.max_memory_allocated(self._device) - self._held if self._device else 0
-
-
-def broadcast(group: Group, data: torch.Tensor) -> Any:
-    return group.broadcast([data], Deadline(600))
-
-
-def limit(group: Group, weights: nn.Module, _root: bool) -> None:
-    nbytes = sum(parameter.nbytes for parameter in weights.parameters())
-    size = min(GIB, nbytes) if group.device.type == "cuda" else nbytes
-    buffer = _buffer(group.device, size)
-    works = [broadcast(group, buffer[: min(size, nbytes - start)]) for start in range(0, nbytes, size)]
-    for work in works:
-        work.wait()
-
-
-_buffers: dict[int, torch.Tensor] = {}
-
-
-def _buffer(device: torch.device, size: int) -> torch.Tensor:
-    if size not in _buffers:
-        _buffers[size] = torch.ones(size, dtype=torch.uint8, device=device)
-    return _buffers[size]
-
-
-def per_tensor(group: Group, weights: nn.Module, _root: bool) -> None:
-    works = [broadcast(group, parameter.data.view(-1).view(torch.uint8)) for parameter in weights.parameters()]
-    for work in works:
-        work.wait()
-
-
-def packed(group: Group, weights: nn.Module, root: bool) -> None:
-    streams = [torch.cuda.Stream(group.device) if group.device.type == "cuda" else None for _ in range(2)]
-    for index, chunk in enumerate(_chunks(weights, GIB)):
-        with torch.cuda.stream(streams[index % 2]):
-            views = [parameter.data.view(-1).view(torch.uint8) for parameter in chunk]
-            sizes = [view.numel() for view in views]
-            if root:
-                broadcast(group, torch.cat(views)).wait()
-            else:
-                buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=group.device)
-                broadcast(group, buffer).wait()
-                for view, part in zip(views, buffer.split(sizes), strict=True):
-                    view.copy_(part)
-
-
-def _chunks(weights: nn.Module, size: int) -> Iterator[list[torch.Tensor]]:
-    chunk: list[torch.Tensor] = []
-    total = 0
-    for parameter in weights.parameters():
-        chunk.append(parameter)
-        total += parameter.nbytes
-        if total >= size:
-            yield chunk
-            chunk, total = [], 0
-    if chunk:
-        yield chunk
-
-
-BASELINES: dict[str, Callable[[Group, nn.Module, bool], None]] = {
-    "limit": limit,
-    "per tensor": per_tensor,
-    "packed": packed,
-}
 
 
 class Receiver:
@@ -350,10 +287,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="of the model, all by default")
     parser.add_argument("--json", type=Path, help="write the figures here, too")
     arguments = parser.parse_args()
-    found = []
-    for case in arguments.case:
-        _buffers.clear()
-        found.append(measure(case, arguments))
+    found = [measure(case, arguments) for case in arguments.case]
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=2) + "\n")
 

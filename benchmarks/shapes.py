@@ -117,6 +117,16 @@ def small_moe() -> dict[str, tuple[int, ...]]:
     return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (32000, hidden)}
 
 
+def toy() -> dict[str, tuple[int, ...]]:
+    """Two layers that show whether something runs: 21 tensors, 8.4 MB in bfloat16."""
+    return llama(2, 256, 1024, 8, 2, 4096)
+
+
+def toy_moe() -> dict[str, tuple[int, ...]]:
+    """One layer with eight experts besides, for the same: 36 tensors, 7.9 MB in bfloat16."""
+    return llama(1, 256, 1024, 8, 2, 4096) | routed("model.layers.0.mlp", 8, 256, 128)
+
+
 def qwen3_235b() -> dict[str, tuple[int, ...]]:
     """Qwen3-235B-A22B: 36,945 tensors, 470.2 GB in bfloat16."""
     hidden, head, experts = 4096, 128, 128

@@ -60,10 +60,7 @@ CASES = {
     ("cpu", "dense"): shapes.qwen_half_billion,
     ("cpu", "moe"): shapes.small_moe,
 }
-QUICK = {
-    "dense": lambda: shapes.llama(2, 256, 1024, 8, 2, 4096),
-    "moe": lambda: shapes.llama(1, 256, 1024, 8, 2, 4096) | shapes.routed("model.layers.0.mlp", 8, 256, 128),
-}
+QUICK = {"dense": shapes.toy, "moe": shapes.toy_moe}
 
 
 def arguments_of(arguments: Sequence[str] | None) -> argparse.Namespace:

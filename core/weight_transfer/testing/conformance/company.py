@@ -129,7 +129,7 @@ class Troupe:
         """
         devices = torch.cuda.device_count()
         if size > devices > 0 and size % devices:
-            pytest.skip(f"torch's DeviceMesh wants up to {devices} ranks, that of the CUDA devices, or a multiple of it")
+            pytest.skip(f"torch's DeviceMesh wants at most {devices} ranks, as there are CUDA devices, or a multiple")
         actors = self.company.ranks(size, fresh)
         ranks = [Member(actor, self.company.name()) for actor in actors]
         spec = {"layout": layout, "weights": weights, "config": self.company.config(config)}
