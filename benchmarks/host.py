@@ -38,7 +38,8 @@ KITS = (
     "plugins/ipc/tests/test_conformance.py",
     "tests/conformance/test_loopback.py",
 )
-_LEAST = 20.0  # seconds in which a command may come to something
+_LEAST = 40.0  # seconds in which a command may come to something
+_GRACE = 20.0  # seconds in which a command that stops by itself says where it stands
 
 
 @attrs.frozen
@@ -49,13 +50,19 @@ class Command:
         name: for the reader, and for ``--only``.
         seconds: that it may take.
         arguments: of Python.
+        stops: the option that takes the seconds after which it stops by itself.
         has_figures: whether it takes ``--json FILE``.
     """
 
     name: str
     seconds: float
     arguments: Sequence[str]
+    stops: str | None = None
     has_figures: bool = True
+
+    def within(self, seconds: float) -> list[str]:
+        """Return the arguments for a limit in seconds."""
+        return [*self.arguments, *([f"{self.stops}={seconds - _GRACE:.0f}"] if self.stops else [])]
 
 
 def commands(options: argparse.Namespace) -> Iterator[Command]:
@@ -76,12 +83,12 @@ def regions(options: argparse.Namespace, backend: str, layout: str, case: str) -
     members = options.gpus // 2 if is_apart else options.gpus
     arguments = [str(HERE / "shards.py"), "--device", options.device, "--backend", backend, "--case", case]
     arguments += ["--trainers", str(members), "--workers", str(members), "--repeat", str(options.rounds)]
-    arguments += ["--placement", "apart" if is_apart else "colocated"]
+    arguments += ["--placement", "apart" if layout == "apart" else "colocated"]
     arguments += ["--mesh", "hsdp", "--replicas", "2"] if layout == "hsdp" else []
     arguments += ["--quick"] if options.quick else layers(options, case)
     is_first = layout == ("apart" if backend == "nccl" else "colocated")
     arguments += [] if is_first and (case == "dense" or backend == "ipc") else ["--skip-gathering"]
-    return Command(f"{backend} {layout} {case}", 75 if case == "dense" else 100, arguments)
+    return Command(f"{backend} {layout} {case}", 90 if case == "dense" else 120, arguments, stops="--life")
 
 
 def one_to_all(options: argparse.Namespace, case: str) -> Command:
@@ -99,30 +106,30 @@ def layers(options: argparse.Namespace, case: str) -> list[str]:
 
 
 def kit(options: argparse.Namespace) -> Command:
-    """Return the conformance kit, on CUDA tensors where there are GPUs; it stops by itself before the limit."""
-    arguments = ["-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "-n", str(options.kit_processes)]
-    arguments += ["--session-timeout", str(int(options.kit_seconds - _LEAST)), *KITS]
-    return Command("kit", options.kit_seconds, arguments, has_figures=False)
+    """Return the conformance kit, on CUDA tensors where there are GPUs."""
+    arguments = ["-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "-n", str(options.kit_processes), *KITS]
+    return Command("kit", options.kit_seconds, arguments, stops="--session-timeout", has_figures=False)
 
 
 def run(command: Command, seconds: float) -> dict[str, Any]:
     """Run a command, print what it says, and return its figures and how it ended."""
-    print(f"\n== {command.name}: python {' '.join(command.arguments)}", flush=True)
+    given = command.within(seconds)
+    print(f"\n== {command.name}: python {' '.join(given)}", flush=True)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         figures, output, errors = (Path(folder) / name for name in ("figures", "output", "errors"))
-        arguments = [*command.arguments, *(["--json", str(figures)] if command.has_figures else [])]
+        arguments = [*given, *(["--json", str(figures)] if command.has_figures else [])]
         with output.open("w") as out, errors.open("w") as err:
             failed = _call(arguments, seconds, out, err)
-        said = output.read_text(errors="replace")
+        said, complained = (file.read_text(errors="replace") for file in (output, errors))
         print(said, end="", flush=True)
         if failed:
-            last = "\n".join(errors.read_text(errors="replace").splitlines()[-40:])
-            print(f"{last}\n{command.name}: {failed}", flush=True)
+            print("\n".join([*complained.splitlines()[-40:], f"{command.name}: {failed}"]), flush=True)
         return {
             "name": command.name,
-            "arguments": [argument.removeprefix(f"{HERE.parent}/") for argument in command.arguments],
+            "arguments": [argument.removeprefix(f"{HERE.parent}/") for argument in given],
             "failed": failed,
+            "errors": complained[-20_000:] if failed else "",
             "wall_s": round(time.monotonic() - began, 1),
             "figures": json.loads(figures.read_text()) if figures.exists() else None,
             "last_line": (said.strip().splitlines() or [""])[-1],
@@ -165,7 +172,7 @@ def main() -> None:
     wanted = [it for it in commands(options) if not options.only or any(only in it.name for only in options.only)]
     if options.list:
         for command in wanted:
-            print(f"{command.name:22} {command.seconds:4.0f} s  python {' '.join(command.arguments)}")
+            print(f"{command.name:22} {command.seconds:4.0f} s  python {' '.join(command.within(command.seconds))}")
         return
     found: list[dict[str, Any]] = []
     for command in wanted:

@@ -90,7 +90,7 @@ class Parts:
         """Return the ranks from which a worker may take a shard, beginning with another one for each worker."""
         ranks = range(shard, self.trainers, self.shards)
         beside = self.beside[worker]
-        if beside in ranks:
+        if beside is not None and beside in ranks:
             return [beside]
         first = worker % len(ranks)
         return [*ranks[first:], *ranks[:first]]
