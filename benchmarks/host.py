@@ -179,8 +179,8 @@ def main() -> None:
         left = until - time.monotonic()
         if left < _LEAST:
             found.append({"name": command.name, "failed": "it was left out, for the time was up", "figures": None})
-            continue
-        found.append(run(command, min(command.seconds, left)))
+        else:
+            found.append(run(command, min(command.seconds, left)))
         if options.json:
             options.json.write_text(json.dumps(found, indent=2) + "\n")
     print(f"\n{tables(found)}", flush=True)

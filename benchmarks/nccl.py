@@ -185,6 +185,7 @@ def measure(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
         args = (theirs, rank, arguments.workers + 1, devices[rank], named, meeting, config)
         processes.append(context.Process(target=work, args=args, daemon=True))
         processes[-1].start()
+        theirs.close()  # so that a worker that dies is noticed
         pipes.append(pipe)
     weights = shapes.Weights(named, torch.bfloat16, devices[0])
     nbytes = sum(parameter.nbytes for parameter in weights.parameters())
