@@ -12,6 +12,8 @@ _MODULES = {
     "config.settings": ("ParallelConfig", "WeightTransferConfig", "to_bytes", "to_seconds"),
     "config.structuring": ("register", "structure", "unstructure"),
     "config.switches": ("tracing",),
+    "copying.boxes": ("Boxes",),
+    "copying.gpu": ("LOCAL", "GpuCopies", "Tuning", "has_kernel"),
     "memory.companions": ("companions_of",),
     "memory.export": ("Export", "Exporter", "Segment"),
     "memory.shared_memory": ("PrivateView", "SharedMemory"),
@@ -22,7 +24,7 @@ _MODULES = {
     "model.source": ("WeightSource",),
     "model.staging": ("staged_tensors", "uncast_tensors"),
     "model.regions": ("Region",),
-    "plan.boxes": ("Boxes", "Tensors", "boxes_of"),
+    "plan.boxes": ("Tensors", "boxes_of"),
     "plan.buckets": (
         "ALIGNMENT",
         "BucketPlan",

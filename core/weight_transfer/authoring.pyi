@@ -8,6 +8,11 @@ from weight_transfer.config.structuring import register as register
 from weight_transfer.config.structuring import structure as structure
 from weight_transfer.config.structuring import unstructure as unstructure
 from weight_transfer.config.switches import tracing as tracing
+from weight_transfer.copying.boxes import Boxes as Boxes
+from weight_transfer.copying.gpu import LOCAL as LOCAL
+from weight_transfer.copying.gpu import GpuCopies as GpuCopies
+from weight_transfer.copying.gpu import Tuning as Tuning
+from weight_transfer.copying.gpu import has_kernel as has_kernel
 from weight_transfer.memory.companions import companions_of as companions_of
 from weight_transfer.memory.export import Export as Export
 from weight_transfer.memory.export import Exporter as Exporter
@@ -28,7 +33,6 @@ from weight_transfer.model.regions import Region as Region
 from weight_transfer.model.source import WeightSource as WeightSource
 from weight_transfer.model.staging import staged_tensors as staged_tensors
 from weight_transfer.model.staging import uncast_tensors as uncast_tensors
-from weight_transfer.plan.boxes import Boxes as Boxes
 from weight_transfer.plan.boxes import Tensors as Tensors
 from weight_transfer.plan.boxes import boxes_of as boxes_of
 from weight_transfer.plan.buckets import ALIGNMENT as ALIGNMENT

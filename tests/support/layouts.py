@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from weight_transfer import ParamMeta
 from weight_transfer.model.manifest import Manifest
 from weight_transfer.model.regions import Region
-from weight_transfer.plan.boxes import Boxes, Tensors, boxes_of
+from weight_transfer.plan.boxes import Tensors, boxes_of
 from weight_transfer.plan.layout import Layout, Regions
 
 if TYPE_CHECKING:
+    from weight_transfer.copying.boxes import Boxes
     from weight_transfer.plan.pieces import Pieces
 
 UNTOUCHED = -1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,9 +13,12 @@ from support.layouts import UNTOUCHED, World, boxes_between, copy_boxes, strided
 from weight_transfer import ParamMeta
 from weight_transfer.model.manifest import Manifest
 from weight_transfer.model.regions import Region
-from weight_transfer.plan.boxes import Boxes, Tensors
+from weight_transfer.plan.boxes import Tensors
 from weight_transfer.plan.layout import NONE, Layout, Regions
 from weight_transfer.plan.pieces import plan_pieces
+
+if TYPE_CHECKING:
+    from weight_transfer.copying.boxes import Boxes
 
 COUNTED = settings(max_examples=150, deadline=None, derandomize=True)
 

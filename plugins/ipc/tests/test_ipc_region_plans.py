@@ -11,35 +11,35 @@ import pytest
 import torch
 
 from support import regions as cases
+from weight_transfer.copying.table import ELEMENTS, joined, rows_of
 from weight_transfer.model.manifest import torch_dtype
 from weight_transfer.plan.layout import Layout
 from weight_transfer.plan.pieces import plan_pieces
 from weight_transfer.values.deadline import Deadline
 from weight_transfer_ipc import cuda_regions, piece_views
 from weight_transfer_ipc.blocks import Blocks
-from weight_transfer_ipc.box_table import ELEMENTS, joined, rows_of
 from weight_transfer_ipc.cuda_regions import CudaRegions, Origin
 from weight_transfer_ipc.region_plan import RankPlan
 from weight_transfer_ipc.shares import shard_manifest
 from weight_transfer_ipc.trainers import Trainers
 
 if TYPE_CHECKING:
+    from weight_transfer.copying.boxes import Boxes
     from weight_transfer.model.manifest import Manifest
-    from weight_transfer.plan.boxes import Boxes
 
 
 class WalkedCopies:
-    """Stands for `BoxCopies`: does what the kernel does."""
+    """Stands for `Copies`: does what the kernel does."""
 
     nbytes = 0
 
-    def __init__(self, boxes: Boxes, _device: torch.device, tuning: Any) -> None:
-        self._launches = rows_of(joined(boxes), tuning.piece)
+    def __init__(self, boxes: Boxes, _device: torch.device, side: Any) -> None:
+        self._launches = rows_of(joined(boxes), side.tuning.piece)
 
     def run(self, _stream: object) -> None:
         for rows in self._launches:
             size = ELEMENTS[rows.unit]
-            for source, target, run, count, source_step, target_step in rows.table.tolist():
+            for source, target, run, count, source_step, target_step, _ in rows.table.tolist():
                 for index in range(count):
                     far = index * size
                     ctypes.memmove(target + target_step * far, source + source_step * far, run * size)
@@ -58,7 +58,7 @@ class Stream:
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_regions, "BoxCopies", WalkedCopies)
+    monkeypatch.setattr(cuda_regions, "Copies", WalkedCopies)
     monkeypatch.setattr(cuda_regions, "has_kernel", lambda: True)
     monkeypatch.setattr(cuda_regions.cuda, "uuid_of", lambda _index: "0")
     monkeypatch.setattr(torch.cuda, "Stream", Stream)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import attrs
 import torch
 
-from weight_transfer.authoring import destinations_of, private_copies
+from weight_transfer.authoring import Boxes, destinations_of, has_kernel, private_copies
 from weight_transfer.errors import HandshakeError, ManifestMismatchError
 from weight_transfer_ipc import cuda
 from weight_transfer_ipc.conversion import load_converted, split
-from weight_transfer_ipc.copies import Copies, Spans, has_kernel
+from weight_transfer_ipc.copies import OWN, PEER, Copies
 from weight_transfer_ipc.cuda_export import layouts
 from weight_transfer_ipc.cuda_mapping import Mappings, finish
 from weight_transfer_ipc.cuda_ring import CudaRingReader
@@ -249,9 +249,9 @@ class CudaReader:
     def _part(self, rows: Sequence[tuple[torch.Tensor, bool, tuple[int, int, int]]]) -> _Part:
         tensors = [tensor for tensor, _, _ in rows]
         copies = []
-        for peer in (False, True):
+        for peer, side in ((False, OWN), (True, PEER)):
             spans = [span for _, on_peer, span in rows if on_peer is peer]
             if spans:
                 sources, targets, sizes = zip(*spans, strict=True)
-                copies.append(Copies(Spans.of(sources, targets, sizes), self._device, peer))
+                copies.append(Copies(Boxes.contiguous(sources, targets, sizes), self._device, side))
         return _Part(tensors, layouts(tensors), copies)

@@ -10,17 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from weight_transfer.authoring import Pieces, Tensors, boxes_of
+from weight_transfer.authoring import Boxes, Pieces, Tensors, boxes_of, has_kernel
 from weight_transfer_ipc import cuda, piece_views
-from weight_transfer_ipc.box_copies import LOCAL, PEER, BoxCopies
-from weight_transfer_ipc.box_table import concatenated
-from weight_transfer_ipc.copies import has_kernel
+from weight_transfer_ipc.copies import OWN, PEER_BESIDE, Copies, Side
 from weight_transfer_ipc.cuda_export import layouts
 from weight_transfer_ipc.cuda_ring import read_buckets
 from weight_transfer_ipc.region_plan import RankPlan
 
 if TYPE_CHECKING:
-    from weight_transfer.authoring import Boxes, Deadline, IncomingRegions
+    from weight_transfer.authoring import Deadline, IncomingRegions
     from weight_transfer_ipc.trainers import Trainers
 
 _PART = 1024  # targets whose places are compared before their copies are queued
@@ -42,7 +40,7 @@ class _Part:
 
     targets: list[int]
     layout: object
-    copies: dict[str, BoxCopies]
+    copies: dict[str, Copies]
 
     def is_unchanged(self, targets: Sequence[Tensor]) -> bool:
         return layouts([targets[number] for number in self.targets]) == self.layout
@@ -113,7 +111,7 @@ class _Ring:
     rank: int
     targets: list[int]
     layout: object
-    copies: list[BoxCopies | None]
+    copies: list[Copies | None]
     others: list[list[_Others]]
 
 
@@ -223,23 +221,26 @@ class CudaRegions:
         for gpu in sorted(gpus, key=lambda gpu: (gpu == self._own, gpu)):  # peers first: their copies take longest
             if gpu not in self._lanes:  # of a higher priority, or they would wait for all rows of the GPU's own
                 self._lanes[gpu] = torch.cuda.Stream(self._device, priority=-1)
-            boxes = concatenated([boxes[gpu] for _, boxes in found if gpu in boxes])
-            copies[gpu] = BoxCopies(boxes, self._device, LOCAL if gpu == self._own else PEER)
+            boxes = Boxes.concatenated([boxes[gpu] for _, boxes in found if gpu in boxes])
+            copies[gpu] = Copies(boxes, self._device, self._side_of(gpu))
         return _Part(numbers, layouts([targets[number] for number in numbers]), copies)
+
+    def _side_of(self, gpu: str) -> Side:
+        return OWN if gpu == self._own else PEER_BESIDE
 
     def _ring(self, origin: Origin, targets: Sequence[Tensor]) -> _Ring:
         plan = origin.plan
         assert plan.blocks is not None
         gpus = [origin.ring_gpu] * len(plan.staged_views)
         mover = _Mover(plan.staged_views, gpus, targets, self._device, plan.staged.shape.shape[1])
-        copies: list[BoxCopies | None] = []
+        copies: list[Copies | None] = []
         others = []
+        side = self._side_of(origin.ring_gpu)
         for index in range(len(plan.blocks.plan.buckets)):
             pieces = plan.in_bucket(index)
             movable = mover.can_move(pieces)
             boxes = mover.boxes(pieces.where(np.flatnonzero(movable)))
-            tuning = LOCAL if origin.ring_gpu == self._own else PEER
-            copies.append(BoxCopies(boxes[origin.ring_gpu], self._device, tuning) if boxes else None)
+            copies.append(Copies(boxes[origin.ring_gpu], self._device, side) if boxes else None)
             others.append(mover.others(pieces.where(np.flatnonzero(~movable))))
         numbers = sorted(set(plan.staged.target.tolist()))
         return _Ring(plan.rank, numbers, layouts([targets[number] for number in numbers]), copies, others)

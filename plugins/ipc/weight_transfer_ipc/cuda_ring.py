@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from weight_transfer.authoring import BucketPlan, Packer, Unpacker, destinations_of, plan_buckets
+from weight_transfer.authoring import Boxes, BucketPlan, Packer, Unpacker, destinations_of, has_kernel, plan_buckets
 from weight_transfer_ipc import cuda
-from weight_transfer_ipc.copies import Copies, Spans, has_kernel
+from weight_transfer_ipc.copies import OWN, PEER, Copies
 from weight_transfer_ipc.cuda_export import layouts
 from weight_transfer_ipc.device_memory import bytes_at
 from weight_transfer_ipc.infos import Allocation
@@ -210,12 +210,12 @@ class InPlaceRing:
         for index, slots in enumerate(plan.buckets):
             base = buffers[index % len(buffers)].data_ptr()
             some = [slot for slot in slots if slot.nbytes]
-            spans = Spans.of(
+            boxes = Boxes.contiguous(
                 [base + slot.offset for slot in some],
                 [tensors[slot.param].data_ptr() + slot.start for slot in some],
                 [slot.nbytes for slot in some],
             )
-            self._copies.append(Copies(spans, buffers[0].device, peer))
+            self._copies.append(Copies(boxes, buffers[0].device, PEER if peer else OWN))
             self._complete.append([(plan.params[s.param].name, tensors[s.param]) for s in slots if s.last])
 
     @property

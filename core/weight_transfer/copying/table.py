@@ -5,18 +5,10 @@ Everything here is numpy over columns: a model's boxes are tens of thousands of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 import attrs
 import numpy as np
 
-from weight_transfer.authoring import Boxes
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Integers = NDArray[np.int64]
+from weight_transfer.copying.boxes import Boxes, Integers
 
 WIDE = 16
 """Bytes that a thread moves at a time where addresses, runs and steps allow it."""
@@ -32,8 +24,8 @@ class Rows:
     Attributes:
         unit: bytes that a thread moves at a time: all addresses, runs and steps are multiples of it.
         lanes: elements of a line of the kernel's tile.
-        table: int64 ``[rows, 6]``: source and target address; elements of a run, number of runs, and elements from the
-            start of one run to that of the next on either side.
+        table: int64 ``[rows, 7]``: source and target address; elements of a run, number of runs, elements from the
+            start of one run to that of the next on either side; and the piece.
     """
 
     unit: int
@@ -78,13 +70,7 @@ def rows_of(boxes: Boxes, piece: int) -> list[Rows]:
         np.ones(len(tails), dtype=np.int64),
         _unit(several.source | several.target | several.run | steps),
     ]
-    return _launches(concatenated([parts, tails, several]), np.concatenate(units))
-
-
-def concatenated(some: Sequence[Boxes]) -> Boxes:
-    """Return boxes one after another."""
-    names = [field.name for field in attrs.fields(Boxes)]
-    return Boxes(*(np.concatenate([getattr(boxes, name) for boxes in some]) for name in names))
+    return _launches(Boxes.concatenated([parts, tails, several]), np.concatenate(units))
 
 
 def _launches(boxes: Boxes, units: Integers) -> list[Rows]:
@@ -97,7 +83,7 @@ def _launches(boxes: Boxes, units: Integers) -> list[Rows]:
             own = boxes.where(np.flatnonzero((units == unit) & (lanes == width)))
             if len(own):
                 steps = own.source_step // size, own.target_step // size
-                table = np.stack((own.source, own.target, own.run // size, own.count, *steps), axis=1)
+                table = np.stack((own.source, own.target, own.run // size, own.count, *steps, own.piece), axis=1)
                 found.append(Rows(unit, width, table))
     return found
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from weight_transfer.plan.boxes import Boxes
-from weight_transfer_ipc.box_table import ELEMENTS, Rows, joined, rows_of
+from weight_transfer.copying.boxes import Boxes
+from weight_transfer.copying.table import ELEMENTS, Rows, joined, rows_of
 
 _SIZE = 1 << 16
 
@@ -19,7 +19,7 @@ def _walk(launches: list[Rows]) -> None:
     """Do what the kernel does."""
     for rows in launches:
         size = ELEMENTS[rows.unit]
-        for source, target, run, count, source_step, target_step in rows.table.tolist():
+        for source, target, run, count, source_step, target_step, _ in rows.table.tolist():
             numbers = source, target, run * size
             steps = (source_step * size, target_step * size) if count > 1 else (0, 0)
             assert not any(number % rows.unit for number in (*numbers, *steps))
@@ -28,8 +28,8 @@ def _walk(launches: list[Rows]) -> None:
 
 
 def _boxes(rows: list[tuple[int, ...]], source: int = 0, target: int = 0) -> Boxes:
-    columns = np.array(rows, dtype=np.int64).reshape(len(rows), 6).T
-    return Boxes(columns[0] + source, columns[1] + target, *columns[2:], np.arange(len(rows)))
+    begin, end, run, count, source_step, target_step = np.array(rows, dtype=np.int64).reshape(len(rows), 6).T
+    return Boxes(begin + source, end + target, run, count, source_step, target_step, np.arange(len(rows)))
 
 
 def _expected(boxes: list[tuple[int, ...]], source: torch.Tensor) -> torch.Tensor:
@@ -92,5 +92,5 @@ def test_a_table_of_a_large_model_is_made_of_columns() -> None:
     boxes = Boxes(column, column + 64, ones * 3 * 2**20, ones, zeros, zeros, zeros)
     [rows] = rows_of(joined(boxes), 128 * 1024)
     assert rows.unit == 16
-    assert rows.table.shape == (count * 24, 6)
+    assert rows.table.shape == (count * 24, 7)
     assert int(rows.table[:, 2].sum()) * 4 == count * 3 * 2**20
