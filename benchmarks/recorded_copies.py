@@ -84,6 +84,7 @@ class FusedModel:
     """
 
     def __init__(self, full: Mapping[str, Shape], tensor_parallel: int, expert_parallel: int) -> None:
+        self.tensor_parallel = tensor_parallel
         experts = 1 + max((found for found in map(expert_of, full) if found is not None), default=-1)
         own = experts // expert_parallel
         self.places: dict[str, Place] = {}
@@ -170,6 +171,15 @@ class ReusedLayers:
 
     def required(self) -> Collection[str]:
         return self._model.forms
+
+    def optional(self) -> Collection[str]:
+        return ()
+
+    def split(self) -> tuple[int, int]:
+        return 0, self._model.tensor_parallel
+
+    def state(self) -> object:
+        return None
 
     def by_loader(self) -> Mapping[str, str]:
         return {}

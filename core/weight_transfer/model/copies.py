@@ -6,19 +6,20 @@ What limits them, and what follows:
   recording, views of targets once for a layer, and a source that goes whole into one place is viewed once.
 * Threads: torch divides a copy among threads by elements, not by bytes, and on a busy machine they wait for each other.
   Bits go as integers of 8 bytes where sizes, steps and addresses allow it; then less than 256 KiB stay on one thread.
-* Launches, on CUDA: `torch._foreach_copy_` batches a list only if every pair in it is dense, with equal strides and the
-  list's dtypes; a single other one has all of them copied one by one. So dense pairs stand in a list for each integer
-  type. Strided ones whose targets follow each other, such as the experts of a layer, are one `torch.cat` into these,
-  which takes 64 of them a launch, from anywhere. What is left is copied one by one.
+* Launches, on CUDA: all copies that are made together are one table, which a kernel walks; see `kernel_copies`.
+  Without Triton torch copies there, too, many pairs in a launch where all in a list are dense.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import attrs
+import numpy as np
 import torch
 
 from weight_transfer.errors import TransferError
@@ -30,7 +31,9 @@ from weight_transfer.model.targets import as_bits
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from weight_transfer.copying.boxes import Integers
     from weight_transfer.model.recording import TargetForm
+
 
 _WIDE = 8  # bytes of int64
 _Pairs = tuple[list["Tensor"], list["Tensor"]]
@@ -58,6 +61,8 @@ class Move:
         copy: the copy.
         layer: the layer of its target.
         number: of the copy, among those into its layer.
+        itemsize: bytes of an element of the source.
+        nbytes: of the whole source.
         plain: its views, in integers as large as its elements.
         wide: its views in integers of 8 bytes; None if it has none.
     """
@@ -65,6 +70,8 @@ class Move:
     copy: RecordedCopy
     layer: str
     number: int
+    itemsize: int
+    nbytes: int
     plain: Views
     wide: Views | None
 
@@ -88,13 +95,14 @@ class Move:
             whole = Strided.contiguous(source)
             plain = Views(Strided(to.offset, whole.shape, whole.stride), None, dense=True)
         per, aslant = divmod(_WIDE, itemsize)
+        nbytes = itemsize * math.prod(source)
         bases = (Strided.contiguous(source), form.strided)
         if copy.casts or aslant or per == 1 or not all(_divides(base, per) for base in bases):
-            return cls(copy, layer, number, plain, None)
+            return cls(copy, layer, number, itemsize, nbytes, plain, None)
         if not (_divides(plain.to, per) and _divides(plain.frm or plain.to, per)):
-            return cls(copy, layer, number, plain, None)
+            return cls(copy, layer, number, itemsize, nbytes, plain, None)
         wide = Views(_divided(plain.to, per), _divided(plain.frm, per) if plain.frm is not None else None, plain.dense)
-        return cls(copy, layer, number, plain, wide)
+        return cls(copy, layer, number, itemsize, nbytes, plain, wide)
 
 
 class Landing:
@@ -104,6 +112,10 @@ class Landing:
         moves: all into the layer, by their numbers.
         tensors: by name.
         forms: what each looked like when it was recorded.
+
+    Attributes:
+        tensors: those of the moves, by name.
+        gpu: the CUDA device on which all of them lie; None if they lie elsewhere.
 
     Raises:
         TransferError: a tensor looks otherwise now; it is named.
@@ -117,127 +129,127 @@ class Landing:
                     f"{name!r} was recorded as {forms[name]}, and is {dtype_name(tensor.dtype)} {list(tensor.shape)} "
                     f"with strides {list(tensor.stride())} now; the recording does not fit it: build the loader anew."
                 )
-        bits = {name: as_bits(tensor) for name, tensor in self.tensors.items()}
-        wide = {
-            name: tensor.view(torch.int64) if _may_widen(tensor, forms[name]) else None for name, tensor in bits.items()
-        }
-        self.is_wide: list[bool] = []
-        self.views: list[Tensor] = []
-        for move in moves:
-            name = move.copy.target
-            base, to = wide[name], move.wide
-            if base is None or to is None:
-                self.is_wide.append(False)
-                self.views.append(
-                    (self.tensors if move.copy.casts else bits)[name].as_strided(*_on(bits[name], move.plain.to))
-                )
-            else:
-                self.is_wide.append(True)
-                self.views.append(base.as_strided(*_on(base, to.to)))
+        self.gpu = gpu_of(self.tensors.values())
+        self._forms = forms
+        self._views: list[Tensor | None] = [None] * len(moves)
+        self._bits: dict[str, Tensor] = {}
+        self._wide: dict[str, Tensor | None] = {}
+
+    def view(self, move: Move) -> Tensor:
+        """Return the part of its target that a copy fills: in integers, as wide as its `Move` and the address allow."""
+        view = self._views[move.number]
+        if view is None:
+            view = self._views[move.number] = self._viewed(move)
+        return view
+
+    def narrow_view(self, move: Move) -> Tensor:
+        """Return the same in integers as large as its elements."""
+        return move.plain.to.on(self._bits_of(move.copy.target))
+
+    def _viewed(self, move: Move) -> Tensor:
+        name = move.copy.target
+        if move.copy.casts:
+            return move.plain.to.on(self.tensors[name])
+        wide = self._wide_of(name) if move.wide is not None else None
+        return self.narrow_view(move) if wide is None or move.wide is None else move.wide.to.on(wide)
+
+    def _bits_of(self, name: str) -> Tensor:
+        if name not in self._bits:
+            self._bits[name] = as_bits(self.tensors[name])
+        return self._bits[name]
+
+    def _wide_of(self, name: str) -> Tensor | None:
+        if name not in self._wide:
+            tensor = self._bits_of(name)
+            self._wide[name] = tensor.view(torch.int64) if _may_widen(tensor, self._forms[name]) else None
+        return self._wide[name]
 
 
-class Batch:
-    """Copies that are made together.
+class Sources:
+    """Weights that a loader is given at once, in the forms in which they are copied.
 
     Args:
-        grouped: whether strided copies are put together, which pays where each is a launch; None: on CUDA.
+        tensors: with memory; those that are not contiguous are copied.
+
+    Attributes:
+        tensors: contiguous.
+        gpu: the CUDA device on which all of them lie; None if they lie elsewhere.
     """
 
-    def __init__(self, grouped: bool | None = None) -> None:
-        self._grouped = grouped
-        self._dense: defaultdict[torch.dtype, _Pairs] = defaultdict(lambda: ([], []))
-        self._strided: _Pairs = ([], [])
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
+        self.gpu = gpu_of(self.tensors)
+        self._bits: dict[int, Tensor] = {}
+        self._wide: dict[int, Tensor | None] = {}
 
-    def add(self, moves: Sequence[Move], landings: Mapping[str, Landing], source: Tensor) -> None:
-        """Add copies of one source; those that convert are made at once.
+    @cached_property
+    def addresses(self) -> Integers:
+        """Where they lie, int64 ``[weights]``."""
+        return np.array([tensor.data_ptr() for tensor in self.tensors], dtype=np.int64)
 
-        Args:
-            moves: the copies.
-            landings: of their layers.
-            source: a tensor with memory.
-        """
-        if not source.is_contiguous():
-            source = source.contiguous()
-        source = source.detach()
-        wide = bits = None
-        aligned = not source.data_ptr() % _WIDE and not source.storage_offset() * source.element_size() % _WIDE
-        for move in moves:
-            landing = landings[move.layer]
-            to, views = landing.views[move.number], move.wide
-            if move.copy.casts:
-                to.copy_(move.copy.frm.on(source))
-                continue
-            if views is not None and aligned and landing.is_wide[move.number]:
-                if wide is None:
-                    wide = source.view(torch.int64)
-                origin = wide
-            else:
-                if bits is None:
-                    bits = as_bits(source)
-                origin, views = bits, move.plain
-                if landing.is_wide[move.number]:  # the target's address would allow more than the source's
-                    to = views.to.on(as_bits(landing.tensors[move.copy.target]))
-            if views.frm is not None:
-                origin = origin.as_strided(*_on(origin, views.frm))
-            targets, origins = self._dense[origin.dtype] if views.dense else self._strided
-            targets.append(to)
-            origins.append(origin)
+    @cached_property
+    def nbytes(self) -> Integers:
+        """Bytes of each, int64 ``[weights]``."""
+        return np.array([tensor.nbytes for tensor in self.tensors], dtype=np.int64)
 
-    def make(self) -> None:
-        """Make them."""
-        for targets, origins in self._dense.values():
-            torch._foreach_copy_(targets, origins)
-        targets, origins = self._strided
+    def bits(self, number: int) -> Tensor:
+        """Return a weight in integers as large as its elements."""
+        if number not in self._bits:
+            self._bits[number] = as_bits(self.tensors[number].detach())
+        return self._bits[number]
+
+    def wide(self, number: int) -> Tensor | None:
+        """Return it in integers of 8 bytes; None if its address does not allow it. Its shape is to."""
+        if number not in self._wide:
+            tensor = self.tensors[number]
+            aslant = tensor.data_ptr() % _WIDE or tensor.storage_offset() * tensor.element_size() % _WIDE
+            self._wide[number] = None if aslant else tensor.detach().view(torch.int64)
+        return self._wide[number]
+
+
+def make_copies(copies: Sequence[tuple[int, Move]], landings: Mapping[str, Landing], sources: Sources) -> None:
+    """Make copies by torch's own operations, as many as possible at a time.
+
+    Args:
+        copies: numbers of sources, and what is copied of them.
+        landings: by layer.
+        sources: the weights.
+    """
+    dense: defaultdict[torch.dtype, _Pairs] = defaultdict(lambda: ([], []))
+    strided: _Pairs = ([], [])
+    for number, move in copies:
+        landing = landings[move.layer]
+        to, views = landing.view(move), move.plain
+        if move.copy.casts:
+            to.copy_(move.copy.frm.on(sources.tensors[number]))
+            continue
+        origin = sources.bits(number)
+        if to.dtype is torch.int64 and move.wide is not None:
+            wide = sources.wide(number)
+            if wide is not None:
+                origin, views = wide, move.wide
+            else:  # the target's address would allow more than the source's
+                to = landing.narrow_view(move)
+        if views.frm is not None:
+            origin = views.frm.on(origin)
+        targets, origins = dense[origin.dtype] if views.dense else strided
+        targets.append(to)
+        origins.append(origin)
+    for targets, origins in (*dense.values(), strided):
         if targets:
-            if self._grouped or (self._grouped is None and targets[0].is_cuda):
-                for some in adjacent(targets):
-                    _copy_together([targets[number] for number in some], [origins[number] for number in some])
-            else:
-                torch._foreach_copy_(targets, origins)
-        self._dense.clear()
-        self._strided = ([], [])
+            torch._foreach_copy_(targets, origins)
+
+
+def gpu_of(tensors: Iterable[Tensor]) -> torch.device | None:
+    """Return the one CUDA device on which all of them lie; None if they lie elsewhere."""
+    numbers = {tensor.get_device() for tensor in tensors}
+    number = numbers.pop() if len(numbers) == 1 else -1
+    return torch.device("cuda", number) if number >= 0 else None
 
 
 def has_form(tensor: Tensor, form: TargetForm) -> bool:
     """Whether a tensor looks as one that was recorded."""
     return (tuple(tensor.shape), tensor.stride(), dtype_name(tensor.dtype)) == (form.shape, form.stride, form.dtype)
-
-
-def adjacent(targets: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Yield the numbers of contiguous targets that follow each other in memory, each group in the order of addresses.
-
-    All of a group are in one storage, and of one dtype and shape. Others are alone.
-    """
-    alike: defaultdict[object, list[tuple[int, int]]] = defaultdict(list)
-    for number, tensor in enumerate(targets):
-        if tensor.is_contiguous():
-            key = tensor.untyped_storage()._cdata, tensor.dtype, tensor.shape  # noqa: SLF001  (torch's own identity)
-            alike[key].append((int(tensor.storage_offset()), number))
-        else:
-            yield [number]
-    for rows in alike.values():
-        rows.sort()
-        size, group, end = targets[rows[0][1]].numel(), list[int](), -1
-        for offset, number in rows:
-            if group and offset != end:
-                yield group
-                group = []
-            group.append(number)
-            end = offset + size
-        yield group
-
-
-def _copy_together(targets: list[Tensor], origins: list[Tensor]) -> None:
-    first = targets[0]
-    if len(targets) == 1 or not first.dim():
-        torch._foreach_copy_(targets, origins)
-        return
-    shape = (first.shape[0] * len(targets), *first.shape[1:])
-    torch.cat(origins, out=first.as_strided(shape, first.stride()))
-
-
-def _on(base: Tensor, view: Strided) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    return view.shape, view.stride, int(base.storage_offset()) + view.offset
 
 
 def _is_contiguous(view: Strided) -> bool:

@@ -10,12 +10,14 @@ import attrs
 
 from weight_transfer.errors import ManifestMismatchError
 from weight_transfer.model.copies import Move
+from weight_transfer.model.delivery import Delivery
 from weight_transfer.model.manifest import torch_dtype
 from weight_transfer.model.recording import FAILS, RecordedFill, Recording
 
 if TYPE_CHECKING:
     from weight_transfer.model.manifest import Manifest
 
+_DELIVERIES = 2**14  # that are remembered; each may be one weight
 _MANY = 3  # names that an error or a warning lists
 
 
@@ -42,6 +44,16 @@ class LoadPlan:
     unplanned: Mapping[str, str]
     told: Mapping[str, str]
     is_whole: bool
+    _deliveries: dict[tuple[str, ...], Delivery] = attrs.field(factory=dict, init=False)
+
+    def delivery(self, names: tuple[str, ...]) -> Delivery:
+        """Return what becomes of weights that come together; the same object for the same names."""
+        found = self._deliveries.get(names)
+        if found is None:
+            if len(self._deliveries) >= _DELIVERIES:  # they come in other groups each time
+                self._deliveries.clear()
+            found = self._deliveries[names] = Delivery.of(names, self.copies, self.by_loader)
+        return found
 
     @classmethod
     def of(

@@ -47,6 +47,13 @@ class Offer:
         """Whether it still is what `of` returns."""
         return self.forms == _forms_of(kernel) and self.same == same
 
+    def written(self, weights: Sequence[tuple[str, Tensor]]) -> frozenset[int]:
+        """Return the numbers of those weights that an engine has written into their destinations already."""
+        if not self.destinations:
+            return frozenset()
+        found = self.destinations.get
+        return frozenset(number for number, (name, tensor) in enumerate(weights) if found(name) is tensor)
+
     @classmethod
     def of(
         cls,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
-from weight_transfer.model.copies import Batch, Landing
+from weight_transfer.model.copies import Landing, Sources
 from weight_transfer.model.load_plan import LoadPlan, listed
 from weight_transfer.model.offer import Offer
 from weight_transfer.model.recorder import record
@@ -158,29 +158,23 @@ class PlannedLoader:
     def __call__(self, weights: Weights) -> None:
         plan, offer = self._plan, self._offer
         assert plan is not None and offer is not None
-        batch, left, landings = Batch(), self._left, self._landings
-        others: Weights = []
-        for name, tensor in weights:
-            if name in plan.by_loader:
-                others.append((name, tensor))
+        delivery = plan.delivery(tuple(name for name, _ in weights))
+        sources, written = Sources([tensor for _, tensor in weights]), offer.written(weights)
+        for step in delivery.steps:
+            own = step.without(written)  # the engine has written these in place
+            if not own.counts:
                 continue
-            if offer.destinations.get(name) is tensor:  # the engine has written it in place
-                continue
-            moves = plan.copies.get(name, ())
-            for move in moves:
-                if move.layer not in landings:
-                    self._begin(move.layer)
-            batch.add(moves, landings, tensor)
-            for move in moves:
-                layer = move.layer
-                left[layer] -= 1
-                if not left[layer] and layer not in offer.landings:
-                    batch.make()
+            for layer in own.counts:
+                if layer not in self._landings:
+                    self._begin(layer)
+            own.make(self._landings, sources)
+            for layer, count in own.counts.items():
+                self._left[layer] -= count
+                if not self._left[layer] and layer not in offer.landings:
                     self._end(layer)
-        batch.make()
-        if others:
+        if delivery.others:
             self._open()
-            self._layers.load(others)
+            self._layers.load([weights[number] for number in delivery.others])
 
     def finish(self) -> None:
         plan, offer = self._plan, self._offer
