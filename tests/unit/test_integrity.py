@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weight_transfer.memory.integrity import _BLOCK, tensor_digest
+from weight_transfer.memory.integrity import CHUNK, tensor_digest, tensor_digests
 from weight_transfer.plan.buckets import as_bytes
 
 BYTES = st.binary(min_size=1, max_size=300)
@@ -26,9 +26,9 @@ def test_any_flipped_bit_changes_the_digest(data: bytes, draw: st.DataObject) ->
     assert tensor_digest(tensor_of(bytes(flipped))) != tensor_digest(tensor_of(data))
 
 
-@pytest.mark.parametrize("word", [0, _BLOCK - 1, _BLOCK, 2 * _BLOCK])
-def test_any_flipped_bit_changes_the_digest_in_every_block(word: int) -> None:
-    words = torch.zeros(2 * _BLOCK + 1, dtype=torch.int64)
+@pytest.mark.parametrize("word", [0, CHUNK // 8 - 1, CHUNK // 8, 2 * CHUNK // 8])
+def test_any_flipped_bit_changes_the_digest_in_every_chunk(word: int) -> None:
+    words = torch.zeros(2 * CHUNK // 8 + 1, dtype=torch.int64)
     digests = {tensor_digest(words)}
     for value in (1, 1 << 31, -(1 << 63)):
         words[word] = value
@@ -54,8 +54,8 @@ def test_swapped_rows_and_a_transposition_change_the_digest(dtype: torch.dtype) 
     assert tensor_digest(torch.cat([rows[1:2], rows[:1], rows[2:]])) != tensor_digest(rows)
 
 
-def test_blocks_of_equal_bytes_in_another_order_change_the_digest() -> None:
-    first, second = torch.zeros(_BLOCK, dtype=torch.int64), torch.ones(_BLOCK, dtype=torch.int64)
+def test_chunks_of_equal_bytes_in_another_order_change_the_digest() -> None:
+    first, second = torch.zeros(CHUNK, dtype=torch.uint8), torch.ones(CHUNK, dtype=torch.uint8)
     assert tensor_digest(torch.cat([first, second])) != tensor_digest(torch.cat([second, first]))
 
 
@@ -110,8 +110,8 @@ def test_a_parameter_that_requires_grad_has_a_digest() -> None:
 
 
 def test_the_digest_is_the_same_everywhere() -> None:
-    assert tensor_digest(torch.arange(1000, dtype=torch.int64)) == "ad5a3f2bac05ba90"
-    assert tensor_digest(torch.arange(21, dtype=torch.uint8)) == "df6fc428cdd1cc68"
+    assert tensor_digest(torch.arange(1000, dtype=torch.int64)) == "5dc6c010015c3a3b"
+    assert tensor_digest(torch.arange(21, dtype=torch.uint8)) == "1845174c6e785e11"
 
 
 def test_empty_tensors_have_a_digest_that_no_scalar_has() -> None:
@@ -125,3 +125,22 @@ def test_nan_payloads_and_signs_of_zero_count() -> None:
     assert tensor_digest(torch.tensor([0.0])) != tensor_digest(torch.tensor([-0.0]))
     nans = torch.tensor([0x7FC00000, 0x7FC00001], dtype=torch.int32).view(torch.float32)
     assert tensor_digest(nans[:1]) != tensor_digest(nans[1:])
+
+
+def test_digests_of_many_tensors_are_those_of_each() -> None:
+    tensors = [torch.arange(size, dtype=torch.int32) for size in (0, 1, 7, 30_000, 5, 16_384, 16_385)]
+    assert tensor_digests(tensors) == [tensor_digest(tensor) for tensor in tensors]
+    assert len(set(tensor_digests(tensors))) == len(tensors)
+    assert tensor_digests([]) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("offset", [0, 1, 8])
+def test_a_gpu_has_the_same_digests(offset: int) -> None:
+    sizes = [*range(20), *range(230, 260), *range(1000, 1100), CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 17, 5 * CHUNK]
+    generator = torch.Generator().manual_seed(3)
+    whole = [torch.randint(0, 256, (offset + n,), dtype=torch.uint8, generator=generator) for n in sizes]
+    for tensors in (whole, whole[::-1]):
+        on_gpu = [tensor.cuda()[offset:] for tensor in tensors]
+        assert tensor_digests(on_gpu) == tensor_digests([tensor[offset:] for tensor in tensors])

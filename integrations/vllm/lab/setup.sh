@@ -30,7 +30,7 @@ for file in $kernels; do
 done
 "$venv/bin/python" "$here/pristine.py"
 
-$pip install hatchling==1.27.0 editables cattrs 'importlib-metadata>=7,<9' hypothesis pytest-timeout
+$pip install hatchling==1.27.0 editables cattrs xxhash 'importlib-metadata>=7,<9' hypothesis pytest-timeout
 $pip install --no-deps --no-build-isolation -e "$repository" -e "$repository/plugins/ipc" -e "$repository/plugins/nccl" \
   -e "$repository/integrations/vllm" -e "$repository/integrations/vllm/lab/plain_linear"
 [ -d "$venv/models/qwen3-b" ] || "$venv/bin/python" "$here/models.py" "$venv/models"
