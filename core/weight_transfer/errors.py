@@ -207,12 +207,19 @@ def _tree(cls: type[WeightTransferError]) -> dict[str, type[WeightTransferError]
 def error_to_dict(error: BaseException) -> dict[str, Any]:
     """Return ``error`` as a JSON-safe dict: ``type``, ``message`` and the class's own fields."""
     if not isinstance(error, WeightTransferError):
-        message = f"{type(error).__name__}: {error}"
+        message = _writable(f"{type(error).__name__}: {error}")
         return {"type": "TransferError", "message": "The other side failed unexpectedly.", "cause": message}
     return {
         "type": type(error).__name__,
-        **{key: value for key, value in attrs.asdict(error).items() if value is not None},
+        **{key: _writable(value) for key, value in attrs.asdict(error).items() if value is not None},
     }
+
+
+def _writable(value: Any) -> Any:
+    """Escape halves of characters (lone surrogates), which no encoding has."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_writable, value))
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
 
 def error_from_dict(data: dict[str, Any]) -> WeightTransferError:

@@ -338,7 +338,7 @@ def test_an_invalid_file_is_named_with_the_parsers_words(tmp_path: Path, content
 
 def test_a_file_without_the_table_says_what_it_has_instead(write: Write) -> None:
     path = write('[weight-transfer]\nbackend = "ipc"\n')
-    assert f"{path}: expected a [weight_transfer] table, found weight-transfer." in message_of(
+    assert f"{path}: expected a [weight_transfer] table, found 'weight-transfer'." in message_of(
         lambda: load_config(path)
     )
     path = write("")

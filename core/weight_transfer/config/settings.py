@@ -22,11 +22,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
-from weight_transfer.config.structuring import check_types, nearest
+from weight_transfer.config.structuring import MAX_INT, brief, check_types, nearest
 from weight_transfer.errors import ConfigError
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]{0,3})\s*", re.ASCII)
+_MAX_SECONDS = 1e6
+"""Of any timeout; the system's own timers end at 24 days."""
+_MAX_COUNT = 2**31 - 1
 
 
 def parse_size(value: object, field: attrs.Attribute[int]) -> int:
@@ -35,25 +38,28 @@ def parse_size(value: object, field: attrs.Attribute[int]) -> int:
     Raises:
         ConfigError: it is neither, or not positive.
     """
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
+    size = value
     match = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    if match and match[2].upper() in _UNITS and float(match[1]) > 0:
-        return int(float(match[1]) * _UNITS[match[2].upper()])
+    if match and match[2].upper() in _UNITS:
+        size = int(float(match[1]) * _UNITS[match[2].upper()])
+    if isinstance(size, int) and not isinstance(size, bool) and 0 < size <= MAX_INT:
+        return size
     raise ConfigError(
-        f"{field.name}: expected a positive size such as '256MiB', '1GB' or a number of bytes, got {value!r}."
+        f"{field.name}: expected a positive size such as '256MiB', '1GB' or a number of bytes, got {brief(value)}."
     )
 
 
 def parse_seconds(value: object, field: attrs.Attribute[float]) -> float:
-    """Return a positive, finite number of seconds.
+    """Return a positive number of seconds, a million at most.
 
     Raises:
         ConfigError: it is not one.
     """
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf"):
-        return float(value)
-    raise ConfigError(f"{field.name}: expected a positive number of seconds, got {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise ConfigError(f"{field.name}: expected a positive number of seconds, got {brief(value)}.")
+    if value > _MAX_SECONDS:
+        raise ConfigError(f"{field.name}: expected at most {_MAX_SECONDS:.0f} seconds, got {brief(value)}.")
+    return float(value)
 
 
 if TYPE_CHECKING:  # mypy and attrs agree on functions of one argument only
@@ -74,9 +80,11 @@ else:
 
 
 def _positive(_instance: object, attribute: attrs.Attribute[int], value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < attribute.metadata.get("minimum", 1):
-        minimum = attribute.metadata.get("minimum", 1)
-        raise ConfigError(f"{attribute.name} must be a whole number of at least {minimum}, got {value!r}.")
+    minimum, maximum = attribute.metadata.get("minimum", 1), attribute.metadata.get("maximum", _MAX_COUNT)
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ConfigError(f"{attribute.name} must be a whole number of at least {minimum}, got {brief(value)}.")
+    if value > maximum:
+        raise ConfigError(f"{attribute.name} must be a whole number of at most {maximum}, got {brief(value)}.")
 
 
 FLOATING = (
@@ -101,16 +109,18 @@ def parse_cast(value: object) -> dict[str, str]:
         ConfigError: it is no table, or a dtype is unknown; the nearest one is named.
     """
     if not isinstance(value, Mapping):
-        raise ConfigError(f'cast: expected a table of patterns and dtypes such as {{"*" = "bfloat16"}}, got {value!r}.')
+        raise ConfigError(
+            f'cast: expected a table of patterns and dtypes such as {{"*" = "bfloat16"}}, got {brief(value)}.'
+        )
     patterns: dict[str, str] = {}
     for pattern, dtype in value.items():
         if not isinstance(pattern, str) or not pattern:
-            raise ConfigError(f"cast: expected a pattern of names such as '*.router.*', got {pattern!r}.")
-        name = str(dtype).removeprefix("torch.")
+            raise ConfigError(f"cast: expected a pattern of names such as '*.router.*', got {brief(pattern)}.")
+        name = (dtype if isinstance(dtype, str) else brief(dtype)).removeprefix("torch.")
         if name not in (*FLOATING, RECEIVER):
             known = ", ".join((*FLOATING, RECEIVER))
             hint = nearest(name, (*FLOATING, RECEIVER)) or f"; there are {known}."
-            raise ConfigError(f"cast: {pattern!r}: {name!r} is no dtype that weights can be cast to{hint}")
+            raise ConfigError(f"cast: {brief(pattern)}: {brief(name)} is no dtype that weights can be cast to{hint}")
         patterns[pattern] = name
     return patterns
 
@@ -149,7 +159,7 @@ class WeightTransferConfig:
     timeout: float = attrs.field(default=300.0, converter=to_seconds)
     init_timeout: float = attrs.field(default=60.0, converter=to_seconds)
     bucket_bytes: int = attrs.field(
-        default=256 * 2**20, converter=to_bytes, validator=_positive, metadata={"minimum": 256}
+        default=256 * 2**20, converter=to_bytes, validator=_positive, metadata={"minimum": 256, "maximum": MAX_INT}
     )
     buckets: int = attrs.field(default=2, validator=_positive, metadata={"minimum": 2})
     is_checkpoint_format: bool = True

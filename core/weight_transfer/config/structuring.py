@@ -6,21 +6,31 @@ One place wraps cattrs for configuration tables, init infos and update infos ali
 from __future__ import annotations
 
 import base64
-import binascii
 import difflib
-from collections.abc import Callable, Mapping
-from functools import partial
+import itertools
+import reprlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import attrs
 import cattrs
-from cattrs.cols import list_structure_factory
-from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError, IterableValidationError
+from cattrs.cols import list_structure_factory, mapping_structure_factory
+from cattrs.errors import (
+    ClassValidationError,
+    ForbiddenExtraKeysError,
+    IterableValidationError,
+    IterableValidationNote,
+)
 from cattrs.gen import make_dict_structure_fn
 
 from weight_transfer.errors import ConfigError
 
 T = TypeVar("T")
+
+MAX_INT = 2**63 - 1
+"""The largest whole number that a field takes; the smallest is its negative."""
+_LONGEST = 80  # characters of a value in a message
+_MOST_SENTENCES = 8  # of one error
 
 
 def structure(data: Mapping[str, Any], cls: type[T], where: str) -> T:
@@ -41,7 +51,7 @@ def structure(data: Mapping[str, Any], cls: type[T], where: str) -> T:
     try:
         return _CONVERTER.structure(data, cls)
     except Exception as error:
-        raise ConfigError(" ".join(_sentences(error, cls, where, ""))) from error
+        raise _refusal(error, where, "") from error
 
 
 def check_types(instance: Any) -> None:
@@ -53,8 +63,8 @@ def check_types(instance: Any) -> None:
     for field in attrs.fields(attrs.resolve_types(type(instance))):
         try:
             _CONVERTER.structure(getattr(instance, field.name), field.type)
-        except (TypeError, ValueError, IterableValidationError) as error:
-            raise ConfigError(" ".join(_sentences(error, type(instance), "", field.name))) from error
+        except Exception as error:
+            raise _refusal(error, "", field.name) from error
 
 
 def unstructure(instance: Any) -> dict[str, Any]:
@@ -65,33 +75,76 @@ def unstructure(instance: Any) -> dict[str, Any]:
 
 def nearest(word: str, valid: list[str] | tuple[str, ...]) -> str:
     """Return ``; did you mean 'x'?`` for the nearest of ``valid``, or an empty string."""
+    if len(word) > _LONGEST:
+        return ""
     close = difflib.get_close_matches(word, valid, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _sentences(error: BaseException, cls: Any, where: str, path: str) -> list[str]:
+def brief(value: object) -> str:
+    """Return a value as messages show it: short, printable and in a moment, whatever it is."""
+    text = _BRIEF.repr(value)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+
+
+def require_text(value: str) -> str:
+    """Return a text as it is.
+
+    Raises:
+        ValueError: it cannot be written anywhere, since it holds half of a character (a lone surrogate).
+    """
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"expected text, got {brief(value)}, which holds half of a character") from None
+    return value
+
+
+class _Brief(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxstring = self.maxother = _LONGEST
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() <= 128 else f"a number of {x.bit_length()} bits"
+
+    def repr_str(self, x: str, level: int) -> str:
+        return super().repr_str(x, level).encode(errors="backslashreplace").decode()
+
+
+_BRIEF = _Brief()
+
+
+def _refusal(error: Exception, where: str, path: str) -> ConfigError:
+    sentences = list(itertools.islice(_sentences(error, where, path), _MOST_SENTENCES + 1))
+    if len(sentences) > _MOST_SENTENCES:
+        sentences[-1] = "And so on."
+    return ConfigError(" ".join(sentences).encode(errors="backslashreplace").decode())
+
+
+def _sentences(error: BaseException, where: str, path: str) -> Iterator[str]:
     name = ": ".join(part for part in (where, path.lstrip(".")) if part)
     if isinstance(error, ForbiddenExtraKeysError):
         valid = [field.name for field in attrs.fields(error.cl)]
-        return [
-            f"{where}: unknown key {f'{path}.{key}'.lstrip('.')!r}{nearest(key, valid) or _listed(valid)}"
-            for key in sorted(error.extra_fields)
-        ]
-    if isinstance(error, ClassValidationError):
+        keys = (key if isinstance(key, str) else brief(key) for key in error.extra_fields)
+        for key in sorted(keys):
+            yield f"{where}: unknown key {brief(f'{path}.{key}'.lstrip('.'))}{nearest(key, valid) or _listed(valid)}"
+    elif isinstance(error, (ClassValidationError, IterableValidationError)):
         grouped, others = error.group_exceptions()
-        inner = [_sentences(child, cls, where, f"{path}.{note.name}") for child, note in grouped]
-        return [
-            text for texts in [*inner, *(_sentences(child, cls, where, path) for child in others)] for text in texts
-        ]
-    if isinstance(error, IterableValidationError):
-        grouped_items, others = error.group_exceptions()
-        inner = [_sentences(child, cls, where, f"{path}[{note.index}]") for child, note in grouped_items]
-        return [
-            text for texts in [*inner, *(_sentences(child, cls, where, path) for child in others)] for text in texts
-        ]
-    if isinstance(error, KeyError):
-        return [f"{name}: this key is required and missing."]
-    return [f"{name}: {str(error).rstrip('.')}."]
+        for child, note in grouped:
+            yield from _sentences(child, where, f"{path}{_step(note)}")
+        for child in others:
+            yield from _sentences(child, where, path)
+    elif isinstance(error, KeyError):
+        yield f"{name}: this key is required and missing."
+    else:
+        yield f"{name}: {str(error).rstrip('.')}."
+
+
+def _step(note: Any) -> str:
+    return f"[{brief(note.index)}]" if isinstance(note, IterableValidationNote) else f".{note.name}"
 
 
 def _listed(valid: list[str]) -> str:
@@ -99,20 +152,34 @@ def _listed(valid: list[str]) -> str:
 
 
 def _show(value: object) -> str:
-    text = repr(value)
-    return f"{text if len(text) <= 40 else text[:37] + '...'} ({type(value).__name__})"
+    return f"{brief(value)} ({type(value).__name__})"
 
 
-def _strict(expected: type, words: str, value: Any, _type: Any) -> Any:
-    if isinstance(value, bool) is not (expected is bool) or not isinstance(value, expected):
-        raise TypeError(f"expected {words}, got {_show(value)}")
+def _bool(value: Any, _type: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"expected true or false, got {_show(value)}")
+    return value
+
+
+def _text(value: Any, _type: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected text, got {_show(value)}")
+    return require_text(value)
+
+
+def _int(value: Any, _type: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not -MAX_INT <= value <= MAX_INT:
+        raise TypeError(f"expected a whole number, got {_show(value)}")
     return value
 
 
 def _float(value: Any, _type: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"expected a number, got {_show(value)}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"expected a number, got {_show(value)}, which is too large") from None
 
 
 def _bytes(value: Any, _type: Any) -> bytes:
@@ -120,7 +187,7 @@ def _bytes(value: Any, _type: Any) -> bytes:
         return value
     try:
         return base64.b64decode(value, validate=True)
-    except (TypeError, binascii.Error) as error:
+    except (TypeError, ValueError) as error:
         raise TypeError(f"expected base64 text, got {_show(value)}") from error
 
 
@@ -135,10 +202,10 @@ def _literal(value: Any, kind: Any) -> Any:
     return value
 
 
-def _int_or_str(value: Any, _type: Any) -> int | str:
+def _int_or_str(value: Any, kind: Any) -> int | str:
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise TypeError(f"expected a whole number or text, got {_show(value)}")
-    return value
+    return _text(value, kind) if isinstance(value, str) else _int(value, kind)
 
 
 def _items(kind: Any, converter: cattrs.Converter) -> Any:
@@ -157,6 +224,22 @@ def _is_items(kind: Any) -> bool:
     return get_origin(kind) is list or (get_origin(kind) is tuple and get_args(kind)[1:] == (...,))
 
 
+def _is_table(kind: Any) -> bool:
+    origin: Any = get_origin(kind)
+    return origin is dict
+
+
+def _table(kind: Any, converter: cattrs.Converter) -> Any:
+    build = mapping_structure_factory(kind, converter)
+
+    def check_and_build(value: Any, kind: Any) -> Any:
+        if not isinstance(value, Mapping):
+            raise TypeError(f"expected a table, got {_show(value)}")
+        return build(value, kind)
+
+    return check_and_build
+
+
 def _attrs_class(cls: Any, converter: cattrs.Converter) -> Any:
     build = make_dict_structure_fn(cls, converter)
 
@@ -172,9 +255,9 @@ def _attrs_class(cls: Any, converter: cattrs.Converter) -> Any:
 
 def _make_converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True, prefer_attrib_converters=True)
-    converter.register_structure_hook(str, partial(_strict, str, "text"))
-    converter.register_structure_hook(int, partial(_strict, int, "a whole number"))
-    converter.register_structure_hook(bool, partial(_strict, bool, "true or false"))
+    converter.register_structure_hook(str, _text)
+    converter.register_structure_hook(int, _int)
+    converter.register_structure_hook(bool, _bool)
     converter.register_structure_hook(float, _float)
     converter.register_structure_hook(bytes, _bytes)
     converter.register_structure_hook_func(_is_literal, _literal)
@@ -184,6 +267,7 @@ def _make_converter() -> cattrs.Converter:
     )
     converter.register_structure_hook_factory(attrs.has, _attrs_class)
     converter.register_structure_hook_factory(_is_items, _items)
+    converter.register_structure_hook_factory(_is_table, _table)
     converter.register_unstructure_hook(bytes, lambda value: base64.b64encode(value).decode())
     return converter
 

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from weight_transfer.config.structuring import brief
 from weight_transfer.errors import ConfigError, IntegrityError
 from weight_transfer.model.manifest import Manifest
 from weight_transfer.model.safetensors_file import SafetensorsFile, Stamp, stamp_of
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+
+_MAX_NAME = 256  # characters of a file's name
 
 
 class CheckpointSource(WeightSource):
@@ -136,12 +139,16 @@ class CheckpointSource(WeightSource):
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             files = {name: str(file) for name, file in weight_map.items()}
-            outside = [file for file in files.values() if Path(file).name != file]
+            outside = [file for file in files.values() if not _is_file_name(file)]
             if outside:
-                raise ValueError(f"{outside[0]!r} is not the name of a file in this folder")
+                raise ValueError(f"{brief(outside[0])} is not the name of a file in this folder")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise IntegrityError(f"{index} is not a valid index of safetensors files.", cause=str(error)) from error
         if (self.path / self.SINGLE).is_file() and self.SINGLE not in files.values():
             logger.warning("%s has %s beside %s; the single file is sent", self.path, self.SINGLE, self.INDEX)
             return {}
         return files
+
+
+def _is_file_name(name: str) -> bool:
+    return Path(name).name == name and name.isprintable() and len(name) < _MAX_NAME

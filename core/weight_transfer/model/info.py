@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, TypeVar
 import attrs
 
 from weight_transfer.config.settings import to_seconds
-from weight_transfer.config.structuring import register, structure, unstructure
+from weight_transfer.config.structuring import brief, register, structure, unstructure
 from weight_transfer.errors import ManifestMismatchError
 from weight_transfer.model.manifest import Manifest, digest_json
 
@@ -125,7 +125,7 @@ class WeightNeeds:
     is_checkpoint_format: bool = True
     target: str = MODEL
     session: str | None = None
-    timeout: float | None = None
+    timeout: float | None = attrs.field(default=None, converter=attrs.converters.optional(to_seconds))
 
 
 def redefined_fields(cls: type[Any]) -> list[str]:
@@ -240,7 +240,7 @@ class WireDecoder:
             if not isinstance(wire, dict) or "digest" not in wire:
                 continue
             if "value" in wire:
-                if digest_json(wire["value"]) != wire["digest"]:
+                if _digest_of(wire["value"], name) != wire["digest"]:
                     raise ManifestMismatchError(
                         f"Field {name!r} of the update does not have the digest it came with; send it again."
                     )
@@ -273,6 +273,15 @@ class WireDecoder:
             wire = data.get(name)
             if isinstance(wire, dict) and "digest" in wire:
                 self._known[name] = (wire["digest"], getattr(info, name))
+
+
+def _digest_of(value: Any, name: str) -> str:
+    try:
+        return digest_json(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ManifestMismatchError(
+            f"Field {name!r} of the update is no JSON data.", cause=brief(str(error))
+        ) from error
 
 
 def _once_fields(cls: type[Any]) -> list[str]:

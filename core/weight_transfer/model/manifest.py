@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from weight_transfer.config.structuring import MAX_INT, brief, require_text
 from weight_transfer.errors import ManifestMismatchError
 from weight_transfer.model.naming import suggested_rename
 
@@ -28,9 +29,9 @@ def torch_dtype(name: str) -> torch.dtype:
     """
     import torch
 
-    dtype = getattr(torch, name, None)
+    dtype = vars(torch).get(name)  # torch imports whole packages when it is asked for their names as attributes
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"torch has no dtype {name!r}")
+        raise ValueError(f"torch has no dtype {brief(name)}")
     return dtype
 
 
@@ -39,15 +40,26 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+_MAX_DIMENSIONS = 64  # torch's own limit
+
+
 def _dimensions(shape: Iterable[int]) -> tuple[int, ...]:
     shape = tuple(shape)
     if any(isinstance(size, bool) or not isinstance(size, int) or size < 0 for size in shape):
-        raise ValueError(f"a shape holds whole numbers of at least 0, got {list(shape)}")
+        raise ValueError(f"a shape holds whole numbers of at least 0, got {brief(list(shape))}")
+    if len(shape) > _MAX_DIMENSIONS or any(size > MAX_INT for size in shape):
+        raise ValueError(f"no tensor has the shape {brief(list(shape))}")
     return shape
 
 
 def _is_dtype(_instance: object, _attribute: object, name: str) -> None:
     torch_dtype(name)
+
+
+def _is_name(_instance: object, _attribute: object, name: str) -> None:
+    if not isinstance(name, str):
+        raise ValueError(f"a parameter's name is text, got {brief(name)}")
+    require_text(name)
 
 
 @attrs.frozen
@@ -61,14 +73,17 @@ class ParamMeta:
         nbytes: size of the contiguous tensor in bytes.
     """
 
-    name: str
+    name: str = attrs.field(validator=_is_name)
     dtype: str = attrs.field(validator=_is_dtype)
     shape: tuple[int, ...] = attrs.field(converter=_dimensions)
     nbytes: int = attrs.field(init=False, eq=False)
 
     @nbytes.default
     def _nbytes(self) -> int:
-        return math.prod(self.shape) * torch_dtype(self.dtype).itemsize
+        nbytes = math.prod(self.shape) * torch_dtype(self.dtype).itemsize
+        if nbytes > MAX_INT:
+            raise ValueError(f"no tensor has the shape {brief(list(self.shape))}")
+        return nbytes
 
     def is_like(self, other: ParamMeta) -> bool:
         """Whether the other one has the same dtype and shape."""
@@ -86,7 +101,7 @@ def _unique(_instance: object, _attribute: object, params: tuple[ParamMeta, ...]
     seen: set[str] = set()
     for param in params:
         if param.name in seen:
-            raise ValueError(f"parameter {param.name!r} is listed twice")
+            raise ValueError(f"parameter {brief(param.name)} is listed twice")
         seen.add(param.name)
 
 
@@ -98,7 +113,8 @@ def _known(manifest: Manifest, _attribute: object, aliases: Mapping[str, str]) -
     names = {param.name for param in manifest.params}
     for alias, name in aliases.items():
         if alias in names or name not in names:
-            raise ValueError(f"{alias!r} is no further name of a listed parameter, but stands for {name!r}")
+            raise ValueError(f"{brief(alias)} is no further name of a listed parameter, but stands for {brief(name)}")
+        require_text(alias)
 
 
 @attrs.frozen(slots=False)
@@ -172,8 +188,10 @@ class Manifest:
         ):
             raise ValueError("a manifest holds exactly the lists names, dtype_names and shapes, and may hold aliases")
         aliases, partial = data.get("aliases", {}), data.get("partial", False)
-        if not isinstance(aliases, dict) or not all(isinstance(name, str) for name in aliases.values()):
-            raise ValueError(f"a manifest's aliases are names by name, got {aliases!r}")
+        if not isinstance(aliases, dict) or not all(isinstance(name, str) for pair in aliases.items() for name in pair):
+            raise ValueError(f"a manifest's aliases are names by name, got {brief(aliases)}")
+        if not isinstance(partial, bool):
+            raise ValueError(f"a manifest is partial or not, got {brief(partial)}")
         names, dtypes, shapes = (data[column] for column in columns)
         if not len(names) == len(dtypes) == len(shapes):
             raise ValueError(
@@ -182,7 +200,8 @@ class Manifest:
         for name, dtype, shape in zip(names, dtypes, shapes, strict=True):
             if not (isinstance(name, str) and isinstance(dtype, str) and isinstance(shape, list)):
                 raise ValueError(
-                    f"a parameter is a name, a dtype name and a list of sizes, got {name!r}, {dtype!r}, {shape!r}"
+                    f"a parameter is a name, a dtype name and a list of sizes, got {brief(name)}, {brief(dtype)}, "
+                    f"{brief(shape)}"
                 )
         return cls((ParamMeta(*row) for row in zip(names, dtypes, shapes, strict=True)), aliases, partial)
 

@@ -17,6 +17,7 @@ from typing import Any
 import attrs
 import torch
 
+from weight_transfer.config.structuring import brief
 from weight_transfer.errors import IntegrityError
 from weight_transfer.model.manifest import ParamMeta, torch_dtype
 
@@ -101,7 +102,7 @@ class SafetensorsFile:
             stamp = Stamp.of(os.fstat(file.fileno()))
             try:
                 return cls(path, stamp, _entries(file.fileno(), stamp.nbytes))
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError, EOFError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError, EOFError) as error:
                 raise _damaged(path, error) from error
 
     @contextmanager
@@ -163,7 +164,7 @@ def _entries(descriptor: int, nbytes: int) -> tuple[Entry, ...]:
         meta = ParamMeta(name, _dtype(fields["dtype"]), fields["shape"])
         first, last = fields["data_offsets"]
         if begin + first != end or last - first != meta.nbytes:
-            raise ValueError(f"the bytes of {name!r} are not where its header says")
+            raise ValueError(f"the bytes of {brief(name)} are not where its header says")
         entries.append(Entry(meta, end))
         end += meta.nbytes
     if end != nbytes:
@@ -172,8 +173,8 @@ def _entries(descriptor: int, nbytes: int) -> tuple[Entry, ...]:
 
 
 def _dtype(name: Any) -> str:
-    if name not in _DTYPES:
-        raise ValueError(f"dtype {name!r} is unknown")
+    if not isinstance(name, str) or name not in _DTYPES:
+        raise ValueError(f"dtype {brief(name)} is unknown")
     return _DTYPES[name]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
@@ -13,7 +14,7 @@ from typing import Any
 import attrs
 
 from weight_transfer.config.settings import WeightTransferConfig
-from weight_transfer.config.structuring import nearest, structure
+from weight_transfer.config.structuring import brief, nearest, structure
 from weight_transfer.config.switches import STRICT, TRACE, truth
 from weight_transfer.errors import ConfigError
 from weight_transfer.plugins.discovery import backends
@@ -32,6 +33,9 @@ ENVIRONMENT = {
 _FILE = ENV_PREFIX + "CONFIG"
 _FROM_KUBERNETES = re.compile(r"\w+_SERVICE_(HOST|PORT(_\w+)?)|\w+_PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?")
 """What Kubernetes sets in each container for a service such as ``weight-transfer-trainer``."""
+_MAX_BYTES = 2**20  # of a file
+_MAX_DOTS = 256  # in a line: the time that a dotted key takes grows with the square of its parts
+_FEW = 5  # names in a message
 _OWN_TABLES = ("cast", "options")
 """Keys whose values are tables; the other tables are backends'."""
 
@@ -64,7 +68,7 @@ def load_config(
             f'{where}: no backend is named; set backend, as in backend = "ipc" (`weight-transfer backends` lists them).'
         )
     if "options" not in core:
-        core["options"] = tables.get(str(core["backend"]), {})
+        core["options"] = tables.get(core["backend"], {}) if isinstance(core["backend"], str) else {}
     config = structure(core, WeightTransferConfig, where)
     _check_tables(tables, where)
     return _with_options(config, where)
@@ -87,22 +91,39 @@ def _read(source: Mapping[str, Any] | str | Path | None) -> tuple[str, dict[str,
     if isinstance(source, Mapping):
         table = source.get(TABLE, source)
         if not isinstance(table, Mapping):
-            raise ConfigError(f"configuration: {TABLE} must be a table of keys and values, got {table!r}.")
+            raise ConfigError(f"configuration: {TABLE} must be a table of keys and values, got {brief(table)}.")
         return "configuration", dict(table)
     if not isinstance(source, (str, Path)):
         raise ConfigError(
-            f"A configuration is a WeightTransferConfig, a dict or the path of a TOML file, got {source!r}."
+            f"A configuration is a WeightTransferConfig, a dict or the path of a TOML file, got {brief(source)}."
         )
     path = Path(source)
+    document = _parse(path)
+    if not isinstance(document.get(TABLE), dict):
+        found = ", ".join(itertools.islice(map(brief, document), _FEW)) or "nothing"
+        raise ConfigError(f"{path}: expected a [{TABLE}] table, found {found}.")
+    return f"{path} [{TABLE}]", document[TABLE]
+
+
+def _parse(path: Path) -> dict[str, Any]:
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
+            raise ConfigError(f"{path}: a configuration file has at most {_MAX_BYTES} bytes.")
+        text = data.decode()
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.count(".") > _MAX_DOTS:
+                raise ConfigError(f"{path}: line {number} has more than {_MAX_DOTS} dots; break it into several.")
+        return tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration file.", cause=str(error)) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ConfigError:
+        raise
+    except RecursionError as error:
+        raise ConfigError(f"{path}: not a valid TOML file.", cause="its values are nested too deeply") from error
+    except ValueError as error:  # of the syntax, of characters, or of a number
         raise ConfigError(f"{path}: not a valid TOML file.", cause=str(error)) from error
-    if not isinstance(document.get(TABLE), dict):
-        raise ConfigError(f"{path}: expected a [{TABLE}] table, found {', '.join(document) or 'nothing'}.")
-    return f"{path} [{TABLE}]", document[TABLE]
 
 
 def _environment() -> dict[str, Any]:
@@ -144,7 +165,7 @@ def _from_text(name: str, text: str) -> Any:
     if name == "cast":
         pairs = [part.rpartition("=") for part in text.split(",") if part.strip()]
         if not all(equals for _, equals, _ in pairs):
-            raise ValueError(f"expected pattern=dtype, separated by commas, got {text!r}")
+            raise ValueError(f"expected pattern=dtype, separated by commas, got {brief(text)}")
         return {pattern.strip(): dtype.strip() for pattern, _, dtype in pairs}
     return text
 
@@ -156,8 +177,9 @@ def _check_tables(tables: Mapping[str, Any], where: str) -> None:
         if name in keys:
             raise ConfigError(f"{where}: {name}: expected a value, got a table.")
         if name not in known:
-            hint = nearest(name, [*known, *keys]) or f"; installed backends are {', '.join(known)}."
-            raise ConfigError(f"{where}: unknown table {name!r}{hint}")
+            hint = nearest(name, [*known, *keys]) if isinstance(name, str) else ""
+            hint = hint or f"; installed backends are {', '.join(known)}."
+            raise ConfigError(f"{where}: unknown table {brief(name)}{hint}")
 
 
 def _with_options(config: WeightTransferConfig, where: str = "configuration") -> WeightTransferConfig:
