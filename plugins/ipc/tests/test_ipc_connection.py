@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -20,7 +21,8 @@ from weight_transfer import (
 from weight_transfer.memory.shared_memory import PrivateView, SharedMemory
 from weight_transfer.testing.actors import eventually
 from weight_transfer.values.deadline import Deadline
-from weight_transfer_ipc.connection import Connection, Listener
+from weight_transfer_ipc.connection import Connection
+from weight_transfer_ipc.listener import Listener, say_hello
 
 
 @pytest.fixture
@@ -28,7 +30,7 @@ def pair() -> Iterator[tuple[Connection, Connection]]:
     """Return the trainer's and the worker's end."""
     listener = Listener()
     worker = Connection.connect(listener.address, Deadline(5))
-    worker.send({"token": listener.token, "rank": 3}, [], Deadline(5))
+    say_hello(worker, listener.token, 3, None, Deadline(5))
     accepted = listener.accept(Deadline(5))
     assert accepted is not None
     rank, trainer = accepted
@@ -55,17 +57,6 @@ def test_a_segment_that_is_smaller_than_announced_is_refused() -> None:
         PrivateView(os.dup(memory.fd), 8192)
 
 
-def test_a_wrong_token_is_turned_away() -> None:
-    listener = Listener()
-    worker = Connection.connect(listener.address, Deadline(5))
-    worker.send({"token": "wrong", "rank": 1}, [], Deadline(5))
-    assert listener.accept(Deadline(5)) is None
-    with pytest.raises(PeerLostError):
-        worker.receive(Deadline(5))
-    worker.close()
-    listener.close()
-
-
 def test_a_silent_peer_is_a_timeout_and_a_dead_one_is_lost(pair: tuple[Connection, Connection]) -> None:
     trainer, worker = pair
     worker.check_alive()
@@ -90,6 +81,35 @@ def test_garbage_is_a_handshake_error(pair: tuple[Connection, Connection]) -> No
     trainer._socket.sendall(b"\0\0\0\4nope")
     with pytest.raises(HandshakeError, match="does not speak this protocol"):
         worker.receive(Deadline(5))
+
+
+def test_brackets_without_end_are_a_handshake_error(pair: tuple[Connection, Connection]) -> None:
+    trainer, worker = pair
+    sending = threading.Thread(
+        target=trainer.send_bytes, args=((900_000).to_bytes(4, "big") + b"[" * 900_000, Deadline(5))
+    )
+    sending.start()
+    with pytest.raises(HandshakeError, match="does not speak this protocol"):
+        worker.receive(Deadline(5))
+    sending.join()
+
+
+def test_a_message_that_trickles_in_is_a_timeout_in_time(pair: tuple[Connection, Connection]) -> None:
+    trainer, worker = pair
+    ended = threading.Event()
+
+    def trickle() -> None:
+        while not ended.wait(0.1):
+            trainer.send_bytes(b"\0", Deadline(5))
+
+    trickling = threading.Thread(target=trickle)
+    trickling.start()
+    since = time.monotonic()
+    with pytest.raises(TransferTimeoutError):
+        worker.receive(Deadline(0.25))
+    assert time.monotonic() - since < 0.6
+    ended.set()
+    trickling.join()
 
 
 def test_an_address_that_nobody_listens_on_is_a_lost_peer() -> None:

@@ -1,30 +1,29 @@
 """The Unix socket between the trainer and a worker: passes file descriptors, and tells at once when a peer dies.
 
-Addresses are abstract (Linux), so no file is left behind. Both ends check that the other one has the same user id, and
-the worker shows the token that came with its init info.
+Addresses are abstract (Linux), so no file is left behind. Both ends check whose process the other one is.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hmac
 import json
 import os
-import secrets
 import select
 import socket
 import struct
-import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from weight_transfer.authoring import Deadline
 from weight_transfer.errors import HandshakeError, PeerLostError
+
+if TYPE_CHECKING:
+    from weight_transfer.authoring import Deadline
 
 _LENGTH = struct.Struct("!I")
 _CREDENTIALS = struct.Struct("3i")  # struct ucred of unix(7): pid, uid, gid
 _MAX_MESSAGE = 1 << 20
-_ACCEPT_INTERVAL = 0.05  # seconds; on Linux nothing wakes an accept on a Unix socket
+_RETRY = 0.02  # seconds between two attempts to connect while others queue
 _MAX_SIGNALS = 4096  # bytes taken at a time
 _MAX_FDS = 64  # descriptors per message; the kernel's limit is 253
 
@@ -41,27 +40,32 @@ class Connection:
         gpu: UUID of a worker's GPU as hexadecimal text, None if its weights lie in host memory.
     """
 
-    gpu: object = None
+    gpu: str | None = None
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
         self._socket = sock
         self.peer = peer
-        self.pid, uid, _ = _CREDENTIALS.unpack(
-            sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        )
-        if uid != os.getuid():
+        self.pid, user = credentials(sock)
+        if not is_trusted(user):
             sock.close()
             raise HandshakeError(
-                f"User {uid} owns the other end, not {os.getuid()}; run both as one user.", backend="ipc", peer=peer
+                f"User {user} owns the other end, not {os.getuid()}; run both as one user.", backend="ipc", peer=peer
             )
 
     @classmethod
     def connect(cls, address: str, deadline: Deadline, peer: str = "trainer") -> Connection:
         """Connect to a listener; ``peer`` is how messages call it."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.settimeout(max(deadline.remaining(), 1e-3))
         try:
-            sock.connect("\0" + address)
+            while True:
+                try:
+                    sock.settimeout(max(deadline.remaining(), 1e-3))
+                    sock.connect("\0" + address)
+                    break
+                except BlockingIOError:  # too many queue there: Linux does not wait
+                    if deadline.expired:
+                        raise
+                    time.sleep(_RETRY)
         except OSError as error:
             sock.close()
             raise PeerLostError(
@@ -84,21 +88,25 @@ class Connection:
         with _mapped(self, deadline, "waiting for"):
             head, fds, _, _ = socket.recv_fds(self._socket, _LENGTH.size, _MAX_FDS)
             try:
-                return self._message(head), fds
+                return self._message(head, deadline), fds
             except BaseException:
                 for fd in fds:
                     os.close(fd)
                 raise
 
+    def send_bytes(self, data: bytes, deadline: Deadline) -> None:
+        """Send some bytes as they are."""
+        with _mapped(self, deadline, "sending to"):
+            self._socket.sendall(data)
+
     def signal(self, deadline: Deadline) -> None:
         """Send one byte."""
-        with _mapped(self, deadline, "sending to"):
-            self._socket.sendall(b"\1")
+        self.send_bytes(b"\1", deadline)
 
     def await_signal(self, deadline: Deadline) -> None:
         """Wait for one byte."""
         with _mapped(self, deadline, "waiting for"):
-            self._exactly(1)
+            self._exactly(1, deadline)
 
     def take_signals(self) -> int:
         """Return how many bytes have arrived; waits for nothing."""
@@ -155,23 +163,24 @@ class Connection:
         """Close the socket."""
         self._socket.close()
 
-    def _message(self, head: bytes) -> dict[str, Any]:
-        (length,) = _LENGTH.unpack(head + self._exactly(_LENGTH.size - len(head)))
+    def _message(self, head: bytes, deadline: Deadline) -> dict[str, Any]:
+        (length,) = _LENGTH.unpack(head + self._exactly(_LENGTH.size - len(head), deadline))
         if length <= _MAX_MESSAGE:
-            with contextlib.suppress(ValueError):
-                message = json.loads(self._exactly(length))
+            with contextlib.suppress(ValueError, RecursionError):
+                message = json.loads(self._exactly(length, deadline))
                 if isinstance(message, dict):
                     return message
         raise HandshakeError("The other end does not speak this protocol.", backend="ipc", peer=self.peer)
 
-    def _exactly(self, count: int) -> bytes:
-        data = b""
+    def _exactly(self, count: int, deadline: Deadline) -> bytes:
+        data = bytearray()
         while len(data) < count:
+            self._socket.settimeout(max(deadline.remaining(), 1e-3))  # of each part: they may trickle
             part = self._socket.recv(count - len(data))
             if not part:
                 raise self._lost()
             data += part
-        return data
+        return bytes(data)
 
     def _lost(self, error: OSError | None = None) -> PeerLostError:
         return PeerLostError(
@@ -180,6 +189,17 @@ class Connection:
             peer=self.peer,
             cause=str(error) if error else None,
         )
+
+
+def credentials(sock: socket.socket) -> tuple[int, int]:
+    """Return the process id and the user id of the other end when it connected or listened."""
+    pid, user, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    return pid, user
+
+
+def is_trusted(user: int) -> bool:
+    """Return whether the processes of a user may be at the other end: this process's own user, and root."""
+    return user in (os.getuid(), 0)
 
 
 class _mapped:  # noqa: N801  (used like a function)
@@ -198,67 +218,3 @@ class _mapped:  # noqa: N801  (used like a function)
         if isinstance(error, TimeoutError):
             raise self._deadline.timeout(f"{self._what} {peer}", backend="ipc", peer=peer) from error
         raise self._connection._lost(error) from error  # noqa: SLF001
-
-
-class Listener:
-    """The trainer's end, where workers connect.
-
-    Attributes:
-        address: abstract Unix address, without its leading zero byte.
-        token: what a worker must show.
-    """
-
-    def __init__(self) -> None:
-        self.address = f"weight-transfer-{secrets.token_hex(8)}"
-        self.token = secrets.token_hex(16)
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.bind("\0" + self.address)
-        self._socket.listen(64)
-        self._interrupted = threading.Event()
-
-    def accept(self, deadline: Deadline, wanted: Callable[[], bool] = lambda: True) -> tuple[int, Connection] | None:
-        """Wait for the next worker that shows the token, as long as one is ``wanted``.
-
-        Returns:
-            Its rank and connection; None for an impostor, or if none is wanted any more.
-        """
-        sock = self._next(deadline, wanted)
-        if sock is None:
-            return None
-        try:
-            connection = Connection(sock, "a worker")
-            hello, fds = connection.receive(Deadline(min(deadline.remaining(), 5.0)))
-        except (HandshakeError, PeerLostError, TimeoutError):
-            sock.close()
-            return None
-        for fd in fds:
-            os.close(fd)
-        if not hmac.compare_digest(str(hello.get("token")), self.token) or not isinstance(hello.get("rank"), int):
-            connection.close()
-            return None
-        connection.gpu = hello.get("gpu")
-        return hello["rank"], connection
-
-    def interrupt(self) -> None:
-        """End a running `accept`, and all later ones."""
-        self._interrupted.set()
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether it is of no more use."""
-        return self._interrupted.is_set()
-
-    def _next(self, deadline: Deadline, wanted: Callable[[], bool]) -> socket.socket | None:
-        self._socket.settimeout(_ACCEPT_INTERVAL)
-        while not self._interrupted.is_set():
-            if not wanted():
-                return None
-            if deadline.expired:
-                raise deadline.timeout("waiting for a worker to connect", backend="ipc", phase="init")
-            with contextlib.suppress(TimeoutError):
-                return self._socket.accept()[0]
-        raise PeerLostError("Waiting for workers to connect was interrupted.", backend="ipc", phase="init")
-
-    def close(self) -> None:
-        """Stop listening."""
-        self._socket.close()

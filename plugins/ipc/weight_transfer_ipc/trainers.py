@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from weight_transfer.errors import HandshakeError, PeerLostError
 from weight_transfer_ipc.connection import Connection
+from weight_transfer_ipc.listener import say_hello
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +38,7 @@ class Trainers:
         for number, info in enumerate(infos):
             connection = Connection.connect(info.address, deadline, rank_name(number, len(infos)))
             self._connections.append(connection)
-            connection.send({"token": info.token, "rank": rank, "gpu": gpu}, [], deadline)
+            say_hello(connection, info.token, rank, gpu, deadline)
         for connection in self._connections:
             welcome, _ = connection.receive(deadline)
             if welcome != {"welcome": rank}:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import select
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from weight_transfer import PeerLostError, TransferError
+from weight_transfer import HandshakeError, PeerLostError, TransferError
 from weight_transfer.values.deadline import Deadline
 from weight_transfer_nccl.group import Group
-from weight_transfer_nccl.rendezvous import Rendezvous, new_secret, open_store
+from weight_transfer_nccl.meeting_place import MeetingPlace
+from weight_transfer_nccl.members import prove_each_other
 from weight_transfer_nccl.sockets import published_end
 
 CPU = torch.device("cpu")
@@ -21,14 +26,14 @@ LARGE = 64 * 2**20  # bytes; more than connections hold
 
 
 def joined(count: int = 2) -> list[Group]:
-    store, port = open_store("127.0.0.1", 0)
-    meeting = Rendezvous(address="127.0.0.1", port=port, secret=new_secret(), transport="gloo")
-    groups = [Group(None if rank else store, meeting, rank, count, CPU) for rank in range(count)]
+    place = MeetingPlace("127.0.0.1", 0)
+    groups = [Group(place.meeting("gloo"), rank, count, CPU) for rank in range(count)]
     threads = [threading.Thread(target=group.join, args=(Deadline(20), str)) for group in groups]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    place.close()
     return groups
 
 
@@ -70,15 +75,14 @@ def test_an_abort_leaves_other_connections_and_groups_alone(pair: list[Group]) -
 
 
 def test_joining_can_be_aborted_and_leaves_no_group_behind() -> None:
-    store, port = open_store("127.0.0.1", 0)
-    meeting = Rendezvous(address="127.0.0.1", port=port, secret=new_secret(), transport="gloo")
-    group = Group(None, meeting, 1, 2, CPU)
+    place = MeetingPlace("127.0.0.1", 0)
+    group = Group(place.meeting("gloo"), 1, 2, CPU)
     threading.Timer(0.2, group.abort).start()
     with pytest.raises(TransferError, match="aborted"):
         group.join(Deadline(60), str)
     with pytest.raises(PeerLostError, match="aborted"):
         group.broadcast([torch.zeros(1, dtype=torch.uint8)], Deadline(1))
-    del store
+    place.close()
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, ConnectionError, KeyError])
@@ -91,6 +95,31 @@ def test_what_is_raised_in_a_guard_is_raised(pair: list[Group], kind: type[Excep
 def test_a_guard_whose_group_was_aborted_meanwhile_is_no_success(pair: list[Group]) -> None:
     with pytest.raises(PeerLostError, match="aborted"), pair[0].guard(Deadline(10)):
         pair[0].abort()
+
+
+def test_once_all_have_joined_strangers_are_not_even_accepted(pair: list[Group]) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for end in pair[0]._ends:
+        with socket.socket() as stranger:
+            stranger.setblocking(False)
+            assert stranger.connect_ex(end) == errno.EINPROGRESS
+            assert not select.select([], [stranger], [], 0.2)[1]
+    assert len(os.listdir("/proc/self/fd")) == before
+    sent, received = torch.full((9,), 7, dtype=torch.uint8), torch.zeros(9, dtype=torch.uint8)
+    works = [pair[0].broadcast([sent], Deadline(10)), pair[1].broadcast([received], Deadline(10))]
+    for work in works:
+        work.wait()
+    assert received.tolist() == [7] * 9
+
+
+def test_who_does_not_know_the_secret_is_found_at_the_other_end_of_a_connection(pair: list[Group]) -> None:
+    def prove(rank: int, secret: str) -> None:
+        prove_each_other(pair[rank]._backend, secret, rank, {1 - rank}, str, Deadline(10))
+
+    with ThreadPoolExecutor() as pool:
+        for secrets, found in ((("a", "a"), None), (("a", "b"), HandshakeError)):
+            both = [pool.submit(prove, rank, secret) for rank, secret in enumerate(secrets)]
+            assert [type(one.exception()) for one in both] == [found or type(None)] * 2
 
 
 def test_ipv4_and_ipv6_addresses_are_read_from_records() -> None:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
 import ipaddress
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from weight_transfer.authoring import Deadline
 from weight_transfer_nccl.rendezvous import Rendezvous, dist
 
-if TYPE_CHECKING:
-    from weight_transfer.authoring import Deadline
-
 _NEVER = timedelta(days=365)  # NCCL's own watchdog would end the process: deadlines are ours
+_ENDING = 3.0  # seconds for groups that are being closed when the interpreter ends
+_closing: set[threading.Thread] = set()
 
 
 def build(meeting: Rendezvous, store: Any, rank: int, world_size: int, device: torch.device, deadline: Deadline) -> Any:
@@ -39,6 +41,29 @@ def close(last_reference: list[Any], transport: str) -> None:
     if transport == "nccl":
         last_reference[0].abort()
     last_reference.clear()
+
+
+def begin_close(last_reference: list[Any], transport: str) -> threading.Thread:
+    """Begin to `close`, which may take for ever if a peer stands still; return the thread that does it.
+
+    The interpreter gives it a moment when it ends: a group that is being torn down then would abort the process.
+    """
+    closing = threading.Thread(target=_close_and_forget, args=(last_reference, transport), daemon=True)
+    _closing.add(closing)
+    closing.start()
+    return closing
+
+
+def _close_and_forget(last_reference: list[Any], transport: str) -> None:
+    close(last_reference, transport)
+    _closing.discard(threading.current_thread())
+
+
+@atexit.register
+def _await_closing() -> None:
+    deadline = Deadline(_ENDING)
+    for closing in list(_closing):
+        closing.join(deadline.remaining())
 
 
 def _gloo_device(meeting: Rendezvous) -> Any:

@@ -22,7 +22,8 @@ class NcclOptions:
     Attributes:
         transport: ``"nccl"`` for CUDA tensors, ``"gloo"`` for CPU tensors, ``"auto"`` by the device of the weights.
         address: the trainer's address, where it opens the rendezvous and the workers find it. Anything but a loopback
-            address opens it to the network; a worker then needs a secret that only the control channel carries.
+            address opens it to the network. It is open while members join, for those who prove to know a secret that
+            only the control channel carries.
         port: TCP port of the rendezvous; 0 takes a free one.
         interface: network interface for gloo's connections, such as ``"eth0"``; default is the one of ``address`` on
             loopback, else the one of the host's name. NCCL reads ``NCCL_SOCKET_IFNAME`` instead.

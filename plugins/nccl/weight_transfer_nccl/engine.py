@@ -24,12 +24,13 @@ from weight_transfer.authoring import (
 from weight_transfer.engine import LoadWeights, TrainerWeightTransferEngine, WeightTransferEngine, WorkerSlot
 from weight_transfer.errors import ConfigError, HandshakeError, ManifestMismatchError
 from weight_transfer_nccl.buffers import Buffers
-from weight_transfer_nccl.group import Group, abort_groups, join_groups
+from weight_transfer_nccl.group import Group, join_groups
+from weight_transfer_nccl.meeting_place import MeetingPlace
 from weight_transfer_nccl.plan import Layout, Plan, make_plan
 from weight_transfer_nccl.receiving import Receiving
 from weight_transfer_nccl.region_receiving import RegionReceiving
 from weight_transfer_nccl.region_sending import RegionSending
-from weight_transfer_nccl.rendezvous import Rendezvous, new_secret, open_store
+from weight_transfer_nccl.rendezvous import Rendezvous
 from weight_transfer_nccl.sending import Sending
 
 if TYPE_CHECKING:
@@ -76,8 +77,9 @@ class _Groups:
         return [group for group in own if group is not None]
 
     def abort(self) -> None:
-        """End everything."""
-        abort_groups(self.all())
+        """Make everything end soon."""
+        for group in self.all():
+            group.begin_abort()
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
@@ -101,6 +103,7 @@ class NcclTrainerEngine(TrainerWeightTransferEngine[NcclInitInfo, NcclUpdateInfo
         self._layout = Layout(config.bucket_bytes, config.buckets, config.options.direct_bytes)
         self._peers: list[str] = []
         self._groups = _Groups(None, None)
+        self._place: MeetingPlace | None = None
         self._buffers = Buffers(config.buckets, self._device)
         self._plan: Plan | None = None
         self._sending: Sending | None = None
@@ -109,12 +112,10 @@ class NcclTrainerEngine(TrainerWeightTransferEngine[NcclInitInfo, NcclUpdateInfo
     def open_endpoint(self, slots: Sequence[WorkerSlot], deadline: Deadline) -> list[dict[str, Any]]:
         options = self.config.options
         transport = _transport(options.transport, self._device)
-        store, port = open_store(options.address, options.port)
-        meeting = Rendezvous(
-            address=options.address, port=port, secret=new_secret(), transport=transport, interface=options.interface
-        )
-        whole = Group(store, meeting, 0, slots[0].world_size, self._device)
-        self._open(whole, store, meeting, slots)
+        self._close_place()
+        self._place = MeetingPlace(options.address, options.port)
+        meeting = self._place.meeting(transport, options.interface)
+        self._open(Group(meeting, 0, slots[0].world_size, self._device), meeting, slots)
         return [{"rendezvous": meeting, "layout": self._layout} for _ in slots]
 
     def open_rank(self, first: Mapping[str, Any], slots: Sequence[WorkerSlot], deadline: Deadline) -> dict[str, Any]:
@@ -123,12 +124,12 @@ class NcclTrainerEngine(TrainerWeightTransferEngine[NcclInitInfo, NcclUpdateInfo
         info: NcclInitInfo = structure({**own, **place}, NcclInitInfo, "what trainer rank 0 opened")
         _require_same_transport("Trainer rank 0", info.rendezvous, f"trainer rank {self._rank}", self._device)
         self._layout = info.layout
-        self._open(None, None, info.rendezvous, slots)
+        self._open(None, info.rendezvous, slots)
         return {"rendezvous": info.rendezvous, "layout": info.layout}
 
-    def _open(self, whole: Group | None, store: Any | None, meeting: Rendezvous, slots: Sequence[WorkerSlot]) -> None:
+    def _open(self, whole: Group | None, meeting: Rendezvous, slots: Sequence[WorkerSlot]) -> None:
         ranks, workers = self.parallel_config.world_size, slots[0].world_size - 1
-        regions = whole if ranks == 1 else _regions_group(store, meeting, self._rank, ranks, workers, self._device)
+        regions = whole if ranks == 1 else _regions_group(meeting, self._rank, ranks, workers, self._device)
         self._groups = _Groups(whole, regions)
         self._peers = [
             slot.peer for slot in sorted(slots, key=lambda slot: slot.rank_offset) for _ in range(slot.count)
@@ -146,9 +147,12 @@ class NcclTrainerEngine(TrainerWeightTransferEngine[NcclInitInfo, NcclUpdateInfo
         def name_of(trainers: int, member: int) -> str:
             return f"trainer rank {member}" if member < trainers else self._peers[member - trainers]
 
-        join_groups(
-            [(group, partial(name_of, 1 if group is whole else ranks)) for group in self._groups.all()], deadline
-        )
+        groups = [(group, partial(name_of, 1 if group is whole else ranks)) for group in self._groups.all()]
+        try:
+            join_groups(groups, deadline)
+        finally:
+            if self._place is not None:
+                self._place.stop_listening()
 
     def describe_update(self, source: WeightSource, manifest: Manifest, deadline: Deadline) -> dict[str, Any]:
         if self._plan is None or self._plan.manifest is not manifest:
@@ -177,9 +181,15 @@ class NcclTrainerEngine(TrainerWeightTransferEngine[NcclInitInfo, NcclUpdateInfo
 
     def shutdown(self) -> None:
         self.abort_update()
+        self._close_place()
         self._groups = _Groups(None, None)
         self._plan = self._sending = self._regions = None
         self._buffers = Buffers(self.config.buckets, self._device)
+
+    def _close_place(self) -> None:
+        if self._place is not None:
+            self._place.close()
+            self._place = None
 
     @property
     def extra_memory(self) -> int:
@@ -210,9 +220,9 @@ class NcclWorkerEngine(WeightTransferEngine[NcclInitInfo, NcclUpdateInfo]):
         self._layout = init_info.layout
         self._buffers = Buffers(self._layout.buckets, self._device)
         rank = init_info.rank_offset + self.parallel_config.rank
-        whole = Group(None, meeting, rank, init_info.world_size, self._device)
+        whole = Group(meeting, rank, init_info.world_size, self._device)
         member = ranks - 1 + rank
-        regions = whole if ranks == 1 else _regions_group(None, meeting, member, ranks, workers, self._device)
+        regions = whole if ranks == 1 else _regions_group(meeting, member, ranks, workers, self._device)
         self._groups = _Groups(whole, regions)
         self._regions = RegionReceiving(self._layout, rank - 1, ranks, workers, self._device, self._buffers)
 
@@ -259,10 +269,8 @@ class NcclWorkerEngine(WeightTransferEngine[NcclInitInfo, NcclUpdateInfo]):
         return self._buffers.nbytes if self._buffers is not None else 0
 
 
-def _regions_group(
-    store: Any | None, meeting: Rendezvous, member: int, ranks: int, workers: int, device: torch.device
-) -> Group:
-    return Group(store, meeting, member, ranks + workers, device, trainers=ranks)
+def _regions_group(meeting: Rendezvous, member: int, ranks: int, workers: int, device: torch.device) -> Group:
+    return Group(meeting, member, ranks + workers, device, trainers=ranks)
 
 
 def _require_same_transport(other: str, meeting: Rendezvous, this: str, device: torch.device) -> None:

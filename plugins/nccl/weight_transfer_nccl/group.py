@@ -1,4 +1,4 @@
-"""A communicator of our own: one process group per trainer and its workers, built on a store that the trainer opens.
+"""A communicator of our own: one process group per trainer and its workers, who meet where the trainer listens.
 
 The user's default process group is neither created, needed nor touched.
 """
@@ -6,9 +6,8 @@ The user's default process group is neither created, needed nor touched.
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -16,22 +15,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from weight_transfer.errors import PeerLostError, TransferError
-from weight_transfer_nccl.communicators import build, close
-from weight_transfer_nccl.rendezvous import Rendezvous, dist, first_line, reach_store
-from weight_transfer_nccl.sockets import End, break_connections, published_end
+from weight_transfer_nccl.communicators import begin_close, build, close
+from weight_transfer_nccl.member_store import MemberStore
+from weight_transfer_nccl.members import POLL, await_members, gloo_ends, here, prove_each_other
+from weight_transfer_nccl.rendezvous import Rendezvous, dist, first_line
+from weight_transfer_nccl.sockets import End, break_connections, stop_hearing
 from weight_transfer_nccl.works import MARGIN, Work, aborted, errors_of_torch
 
 if TYPE_CHECKING:
     from weight_transfer.authoring import Deadline
 
-_POLL = 0.02  # seconds between two looks at the store
 _GRACE = 0.5  # seconds in which a thread may say why it failed at its deadline
 _ABORT_WAIT = 3.0  # seconds
-_STORE_TIMEOUT = timedelta(seconds=2)
 _LAST_WORKS = 64  # more than are under way: those before have been waited for
-_FIRST_CONTEXT = 0  # the number under which gloo publishes the addresses of a group's first connections
 _FEW = 64  # members; of more, only those pairs are connected between which something travels
-_TAGS = 2**31
+_TAGS = 2**31 - 1  # the last one is that of proofs
 
 Parcel = tuple[int, torch.Tensor]
 """The rank of the other member, and what goes to it or comes from it: contiguous, uint8, not empty."""
@@ -41,7 +39,6 @@ class Group:
     """A process group of the trainer's ranks (from 0) and its workers.
 
     Args:
-        store: the trainer's; None: it is reached by `join`.
         meeting: where the members meet.
         rank: of this one.
         world_size: their number.
@@ -51,7 +48,6 @@ class Group:
 
     def __init__(
         self,
-        store: Any | None,
         meeting: Rendezvous,
         rank: int,
         world_size: int,
@@ -60,8 +56,7 @@ class Group:
     ) -> None:
         self.device = device
         self._meeting = meeting
-        self._prefix = meeting.secret if trainers == 1 else f"{meeting.secret}/{trainers}"
-        self._store: Any = store and dist.PrefixStore(self._prefix, store)
+        self._store: MemberStore | None = None
         self._rank = rank
         self._world_size = world_size
         self._trainers = trainers
@@ -184,61 +179,66 @@ class Group:
         self._aborted.set()
         with self._building:
             backend, self._backend = self._backend, None
+            if self._store is not None:
+                self._store.close()
         if backend is None:
             return None
         # NCCL's abort ends the running kernels and then waits for its peers, for ever if one of them is stopped.
-        # gloo has none: its operations end with their connections, or else by their own timeouts. A group that is being
-        # torn down when the interpreter ends would abort the process.
+        # gloo has none: its operations end with their connections, or else by their own timeouts.
         break_connections(self._ends)
-        closing = threading.Thread(target=close, args=([backend], self._meeting.transport), daemon=True)
+        last_reference = [backend]
         del backend
-        closing.start()
-        return closing
+        return begin_close(last_reference, self._meeting.transport)
 
     def arrive(self, deadline: Deadline) -> None:
-        """Reach the store, and say there that this member is here."""
-        self._store = self._store or dist.PrefixStore(self._prefix, reach_store(self._meeting, deadline))
-        self._store.set(f"here/{self._rank}", "")
+        """Come to the meeting place, and say there that this member is here."""
+        store = MemberStore(self._meeting, deadline)
+        with self._building:
+            self._store = store
+        if self._aborted.is_set():
+            store.close()
+            self.require_joining()
+        self._named(store).set(here(self._rank), "")
 
     def meet(self, deadline: Deadline, name_of: Callable[[int], str]) -> None:
         """Build the communicator with the other members once they have arrived, for as long as it takes."""
-        store = self._store
-        self._await_members(store, deadline, name_of)
+        assert self._store is not None
+        store = self._named(self._store)
+        await_members(store, self._rank, self._world_size, name_of, self.require_joining, deadline)
         built = [build(self._meeting, store, self._rank, self._world_size, self.device, deadline)]
-        ends = self._published(store)
+        ends = gloo_ends(store, self._world_size) if self._meeting.transport == "gloo" else {}
         with self._building:
             if not self._aborted.is_set():
-                self._backend, self._ends = built.pop(), ends
+                self._backend, self._ends = built.pop(), frozenset(ends.values())
         if built:  # nobody waits for it any more
             close(built, self._meeting.transport)
             self.require_joining()
+        if self._meeting.transport == "gloo":
+            self._trust_gloo(ends, deadline, name_of)
         self._token = torch.zeros(1, dtype=torch.uint8, device=self.device)
         self._warm_up(deadline)
-        store.set_timeout(_STORE_TIMEOUT)  # its host may stand still when torch asks it
+        self._store.joined()
+
+    def _named(self, store: MemberStore) -> Any:
+        return dist.PrefixStore(str(self._trainers), store)
+
+    def _trust_gloo(self, ends: Mapping[int, End], deadline: Deadline, name_of: Callable[[int], str]) -> None:
+        """Make sure that all its connections are to members, and that there will be no others."""
+        backend = self._backend
+        if backend is None:
+            raise aborted(deadline, self._doing)
+        others = set(range(self._world_size)) - {self._rank}
+        try:
+            prove_each_other(backend, self._meeting.secret + str(self._trainers), self._rank, others, name_of, deadline)
+        finally:
+            backend = None  # a traceback would keep it
+        if self._rank in ends:
+            stop_hearing(ends[self._rank])
 
     def require_joining(self) -> None:
         """Raise if joining was aborted."""
         if self._aborted.is_set():
             raise TransferError("Joining was aborted.", backend="nccl", phase="init")
-
-    def _await_members(self, store: Any, deadline: Deadline, name_of: Callable[[int], str]) -> None:
-        missing = [rank for rank in range(self._world_size) if rank != self._rank]
-        while True:
-            missing = [rank for rank in missing if not store.check([f"here/{rank}"])]
-            if not missing:
-                return
-            self.require_joining()
-            if deadline.expired:
-                names = ", ".join(name_of(rank) for rank in missing)
-                raise deadline.timeout(f"waiting for {names} to join", backend="nccl", phase="init", peer=names)
-            time.sleep(_POLL)
-
-    def _published(self, store: Any) -> Set[End]:
-        """Return where the members of a gloo group listen; those that cannot be found out are left out."""
-        members = range(self._world_size if self._meeting.transport == "gloo" else 0)
-        keys = [f"{_FIRST_CONTEXT}/{rank}" for rank in members]
-        found = {published_end(store.get(key)) for key in keys if store.check([key])}
-        return {end for end in found if end is not None}
 
     def _warm_up(self, deadline: Deadline) -> None:
         """Connect now, so that the first update does not pay for it."""
@@ -284,15 +284,18 @@ def join_groups(groups: Sequence[tuple[Group, Callable[[int], str]]], deadline: 
             outcome.append(error)
         done.set()
 
-    # torch asks a store whose host stands still for ever: that costs a thread, not this one.
+    # Building waits for members that stand still, for ever over NCCL: that costs a thread, not this one.
     threading.Thread(target=meet, name="weight-transfer nccl join", daemon=True).start()
     try:
-        while not done.wait(_POLL):
+        while not done.wait(POLL):
             for group, _ in groups:
                 group.require_joining()
             if deadline.expired and not done.wait(_GRACE):
                 raise deadline.timeout("building the communicator", backend="nccl", phase="init")
         error = outcome[0]
+        if error is not None:  # it may be an echo of the abort
+            for group, _ in groups:
+                group.require_joining()
         if isinstance(error, TransferError) and error.phase == "init":
             raise error
         if error is not None:

@@ -14,7 +14,6 @@ import torch
 
 from weight_transfer.authoring import ALIGNMENT, as_bytes
 from weight_transfer_nccl.group import Parcel
-from weight_transfer_nccl.pieces import Places
 from weight_transfer_nccl.routes import ALL
 from weight_transfer_nccl.views import Copies, Ends, View
 
@@ -36,7 +35,6 @@ class Launch:
         bucket: number of the bucket that some of them lie in, or None.
         copies: between the bucket and the tensors.
         in_place: whether bytes travel from or into tensors.
-        places: of the tensors.
         nbytes: of weights.
     """
 
@@ -44,7 +42,6 @@ class Launch:
     bucket: int | None
     copies: Copies
     in_place: bool
-    places: Places
     nbytes: int
 
     def start(self, group: Group, deadline: Deadline) -> Work:
@@ -69,7 +66,7 @@ def make_launches(
     ends = Ends(tensors, buffers.device, outgoing)
     drafts = []
     for together in _rounds(routes):
-        draft = _Draft(ends, manifest, tensors)
+        draft = _Draft(ends, manifest)
         for route, batch in together:
             draft.add(route, batch)
         drafts.append(draft)
@@ -94,13 +91,11 @@ class _Draft:
         need: bytes of a bucket.
     """
 
-    def __init__(self, ends: Ends, manifest: Manifest, tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(self, ends: Ends, manifest: Manifest) -> None:
         self.need = 0
         self._ends = ends
         self._manifest = manifest
-        self._tensors = tensors
         self._nbytes = 0
-        self._used: dict[int, None] = {}
         self._parcels: list[tuple[int, torch.Tensor | tuple[int, int]]] = []
         self._staged: list[tuple[int, View]] = []
 
@@ -129,8 +124,7 @@ class _Draft:
         ]
         copies = self._ends.copies(bucket, self._staged)
         in_place = any(isinstance(data, torch.Tensor) for _, data in self._parcels)
-        places = Places([self._tensors[number] for number in self._used])
-        return Launch(parcels, number, copies, in_place, places, self._nbytes)
+        return Launch(parcels, number, copies, in_place, self._nbytes)
 
     def _stage(self, nbytes: int) -> int:
         base = self.need
@@ -140,6 +134,5 @@ class _Draft:
     def _view(self, route: Route, slot: Slot) -> View:
         piece, start, shape = route.boxes.part(slot)
         number, first = self._ends.place(route.pieces, piece)
-        self._used[number] = None
         meta = self._manifest.params[int(route.pieces.param[piece])]
         return self._ends.view(number, [a + b for a, b in zip(first, start, strict=True)], shape, meta)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from weight_transfer.authoring import Slot, as_bytes, copy_converted, laid_out, torch_dtype
 
@@ -13,29 +12,6 @@ if TYPE_CHECKING:
 
     from weight_transfer.authoring import Manifest, WeightSource
     from weight_transfer_nccl.plan import Batch
-
-_address = operator.methodcaller("data_ptr")
-_strides = operator.methodcaller("stride")
-
-
-class Places:
-    """Where some tensors lie in memory.
-
-    What was derived from their addresses once holds as long as they stay. It is asked batch by batch, while earlier
-    ones are on their way: for all of a large model's tensors that takes as long as sending a gigabyte.
-    """
-
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._tensors = tensors
-        self._addresses = list(map(_address, tensors))
-        self._all_strides = list(map(_strides, tensors))
-
-    @property
-    def unchanged(self) -> bool:
-        """Whether all of them still lie there."""
-        return _all_equal(map(_address, self._tensors), self._addresses) and _all_equal(
-            map(_strides, self._tensors), self._all_strides
-        )
 
 
 def piece_of(tensor: torch.Tensor, slot: Slot) -> torch.Tensor:
@@ -88,7 +64,3 @@ class Masters:
                 copy_converted(tensor, slot, torch_dtype(manifest.params[slot.param].dtype), view)
             if slot.last:
                 del self._held[slot.param]
-
-
-def _all_equal(found: Iterable[Any], expected: Iterable[Any]) -> bool:
-    return all(map(operator.eq, found, expected))

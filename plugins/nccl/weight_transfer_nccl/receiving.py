@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
-from weight_transfer.authoring import Slot, bucket_views, destinations_of, torch_dtype, typed_view
+from weight_transfer.authoring import HostCopies, Slot, bucket_views, destinations_of, torch_dtype, typed_view
 from weight_transfer_nccl.buffers import WINDOW, Buffers
 from weight_transfer_nccl.lanes import Lane
-from weight_transfer_nccl.pieces import Places, piece_of
+from weight_transfer_nccl.pieces import piece_of
+from weight_transfer_nccl.views import Copies
 
 if TYPE_CHECKING:
     from weight_transfer.authoring import Deadline, Manifest
@@ -33,18 +34,20 @@ class _Landing:
     Attributes:
         data: uint8 tensors, one for each broadcast.
         bucket: number of the bucket that holds some of them; None: all arrive in the worker's own tensors.
-        whole: the parameters that are complete once it has arrived.
+        whole: the parameters that are complete once it has arrived, for a loader that does not just copy.
+        copies: out of the bucket into the worker's own tensors, if it does.
+        written: bytes of the worker's own tensors that are filled by these, or when it arrives; None if none can be.
         parts: pieces of others, in the bucket.
         in_place: whether bytes arrive in the worker's own tensors.
-        places: of the worker's own tensors in it.
     """
 
     data: list[torch.Tensor]
     bucket: int | None
     whole: Weights
+    copies: Copies | HostCopies
+    written: int | None
     parts: list[tuple[Slot, torch.Tensor]]
     in_place: bool
-    places: Places
 
 
 class Receiving:
@@ -79,11 +82,6 @@ class Receiving:
                 group.begin(deadline).wait()
             self._arriving.finish(deadline, _WHAT)  # until here no byte can have come
             for index in range(len(plan.batches)):
-                if not self._landings[index].places.unchanged:
-                    while posted:
-                        load_next()
-                    self._loading.finish(deadline, _WHAT)
-                    self._prepare(plan, destinations)
                 landing = self._landings[index]
                 while _is_full(posted, landing.bucket):
                     load_next()
@@ -106,7 +104,7 @@ class Receiving:
         self._landings = []
         for batch, own, need in zip(plan.batches, owns, needs, strict=True):
             bucket, buffer = self._buffers.take() if need else (None, torch.empty(0))
-            self._landings.append(_land(plan.manifest, batch, own, bucket, buffer))
+            self._landings.append(_land(plan.manifest, batch, own, bucket, buffer, destinations))
 
     def _own(self, name: str) -> torch.Tensor | None:
         """Return the worker's own tensor if weights may arrive in it."""
@@ -116,6 +114,10 @@ class Receiving:
     def _load(self, landing: _Landing, work: Work, manifest: Manifest, load_weights: LoadWeights) -> None:
         with self._loading:
             work.wait()
+            if landing.written is not None:
+                load_weights.write_in_place()  # type: ignore[attr-defined]  # whoever has destinations has this
+                landing.copies.run()
+                load_weights.written(landing.written)  # type: ignore[attr-defined]
             assembled = [done for slot, view in landing.parts for done in self._assemble(slot, view, manifest)]
             if landing.whole or assembled:
                 load_weights(landing.whole + assembled)
@@ -139,11 +141,17 @@ def _need(batch: Batch, own: list[torch.Tensor | None]) -> int:
 
 
 def _land(
-    manifest: Manifest, batch: Batch, own: list[torch.Tensor | None], bucket: int | None, buffer: torch.Tensor
+    manifest: Manifest,
+    batch: Batch,
+    own: list[torch.Tensor | None],
+    bucket: int | None,
+    buffer: torch.Tensor,
+    destinations: Mapping[str, torch.Tensor] | None,
 ) -> _Landing:
     data: list[torch.Tensor] = [buffer[: max(batch.packed_bytes, 1)]] if batch.packed else []
     whole: Weights = []
     parts: list[tuple[Slot, torch.Tensor]] = []
+    written = 0
     for slot, view in zip(batch.packed, bucket_views(batch.packed, buffer), strict=True):
         meta = manifest.params[slot.param]
         whole.append((meta.name, typed_view(view, meta)))
@@ -151,8 +159,7 @@ def _land(
         meta = manifest.params[slot.param]
         if tensor is not None:
             data.append(piece_of(tensor, slot))
-            if slot.last:
-                whole.append((meta.name, tensor))
+            written += slot.nbytes
             continue
         view = buffer[slot.offset : slot.offset + slot.nbytes]
         data.append(view)
@@ -160,8 +167,14 @@ def _land(
             whole.append((meta.name, typed_view(view, meta)))
         else:
             parts.append((slot, view))
-    owned = [tensor for tensor in own if tensor is not None]
-    return _Landing(data, bucket, whole, parts, bool(owned), Places(owned))
+    in_place = any(tensor is not None for tensor in own)
+    if destinations is None:
+        return _Landing(data, bucket, whole, Copies(()), None, parts, in_place)
+    targets, sources = [destinations[name] for name, _ in whole], [view for _, view in whole]
+    written += sum(target.nbytes for target in targets)
+    on_host = buffer.device.type == "cpu"
+    copies = HostCopies(targets, sources) if on_host else Copies(list(zip(targets, sources, strict=True)))
+    return _Landing(data, bucket, [], copies, written, parts, in_place)
 
 
 def _is_full(posted: deque[tuple[_Landing, Work]], bucket: int | None) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -73,22 +72,14 @@ class RegionReceiving:
             if self._pieces is not incoming.pieces or self._shares is not shares:
                 self._plan(shares, incoming)
             targets = incoming.targets
-            if len(targets) != len(self._targets) or not all(map(operator.is_, targets, self._targets)):
+            if targets is not self._targets:
                 self._prepare(incoming.layout.manifest, targets)
             self._arriving.after_caller()
             self._scattering.after_caller()
             with self._arriving:
                 group.begin_with([rank for rank, _ in self._moves], deadline).wait()
             self._arriving.finish(deadline, _WHAT)  # until here no byte can have come
-            for index in range(len(self._launches)):
-                if not self._launches[index].places.unchanged:
-                    while posted:
-                        scatter_next()
-                    self._scattering.finish(deadline, _WHAT)
-                    self._prepare(incoming.layout.manifest, targets)
-                    self._arriving.after_caller()
-                    self._scattering.after_caller()
-                launch = self._launches[index]
+            for launch in self._launches:
                 while _is_full(posted, launch.bucket):
                     scatter_next()
                 if launch.in_place:
@@ -131,7 +122,7 @@ class RegionReceiving:
         """Look up the targets. Nothing may be under way."""
         self._targets = ()
         self._launches = make_launches(self._routes, targets, manifest, self._buffers, outgoing=False)
-        self._targets = list(targets)
+        self._targets = targets
 
     def _scatter(self, launch: Launch, work: Work, incoming: IncomingRegions) -> None:
         with self._scattering:

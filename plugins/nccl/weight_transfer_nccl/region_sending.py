@@ -75,13 +75,7 @@ class RegionSending:
             launches = self._launches or self._prepare(outgoing)
             self._lane.after_caller()
             with self._lane:
-                for index in range(len(launches)):
-                    if not launches[index].places.unchanged:
-                        while running:
-                            running.popleft()[0].wait()
-                        self._lane.finish(deadline, "sending the weights")
-                        launches = self._prepare(outgoing)
-                    launch = launches[index]
+                for index, launch in enumerate(launches):
                     while _is_full(running, launch.bucket):
                         running.popleft()[0].wait()
                     launch.copies.run()

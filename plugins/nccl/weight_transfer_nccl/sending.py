@@ -13,7 +13,7 @@ import torch
 from weight_transfer.authoring import bucket_views, laid_out, uncast_tensors
 from weight_transfer_nccl.buffers import WINDOW, Buffers
 from weight_transfer_nccl.lanes import Lane
-from weight_transfer_nccl.pieces import Masters, Places, StreamedBytes, piece_of
+from weight_transfer_nccl.pieces import Masters, StreamedBytes, piece_of
 from weight_transfer_nccl.works import Work
 
 if TYPE_CHECKING:
@@ -55,20 +55,18 @@ class _Cut:
 
 
 class _ResidentCut:
-    """The bytes of a batch of tensors that stay where they are: looked up once, and again when one has moved."""
+    """The bytes of a batch of tensors that stay where they are: looked up once."""
 
     def __init__(self, batch: Batch, tensors: list[torch.Tensor], device: torch.device) -> None:
         self._batch = batch
         self._tensors = [tensors[slot.param] for slot in (*batch.packed, *batch.direct)]
         self._device = device
-        self._places = Places(self._tensors)
         self._cut: _Cut | None = None
 
     def get(self) -> _Cut:
         """Return the bytes; of tensors that are not contiguous or lie elsewhere, copies."""
-        if self._cut is not None and self._places.unchanged:
+        if self._cut is not None:
             return self._cut
-        self._places = Places(self._tensors)
         slots = (*self._batch.packed, *self._batch.direct)
         tensors = [laid_out(tensor.to(self._device)) for tensor in self._tensors]
         pieces = [piece_of(tensor, slot) for tensor, slot in zip(tensors, slots, strict=True)]

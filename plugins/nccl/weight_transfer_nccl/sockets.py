@@ -7,13 +7,17 @@ process belongs to the group if one of its ends is such an address.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import ipaddress
+import logging
 import os
 import socket
 import stat
 import struct
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 End = tuple[str, int]
 """IP address and port."""
@@ -22,6 +26,10 @@ _ADDRESS = 18  # where a sockaddr begins in what gloo publishes of a member, sin
 _FAMILY_AND_PORT = struct.Struct("=H2s")
 _IPV4 = slice(_ADDRESS + 4, _ADDRESS + 8)
 _IPV6 = slice(_ADDRESS + 8, _ADDRESS + 24)
+
+_SO_ATTACH_FILTER = 26  # socket(7)
+_PROGRAM = struct.Struct("@HP")  # struct sock_fprog
+_DROP_ALL = struct.pack("=HBBI", 0x06, 0, 0, 0)  # struct sock_filter of linux/filter.h: return 0 bytes of what came
 
 
 def published_end(record: bytes) -> End | None:
@@ -38,17 +46,42 @@ def break_connections(ends: Set[End]) -> None:
 
     It then closes them. A write that fails instead would go unnoticed by the operation that waits for it.
     """
-    for name in os.listdir("/proc/self/fd") if ends else ():
-        with contextlib.suppress(OSError):  # it was closed meanwhile, or is not connected
+    for connection in _sockets() if ends else ():
+        with connection, contextlib.suppress(OSError):  # it is not connected
+            if _named(connection.getpeername()) in ends or _named(connection.getsockname()) in ends:
+                connection.shutdown(socket.SHUT_RD)
+
+
+def stop_hearing(end: End) -> None:
+    """Let the listener of this process at ``end`` drop whatever comes, once nobody is expected any more.
+
+    Gloo goes on to accept whoever connects, and keeps the connection. Closing a listener that gloo polls would keep it
+    busy; a socket filter lets nothing get that far. Those that are connected already are left alone.
+    """
+    instructions = ctypes.create_string_buffer(_DROP_ALL)
+    program = _PROGRAM.pack(1, ctypes.addressof(instructions))
+    for listener in _sockets():
+        with listener:
+            if listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) and _named(listener.getsockname()) == end:
+                try:
+                    listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
+                except OSError as error:  # some sandboxes have no socket filters
+                    logger.warning("gloo goes on to accept strangers on %s port %d: %s", *end, error)
+
+
+def _sockets() -> Iterator[socket.socket]:
+    """Yield a duplicate of each TCP socket of this process, to be closed."""
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # it was closed meanwhile
             fd = os.dup(int(name))
             if not stat.S_ISSOCK(os.fstat(fd).st_mode):
                 os.close(fd)
                 continue
-            with socket.socket(fileno=fd) as connection:
-                if connection.family in (socket.AF_INET, socket.AF_INET6) and (
-                    _named(connection.getpeername()) in ends or _named(connection.getsockname()) in ends
-                ):
-                    connection.shutdown(socket.SHUT_RD)
+            found = socket.socket(fileno=fd)
+            if found.family in (socket.AF_INET, socket.AF_INET6) and found.type == socket.SOCK_STREAM:
+                yield found
+            else:
+                found.close()
 
 
 def _named(address: Any) -> End:
