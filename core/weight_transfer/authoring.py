@@ -17,6 +17,7 @@ _MODULES = {
     "memory.companions": ("companions_of",),
     "memory.export": ("Export", "Exporter", "Segment"),
     "memory.shared_memory": ("PrivateView", "SharedMemory"),
+    "copying.host": ("HostCopies", "copy_on_host"),
     "model.info": ("WeightTransferInitInfo", "WeightTransferUpdateInfo", "sent_once"),
     "model.lending": ("private_copies",),
     "model.loading": ("destinations_of",),

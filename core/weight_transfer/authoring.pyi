@@ -13,6 +13,8 @@ from weight_transfer.copying.gpu import LOCAL as LOCAL
 from weight_transfer.copying.gpu import GpuCopies as GpuCopies
 from weight_transfer.copying.gpu import Tuning as Tuning
 from weight_transfer.copying.gpu import has_kernel as has_kernel
+from weight_transfer.copying.host import HostCopies as HostCopies
+from weight_transfer.copying.host import copy_on_host as copy_on_host
 from weight_transfer.memory.companions import companions_of as companions_of
 from weight_transfer.memory.export import Export as Export
 from weight_transfer.memory.export import Exporter as Exporter

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import torch
 
 import weight_transfer as wt
@@ -152,8 +153,10 @@ def _trainer(
         return sum(counted)
 
     def move() -> None:
+        nonlocal outgoing
         for tensor in tensors:
             tensor.data = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        outgoing = attrs.evolve(outgoing, tensors=list(tensors))
 
     stage.say("ready")
     stage.serve(

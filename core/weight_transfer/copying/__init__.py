@@ -1,4 +1,4 @@
-"""Thousands of strided copies between addresses as a few launches on a GPU.
+"""Thousands of copies between addresses: on a GPU as a few launches, in host memory as a few calls.
 
 It may import nothing but `errors`.
 """

@@ -88,9 +88,14 @@ class Exporter:
 
     Args:
         adopt: whether parameters may be moved; if not, everything is staged.
+
+    Attributes:
+        moved: whether the last `refresh` has moved tensors. What was known of their places before it is old, so that a
+            source, which looks when an update begins, may say that nothing has moved although something has.
     """
 
     def __init__(self, adopt: bool) -> None:
+        self.moved = False
         self._adopt = adopt
         self._ids = count(1)
         self._segments: dict[int, SharedMemory] = {}
@@ -112,6 +117,7 @@ class Exporter:
             resident: their tensors, by name.
             companions: returns tensors that may refer to the same storages, and then move with them.
         """
+        self.moved = False
         if not self.parted and self._signature == _sign(manifest, resident):
             return self._export
         self._segments = {home: segment for home, segment in self._segments.items() if not segment.parted}
@@ -176,6 +182,7 @@ class Exporter:
         sizes = [-(-group[0].untyped_storage().nbytes() // ALIGNMENT) * ALIGNMENT for group in groups]
         if not groups:
             return
+        self.moved = True
         segment = self._segments[next(self._ids)] = SharedMemory(sum(sizes), parts=True)
         offset = 0
         for group, nbytes in zip(groups, sizes, strict=True):

@@ -11,8 +11,9 @@ import torch
 
 from weight_transfer.model.naming import joined
 from weight_transfer.model.overlap import Memory
-from weight_transfer.model.state import is_dense, local_part
+from weight_transfer.model.state import local_part
 from weight_transfer.model.targets import tensors_of
+from weight_transfer.model.whereabouts import Whereabouts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,8 +45,7 @@ class Anchors:
         self._tables, self._names = [slot.table for slot in found], [slot.name for slot in found]
         self._held = [slot.held for slot in found]
         self._sharded = [slot for slot in found if slot.tensor is not slot.held]
-        self._tensors = [*(slot.tensor for slot in found), *tensors_of(targets)]
-        self._places = list(map(_place, self._tensors))
+        self._whereabouts = Whereabouts((*(slot.tensor for slot in found), *tensors_of(targets)))
 
     @property
     def hold(self) -> bool:
@@ -53,7 +53,7 @@ class Anchors:
         return (
             all(map(operator.is_, map(dict.get, self._tables, self._names), self._held))
             and all(local_part(slot.held) is slot.tensor for slot in self._sharded)
-            and list(map(torch.Tensor.data_ptr, self._tensors)) == self._places
+            and self._whereabouts.unchanged
         )
 
     def lost(self, now: Anchors) -> str | None:
@@ -82,7 +82,3 @@ def _slots(model: nn.Module) -> Iterator[tuple[str, _Slot]]:
             for name, held in table.items():
                 if held is not None:
                     yield joined(path, name), _Slot(table, name, held, local_part(held))
-
-
-def _place(tensor: torch.Tensor) -> int:
-    return tensor.data_ptr() if is_dense(tensor) else 0

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from weight_transfer.errors import ManifestMismatchError
 from weight_transfer.model.lending import lend, private_copies, require_done, require_eager
 from weight_transfer.model.naming import without_wrappers
-from weight_transfer.model.targets import NO_TARGETS
+from weight_transfer.model.targets import NO_TARGETS, tensors_of
+from weight_transfer.model.whereabouts import Whereabouts
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -46,6 +47,8 @@ class GivenLoader:
         self._call = load_weights
         self._loaded: set[str] | None = None
         self._all_named = True
+        self._targets = _Offered(tensors_of)
+        self._destinations = _Offered(lambda offered: offered.values())
 
     @property
     def disturbs(self) -> bool:
@@ -108,15 +111,40 @@ class GivenLoader:
         self._offer("abort", reason, touched)
 
     def targets(self, manifest: Manifest) -> Targets:
-        return self._offer("targets", manifest) or NO_TARGETS
+        known: Targets = self._targets.known(self._offer("targets", manifest) or NO_TARGETS)
+        return known
 
     def destinations(self) -> Mapping[str, Tensor] | None:
         found: Mapping[str, Tensor] | None = self._offer("destinations")
-        return found
+        return found if found is None else self._destinations.known(found)
 
     def _offer(self, method: str, *arguments: object) -> Any:
         call = getattr(self._call, method, None)
         return call(*arguments) if callable(call) else None
+
+
+class _Offered:
+    """A mapping that a loader offers, as another object when one of its tensors has moved.
+
+    Args:
+        tensors_of: returns the tensors of a mapping.
+    """
+
+    def __init__(self, tensors_of: Callable[[Any], Iterable[Tensor]]) -> None:
+        self._tensors_of = tensors_of
+        self._offered: Any = None
+        self._known: Any = None
+        self._whereabouts = Whereabouts(())
+
+    def known(self, offered: Any) -> Any:
+        if offered is not self._offered:
+            self._known = self._offered = offered
+        elif self._whereabouts.unchanged:
+            return self._known
+        else:
+            self._known = dict(offered)
+        self._whereabouts = Whereabouts(self._tensors_of(offered))
+        return self._known
 
 
 def _names_in(result: object) -> set[str] | None:

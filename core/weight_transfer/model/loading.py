@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
+from weight_transfer.copying.host import copy_on_host
 from weight_transfer.errors import ConfigError, ManifestMismatchError
 from weight_transfer.model.manifest import ParamMeta, dtype_name
 from weight_transfer.model.regions import Region
@@ -16,6 +17,7 @@ from weight_transfer.model.shards import Target
 from weight_transfer.model.source import is_sharded
 from weight_transfer.model.targets import as_bits, local_of, own_targets, scatter
 from weight_transfer.model.weights import ModuleWeights
+from weight_transfer.model.whereabouts import Whereabouts
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -62,7 +64,8 @@ class InPlaceLoader(Protocol):
     def destinations(self) -> Mapping[str, Tensor] | None:
         """Return the worker's own tensors by name, each of the shape and dtype of the manifest that began.
 
-        Of weights that it keeps in parts there is none; None if it keeps none whole.
+        Of weights that it keeps in parts there is none; None if it keeps none whole. It is the same object only as long
+        as each of them is the same one, and lies where and as it lay.
         """
 
 
@@ -71,17 +74,25 @@ class InPlaceTarget(Protocol):
     """What a receiver's ``load_weights`` offers beside being called; see `destinations_of`."""
 
     def destinations(self) -> Mapping[str, Tensor] | None:
-        """Return the worker's own tensors by name, if the loader only copies."""
+        """Return the worker's own tensors by name, if the loader only copies.
+
+        The same object from update to update as long as none of them was replaced, moved or laid out anew.
+        """
 
     def write_in_place(self) -> None:
         """Say that bytes are about to be written there; raises after the deadline or an abort."""
+
+    def written(self, nbytes: int) -> None:
+        """Say that so many bytes have been written there, instead of handing over the tensors they belong to."""
 
 
 def destinations_of(load_weights: Callable[[Weights], object]) -> Mapping[str, Tensor] | None:
     """Return where an engine may write the weights directly, by name; None if it may not.
 
     Before each batch of writes the engine calls ``load_weights.write_in_place()``; afterwards it hands the written
-    tensors themselves to ``load_weights``. A plain callable, such as a model's ``load_weights``, gives None.
+    tensors themselves to ``load_weights``, or says ``load_weights.written(nbytes)``, which for thousands of them takes
+    less time. What was worked out of the tensors' addresses holds as long as the mapping is the same object. A plain
+    callable, such as a model's ``load_weights``, gives None.
     """
     return load_weights.destinations() if isinstance(load_weights, InPlaceTarget) else None
 
@@ -103,8 +114,7 @@ class KernelFormatLoader:
         self._parts: dict[str, list[Target]] = {}
         self._twins: list[tuple[Tensor, Tensor]] = []
         self._targets: Targets | None = None
-        self._sharded: list[Tensor] = []
-        self._forms: list[Sequence[object]] = []
+        self._shards = _LocalParts(())
         self._left: Collection[str] = ()
         self._checked: Manifest | None = None
         self._begun: Manifest | None = None
@@ -158,23 +168,24 @@ class KernelFormatLoader:
 
     def _check(self, manifest: Manifest) -> None:
         read = self.weights()
-        if read is self._read and manifest is self._checked and _are_same(_forms_of(self._sharded), self._forms):
+        if read is self._read and manifest is self._checked and self._shards.unchanged:
             return
         self._checked = None
         own = {name: tensor for name, tensor in read.items() if name not in self._left}
         metas = (ParamMeta(name, dtype_name(tensor.dtype), tensor.shape) for name, tensor in own.items())
         aliases = {alias: name for alias, name in self._weights.aliases.items() if name in own}
         self.takers = manifest.require(metas, "the worker's model", aliases)
-        self._whole, self._parts, self._twins, self._sharded = {}, {}, [], []
+        self._whole, self._parts, self._twins = {}, {}, []
+        sharded: list[Tensor] = []
         for name, takers in self.takers.items():
             tensors = [read[taker] for taker in takers]
             if any(map(is_sharded, tensors)):
                 self._parts[name] = _parts_of(takers, tensors)
-                self._sharded += filter(is_sharded, tensors)
+                sharded += filter(is_sharded, tensors)
             else:
                 self._whole[name] = tensors[0]
                 self._twins += [(tensors[0], other) for other in tensors[1:]]
-        self._forms = _forms_of(self._sharded)
+        self._shards = _LocalParts(sharded)
         self._targets = None
         self._read, self._checked = read, manifest
 
@@ -202,8 +213,9 @@ class KernelFormatLoader:
         if targets:
             with torch.no_grad():
                 if targets[0].is_cuda:
-                    targets, tensors = list(map(as_bits, targets)), tuple(map(as_bits, tensors))
-                torch._foreach_copy_(targets, tensors)
+                    torch._foreach_copy_(list(map(as_bits, targets)), tuple(map(as_bits, tensors)))
+                else:
+                    copy_on_host(targets, tensors)
 
     def finish(self) -> None:
         """Copy what is one weight on the trainer, but two here."""
@@ -217,21 +229,25 @@ class KernelFormatLoader:
         self._begun = None
 
 
-def _forms_of(tensors: Sequence[Tensor]) -> list[Sequence[object]]:
-    """Return columns of what changes if shards of this rank are placed otherwise, replaced, or moved."""
-    shards = list(map(local_of, tensors))
-    return [
-        list(map(operator.attrgetter("_spec"), tensors)),
-        shards,
-        list(map(torch.Tensor.data_ptr, shards)),
-        list(map(torch.Tensor.stride, shards)),
-    ]
+class _LocalParts:
+    """What this rank holds of sharded tensors."""
+
+    def __init__(self, sharded: Sequence[Tensor]) -> None:
+        self._sharded = sharded
+        self._specs, self._parts = list(map(_spec, sharded)), list(map(local_of, sharded))
+        self._whereabouts = Whereabouts(self._parts)
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether none of them was placed otherwise, replaced or moved."""
+        return (
+            all(map(operator.is_, map(_spec, self._sharded), self._specs))
+            and all(map(operator.is_, map(local_of, self._sharded), self._parts))
+            and self._whereabouts.unchanged
+        )
 
 
-def _are_same(found: list[Sequence[object]], known: list[Sequence[object]]) -> bool:
-    """Whether columns of objects and of values are the same."""
-    objects, values = zip(found[:2], known[:2], strict=True), zip(found[2:], known[2:], strict=True)
-    return all(all(map(operator.is_, new, old)) for new, old in objects) and all(new == old for new, old in values)
+_spec = operator.attrgetter("_spec")
 
 
 def _parts_of(names: Sequence[str], tensors: Sequence[Tensor]) -> list[Target]:

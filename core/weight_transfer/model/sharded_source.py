@@ -15,6 +15,7 @@ from weight_transfer.model.regions import Region
 from weight_transfer.model.shards import Shard
 from weight_transfer.model.source import WeightSource, full_tensor, is_sharded
 from weight_transfer.model.state import is_lazy, require_readable
+from weight_transfer.model.whereabouts import Whereabouts
 
 Row = tuple[str, Sequence[int], Sequence[int], torch.Tensor]
 """A shard: its weight's name and full shape, the offset of its first element there, and the tensor of this rank."""
@@ -55,7 +56,7 @@ class ShardedSource(WeightSource):
         self._given = tuple(shards) if isinstance(shards, Iterator) else shards
         self._places: tuple[list[Any], ...] = ([], [], [])
         self._tensors: list[torch.Tensor] = []
-        self._forms: tuple[list[Any], ...] = ()
+        self._whereabouts = Whereabouts(())
         self._manifest = Manifest(())
         self._shards: Mapping[str, Sequence[Shard]] = {}
         self._resident: Mapping[str, torch.Tensor] = {}
@@ -71,10 +72,10 @@ class ShardedSource(WeightSource):
         names, shapes, offsets, tensors = map(list, zip(*rows, strict=True)) if rows else ([], [], [], [])
         places = names, shapes, offsets
         if not (
-            places == self._places and all(map(operator.is_, tensors, self._tensors)) and _forms(tensors) == self._forms
+            places == self._places and all(map(operator.is_, tensors, self._tensors)) and self._whereabouts.unchanged
         ):
             self._take(rows)
-            self._places, self._tensors, self._forms = places, tensors, _forms(tensors)
+            self._places, self._tensors, self._whereabouts = places, tensors, Whereabouts(tensors)
         return self._manifest
 
     def _take(self, rows: Sequence[Row]) -> None:
@@ -139,14 +140,6 @@ class ShardedSource(WeightSource):
 
     def __repr__(self) -> str:
         return f"ShardedSource({len(self._manifest.params)} weights)"
-
-
-def _forms(tensors: list[torch.Tensor]) -> tuple[list[Any], ...]:
-    """Return where tensors lie, and how."""
-    return [*map(torch.Tensor.data_ptr, tensors)], [*map(_shape, tensors)], [*map(torch.Tensor.stride, tensors)]
-
-
-_shape = operator.attrgetter("shape")
 
 
 def _row(row: Any) -> Row:

@@ -13,6 +13,7 @@ from weight_transfer.model.cuts import Cut, blocks_of, is_one_order
 from weight_transfer.model.regions import Region
 from weight_transfer.model.shards import Shard
 from weight_transfer.model.state import is_dense, is_lazy
+from weight_transfer.model.whereabouts import Whereabouts
 
 
 def shards_of(tensor: torch.Tensor) -> tuple[Shard, ...] | None:
@@ -54,7 +55,7 @@ class LocalShards:
         self._sharded: list[torch.Tensor] = []
         self._specs: list[object] = []
         self._locals: list[torch.Tensor] = []
-        self._forms: tuple[list[Any], ...] = ()
+        self._whereabouts = Whereabouts(())
 
     def of(
         self, weights: Mapping[str, torch.Tensor], resident: Mapping[str, torch.Tensor]
@@ -86,23 +87,18 @@ class LocalShards:
                 sharded.append(tensor)
         self._shards, self._sharded, self._read = shards, sharded, (weights, resident)
         self._specs, self._locals = list(map(_spec, sharded)), list(map(_local, sharded))
-        self._forms = _forms(self._locals)
+        self._whereabouts = Whereabouts(self._locals)
 
     def _unchanged(self) -> bool:
         return (
             all(map(operator.is_, map(_spec, self._sharded), self._specs))
             and all(map(operator.is_, map(_local, self._sharded), self._locals))
-            and self._forms == _forms(self._locals)
+            and self._whereabouts.unchanged
         )
 
 
 _spec = operator.attrgetter("_spec")
 _local = operator.attrgetter("_local_tensor")
-
-
-def _forms(tensors: list[torch.Tensor]) -> tuple[list[Any], ...]:
-    """Return where tensors lie, and how."""
-    return list(map(torch.Tensor.data_ptr, tensors)), list(map(torch.Tensor.stride, tensors))
 
 
 def _cuts(tensor: Any) -> list[Cut] | None:

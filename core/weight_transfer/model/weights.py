@@ -6,16 +6,16 @@ import operator
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from weight_transfer.errors import ConfigError
 from weight_transfer.model.overlap import overlapping
 from weight_transfer.model.resharding import Resharding
-from weight_transfer.model.state import State, copies_of, is_dense, is_lazy, local_part, state_of
+from weight_transfer.model.state import State, copies_of, is_lazy, local_part, state_of
+from weight_transfer.model.whereabouts import Whereabouts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
+    import torch
     from torch import nn
 
 
@@ -43,12 +43,7 @@ class ModuleWeights:
         self._filled: list[dict[str, Any]] = []
         self._names: list[str] = []
         self._values: list[object] = []
-        self._dense: list[torch.Tensor] = []
-        self._shapes: list[torch.Size] = []
-        self._dtypes: list[torch.dtype] = []
-        self._places: list[int] = []
-        self._odd: list[torch.Tensor] = []
-        self._forms: list[object] = []
+        self._whereabouts = Whereabouts(())
         self._hooks: list[dict[int, Any]] = []
         self._hooked = 0
         self._transient: list[set[str]] = []
@@ -67,7 +62,10 @@ class ModuleWeights:
         return self._state.computed
 
     def read(self) -> Mapping[str, torch.Tensor]:
-        """Return the weights; the same object as long as all of them are the same, of the same shapes and dtypes.
+        """Return the weights; the same object as long as all of them are the same, and lie where and as they lay.
+
+        So whoever has worked out something of their addresses need not look at them again. Of a tensor that wraps
+        others, such as a ``DTensor``, the memory is not looked at.
 
         Raises:
             ConfigError: the module holds something that cannot be read or sent, or is in the middle of a forward pass
@@ -75,7 +73,7 @@ class ModuleWeights:
         """
         if not (self._unchanged() or self._is_resharded()):
             self._walk()
-        elif not (self._has_its_forms() and _all(operator.eq, map(_place, self._dense), self._places)):
+        elif not self._whereabouts.unchanged:
             self._look()
         return self._state.weights
 
@@ -113,8 +111,8 @@ class ModuleWeights:
             and sum(map(len, self._tables)) == sum(map(len, self._filled)) == len(self._values)
             and sum(map(len, self._hooks)) == self._hooked
             and self._transient == self._were_transient
-            and _all(operator.is_, chain.from_iterable(map(dict.values, self._filled)), self._values)
-            and _all(operator.eq, chain.from_iterable(self._filled), self._names)
+            and _are(chain.from_iterable(map(dict.values, self._filled)), self._values)
+            and list(chain.from_iterable(self._filled)) == self._names
         )
 
     def _is_resharded(self) -> bool:
@@ -123,14 +121,6 @@ class ModuleWeights:
             return False
         self._resharding.reshard()
         return self._unchanged()
-
-    def _has_its_forms(self) -> bool:
-        tensors = self._state.weights.values()
-        return (
-            _all(operator.eq, map(_shape, tensors), self._shapes)
-            and _all(operator.is_, map(_dtype, tensors), self._dtypes)
-            and list(map(_form, self._odd)) == self._forms
-        )
 
     def _walk(self) -> None:
         resharding = Resharding(self._module)
@@ -163,27 +153,10 @@ class ModuleWeights:
     def _look(self) -> None:
         """Read the module; keep the mapping if it says the same."""
         state = state_of(self._module, self._ignore)
-        if not (state.is_same(self._state) and self._has_its_forms()):
-            self._state = state
+        if not (state.is_same(self._state) and self._whereabouts.unchanged):
+            self._state, self._whereabouts = state, Whereabouts((*state.weights.values(), *state.tied))
         self.looks += 1
-        tensors = self._state.weights.values()
-        self._shapes, self._dtypes = list(map(_shape, tensors)), list(map(_dtype, tensors))
-        self._dense = list(filter(is_dense, (*tensors, *self._state.tied)))
-        self._places = list(map(_place, self._dense))
-        firsts = [self._state.weights[name] for name in dict.fromkeys(self._state.aliases.values())]
-        self._odd = [*filter(torch.is_complex, self._dense), *filter(is_dense, (*firsts, *self._state.tied))]
-        self._forms = list(map(_form, self._odd))
 
 
-def _form(tensor: torch.Tensor) -> object:
-    """Return how the elements of a tensor come from its memory, which may change while everything else stays."""
-    return tensor.stride(), tensor.is_conj()
-
-
-_shape = operator.attrgetter("shape")
-_dtype = operator.attrgetter("dtype")
-_place = torch.Tensor.data_ptr
-
-
-def _all(holds: Callable[[Any, Any], bool], found: Iterable[Any], expected: Iterable[Any]) -> bool:
-    return all(map(holds, found, expected))
+def _are(found: Iterable[object], expected: Iterable[object]) -> bool:
+    return all(map(operator.is_, found, expected))

@@ -18,8 +18,9 @@ class IncomingRegions(ABC):
     Attributes:
         layout: which trainer ranks hold what; the same object while that is unchanged.
         pieces: what comes from where into which target; the same object while layout and targets are unchanged.
-        targets: the worker's own tensors, as ``pieces.target`` counts them, of the manifest's dtypes, with any strides.
-            They may have been moved since the last update, though ``pieces`` is the same.
+        targets: the worker's own tensors, as ``pieces.target`` counts them, of the manifest's dtypes, with any strides;
+            the same object while each of them is the same one, and lies where and as it lay. They may have been moved
+            since the last update though ``pieces`` is the same.
     """
 
     layout: Layout

@@ -13,9 +13,10 @@ from weight_transfer.memory.export import Export, Segment
 from weight_transfer.model.manifest import Manifest, ParamMeta
 from weight_transfer.values.deadline import Deadline
 from weight_transfer_ipc.config import IpcOptions
-from weight_transfer_ipc.connection import Connection, Listener
+from weight_transfer_ipc.connection import Connection
 from weight_transfer_ipc.engine import IpcWorkerEngine
 from weight_transfer_ipc.infos import IpcInitInfo
+from weight_transfer_ipc.listener import Listener, say_hello
 from weight_transfer_ipc.nvml import describe_gpus
 from weight_transfer_ipc.ring import RingLayout
 from weight_transfer_ipc.views import chunks, views_of
@@ -26,7 +27,7 @@ MANIFEST = Manifest([ParamMeta("a", "float32", (64,)), ParamMeta("b", "uint8", (
 def _pair() -> tuple[Connection, Connection]:
     listener = Listener()
     worker = Connection.connect(listener.address, Deadline(5))
-    worker.send({"token": listener.token, "rank": 1}, [], Deadline(5))
+    say_hello(worker, listener.token, 1, None, Deadline(5))
     accepted = listener.accept(Deadline(5))
     listener.close()
     assert accepted is not None

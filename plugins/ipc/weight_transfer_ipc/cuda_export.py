@@ -43,8 +43,8 @@ class CudaExporter:
         self._may_export = export
         self._refuse = refuse
         self._ids = count(1)
-        self._tensors: Sequence[Tensor] = ()
         self._resident: Mapping[str, Tensor] | None = None
+        self._manifest: Manifest | None = None
         self._signature: object = None
         self._export = Export((), (), (), {})
         self._held: list[Any] = []
@@ -55,15 +55,20 @@ class CudaExporter:
     def refresh(self, manifest: Manifest, resident: Mapping[str, Tensor]) -> Export:
         """Return where the weights are now; the same object while nothing moved.
 
+        Args:
+            manifest: the weights.
+            resident: their tensors, by name; the same mapping only while none of them has moved.
+
         Raises:
             BackendUnavailableError: memory cannot be exported, and that is to be refused.
         """
-        if resident is not self._resident:
-            self._resident, self._tensors = resident, tuple(resident.values())
-        signature = manifest.digest, layouts(self._tensors), [tensor.dtype for tensor in self._tensors]
+        if resident is self._resident and manifest is self._manifest:
+            return self._export
+        tensors = tuple(resident.values())
+        signature = manifest.digest, layouts(tensors), [tensor.dtype for tensor in tensors]
         if signature != self._signature:
             self._export = self._describe(manifest, resident)
-            self._signature = signature
+        self._signature, self._resident, self._manifest = signature, resident, manifest
         return self._export
 
     def release(self) -> None:
@@ -72,7 +77,7 @@ class CudaExporter:
 
     def close(self) -> None:
         """Let go of everything."""
-        self._held, self._signature, self._resident, self._tensors = [], None, None, ()
+        self._held, self._signature, self._resident, self._manifest = [], None, None, None
         self._export, self.allocations = Export((), (), (), {}), ()
         self.devices = ()
         self.release()

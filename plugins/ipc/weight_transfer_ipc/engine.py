@@ -19,7 +19,6 @@ from weight_transfer.authoring import Deadline
 from weight_transfer.engine import LoadWeights, TrainerWeightTransferEngine, WeightTransferEngine, WorkerSlot
 from weight_transfer.errors import HandshakeError, PeerLostError, TransferTimeoutError
 from weight_transfer_ipc import cuda
-from weight_transfer_ipc.connection import Connection, Listener
 from weight_transfer_ipc.cuda_reader import CudaReader, require_reachable
 from weight_transfer_ipc.cuda_region_reader import CudaRegionReader
 from weight_transfer_ipc.cuda_region_writer import CudaRegionWriter
@@ -29,6 +28,7 @@ from weight_transfer_ipc.host_region_reader import HostRegionReader
 from weight_transfer_ipc.host_region_writer import HostRegionWriter
 from weight_transfer_ipc.host_writer import HostWriter
 from weight_transfer_ipc.infos import IpcInitInfo, IpcUpdateInfo
+from weight_transfer_ipc.listener import Listener
 from weight_transfer_ipc.trainers import Trainers, rank_name
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         WeightSource,
         WeightTransferConfig,
     )
+    from weight_transfer_ipc.connection import Connection
     from weight_transfer_ipc.region_writer import RegionWriter
 
 logger = logging.getLogger(__name__)
@@ -72,35 +73,43 @@ class IpcTrainerEngine(TrainerWeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
         return self._open(slots)
 
     def _open(self, slots: Sequence[WorkerSlot]) -> dict[str, Any]:
-        if self._listener is not None and self._listener.interrupted:  # an earlier join was given up
-            self._listener.close()
-            self._listener = None
-        self._listener = self._listener or Listener()
+        self._stop_listening()
+        self._listener = Listener()
         self._joining = {slot.rank_offset + i: slot.peer for slot in slots for i in range(slot.count)}
         return {"address": self._listener.address, "token": self._listener.token, "gpu": self._gpu}
 
     def join_workers(self, deadline: Deadline) -> None:
         assert self._listener is not None
-        while self._joining:
-            try:
+        try:
+            while self._joining:
                 accepted = self._listener.accept(deadline, wanted=lambda: bool(self._joining))
-            except TransferTimeoutError as error:
-                waiting = ", ".join(self._joining.values())
-                raise deadline.timeout(f"waiting for {waiting} to connect", backend="ipc", peer=waiting) from error
-            except PeerLostError:
-                self._listener.close()
-                self._listener, self._joining = None, {}
-                raise
-            if accepted is None or accepted[0] not in self._joining:
-                continue
-            rank, connection = accepted
-            connection.peer = self._joining.pop(rank, "a worker")
-            connection.send({"welcome": rank}, [], deadline)
-            if rank in self._workers:
-                self._workers[rank].close()
-            self._workers[rank] = connection
-            self._writer.welcome(rank, connection.gpu)
-            self._regions.welcome(rank)
+                if accepted is not None:
+                    self._welcome(*accepted, deadline)
+        except TransferTimeoutError as error:
+            waiting = ", ".join(self._joining.values())
+            raise deadline.timeout(f"waiting for {waiting} to connect", backend="ipc", peer=waiting) from error
+        except PeerLostError:
+            self._joining = {}
+            raise
+        finally:
+            self._stop_listening()
+
+    def _welcome(self, rank: int, connection: Connection, deadline: Deadline) -> None:
+        if rank not in self._joining:
+            connection.close()
+            return
+        connection.peer = self._joining.pop(rank, "a worker")
+        connection.send({"welcome": rank}, [], deadline)
+        if rank in self._workers:
+            self._workers[rank].close()
+        self._workers[rank] = connection
+        self._writer.welcome(rank, connection.gpu)
+        self._regions.welcome(rank)
+
+    def _stop_listening(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
 
     def describe_update(self, source: WeightSource, manifest: Manifest, deadline: Deadline) -> dict[str, Any]:
         return self._writer.describe(source, manifest)
@@ -128,8 +137,10 @@ class IpcTrainerEngine(TrainerWeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
                 worker.interrupt()
 
     def abort_update(self) -> None:
-        if self._joining and self._listener is not None:  # those that joined before are not to suffer
-            self._listener.interrupt()
+        if self._joining:  # those that joined before are not to suffer
+            listener = self._listener
+            if listener is not None:
+                listener.interrupt()
             return
         for worker in list(self._workers.values()):
             worker.interrupt()
@@ -145,9 +156,7 @@ class IpcTrainerEngine(TrainerWeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
                 logger.warning("%s still maps this trainer's memory, which stays taken until it lets go", worker.peer)
             worker.close()
         self._workers.clear()
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
+        self._stop_listening()
         self._writer.close()
         self._regions.close()
 

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from weight_transfer.authoring import HostCopies
 from weight_transfer.errors import ManifestMismatchError
 from weight_transfer_ipc import piece_views
-from weight_transfer_ipc.cuda_export import layouts
 from weight_transfer_ipc.host_segments import receive_segments
 from weight_transfer_ipc.region_plan import RankPlan
 from weight_transfer_ipc.ring import RING, read_buckets
@@ -29,18 +29,16 @@ _BATCH = 64 * 2**20  # bytes between two looks at the deadline and at the traine
 
 @attrs.frozen(eq=False)
 class _Batch:
-    """Pieces of a rank: bytes, the part of its shard that each one is, and the part of the target that it fills."""
+    """Pieces of a rank: bytes, and copies of the part of its shard that each one is to the part of its target."""
 
     rank: int
     nbytes: int
-    sources: list[Tensor]
-    targets: list[Tensor]
+    copies: HostCopies
 
     def copy(self, incoming: IncomingRegions) -> None:
         incoming.write_in_place()
-        if self.targets:  # this worker may take nothing of a bucket
-            with torch.no_grad():
-                torch._foreach_copy_(self.targets, self.sources)
+        with torch.no_grad():
+            self.copies.run()
         incoming.moved(self.rank, self.nbytes)
 
 
@@ -54,7 +52,7 @@ class HostRegionReader:
         self._memory: dict[int, dict[int, PrivateView]] = {}
         self._shares: Sequence[Any] | None = None
         self._pieces: Pieces | None = None
-        self._layout: object = None
+        self._targets: Sequence[Tensor] | None = None
         self._plans: list[RankPlan] = []
         self._batches: list[_Batch] = []
         self._rings: list[tuple[int, list[_Batch]]] = []
@@ -64,9 +62,9 @@ class HostRegionReader:
         trainers.check_alive()
         if info.shares is not self._shares or incoming.pieces is not self._pieces:
             self._map(info, incoming, trainers, deadline)
-        if (layout := layouts(incoming.targets)) != self._layout:
+        if incoming.targets is not self._targets:
             self._plan(incoming.targets)
-            self._layout = layout
+            self._targets = incoming.targets
         for batch in self._batches:
             deadline.check("copying from shared memory", backend="ipc", phase="update")
             trainers.check_alive()
@@ -114,7 +112,7 @@ class HostRegionReader:
                 self._rings.append((plan.rank, batches))
 
     def _forget(self) -> None:
-        self._shares, self._pieces, self._layout = None, None, None
+        self._shares, self._pieces, self._targets = None, None, None
         self._plans, self._batches, self._rings = [], [], []
 
 
@@ -123,5 +121,5 @@ def _load(buckets: Sequence[_Batch], incoming: IncomingRegions, index: int) -> N
 
 
 def _batch(rank: int, pieces: Pieces, shards: Sequence[Tensor | None], targets: Sequence[Tensor]) -> _Batch:
-    sources = piece_views.sources_of(pieces, shards)
-    return _Batch(rank, pieces.nbytes, sources, piece_views.targets_of(pieces, targets))
+    copies = HostCopies(piece_views.targets_of(pieces, targets), piece_views.sources_of(pieces, shards))
+    return _Batch(rank, pieces.nbytes, copies)

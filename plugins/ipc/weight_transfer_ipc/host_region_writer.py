@@ -67,6 +67,8 @@ class HostRegionWriter(RegionWriter):
         self._ring = None
 
     def _refreshed(self, taken: TakenShards) -> Export:
+        if self._export is not None and not self._exporter.parted and not self._exporter.moved:
+            return self._export
         tensors = taken.tensors
         return self._exporter.refresh(taken.manifest, tensors, lambda: companions_of(tensors.values()))
 

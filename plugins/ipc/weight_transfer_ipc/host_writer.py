@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ class HostWriter:
     def __init__(self, config: WeightTransferConfig) -> None:
         self._layout = RingLayout(config.bucket_bytes, config.buckets)
         self._exporter = Exporter(adopt=config.options.export == "adopt")
+        self._described: tuple[object, object, object] = (None, None, None)
         self._export: Export | None = None
         self._staged: Manifest | None = None
         self._plan: BucketPlan | None = None
@@ -39,7 +41,11 @@ class HostWriter:
     def describe(self, source: WeightSource, manifest: Manifest) -> dict[str, Any]:
         """Return the fields of the update info."""
         masters, resident = source.masters(), source.resident()
-        export = self._exporter.refresh(manifest, {**resident, **masters} if masters else resident)
+        described = manifest, resident, masters
+        export = self._export
+        if export is None or self._exporter.parted or not all(map(operator.is_, described, self._described)):
+            export = self._exporter.refresh(manifest, {**resident, **masters} if masters else resident)
+            self._described = (None, None, None) if self._exporter.moved else described
         if export is not self._export:
             self._export, self._staged = export, export.staged(manifest)
             self._plan = plan_buckets(self._staged.params, self._layout.bucket_bytes)
@@ -77,4 +83,5 @@ class HostWriter:
         """Give everything back."""
         self._exporter.close()
         self._export = self._staged = self._plan = self._ring = None
+        self._described = (None, None, None)
         self._passing.clear()

@@ -172,6 +172,9 @@ class Rank(Process):
         for tensor, (index, _) in zip(self._tensors, self._layout.shards(self._rank), strict=True):
             if names[index] == name:
                 tensor.data = tensor.data.clone()
+        assert self._outgoing is not None
+        self._tensors = list(self._tensors)
+        self._outgoing = attrs.evolve(self._outgoing, tensors=self._tensors)
 
 
 class Incoming(IncomingRegions):
@@ -232,11 +235,13 @@ class Worker(Process):
         """Let a target lie elsewhere."""
         target = self._incoming.targets[number]
         target.data = torch.zeros_like(target)
+        self._incoming.targets = list(self._incoming.targets)
 
     def stride(self, number: int) -> None:
         """Let a target lie elsewhere, with other elements between its own."""
         target = self._incoming.targets[number]
         target.data = _strided(target)
+        self._incoming.targets = list(self._incoming.targets)
 
     def bits(self) -> str:
         """Return a digest of all targets."""

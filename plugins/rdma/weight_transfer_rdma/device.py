@@ -201,6 +201,7 @@ class DeviceMemory:
         self._registered: dict[int, int] = {}
         self._arenas: list[torch.Tensor] = []
         self._known: dict[str, tuple[tuple[object, ...], Located]] = {}
+        self.moved = False  # CUDA memory stays where it is
 
     def start_agent(self, name: str, peer: str, reads: bool, deadline: Deadline) -> LocalAgent:
         self._known.clear()

@@ -30,6 +30,7 @@ class HostMemory:
         self._agent: AgentProcess | None = None
         self._arenas: list[SharedMemory] = []
         self._known: dict[str, tuple[Export, Located]] = {}
+        self.moved = False
 
     def start_agent(self, name: str, peer: str, reads: bool, deadline: Deadline) -> AgentProcess:
         self._known.clear()
@@ -41,6 +42,7 @@ class HostMemory:
         self, manifest: Manifest, tensors: Mapping[str, torch.Tensor], deadline: Deadline, plan: str = WHOLE
     ) -> Located:
         export = self._exporters[plan].refresh(manifest, tensors)
+        self.moved = self._exporters[plan].moved
         known = self._known.pop(plan, None)
         if known is None or known[0] is not export:
             known = export, self._located(plan, export, manifest, tensors, deadline)

@@ -75,13 +75,16 @@ class RegionReads:
         return self._shares
 
     def fits(self, incoming: IncomingRegions) -> bool:
-        """Whether the plan is one for these pieces and targets; `Reading.start` looks whether these have moved."""
+        """Whether the plan is one for these pieces and targets, where they are now."""
         planned = incoming.layout, incoming.pieces, self._shares
         if self._planned is None or not all(map(operator.is_, planned, self._planned)):
             return False
-        if len(incoming.targets) == len(self._targets) and all(map(operator.is_, incoming.targets, self._targets)):
+        if incoming.targets is self._targets:
             return True
-        return list(map(_place, incoming.targets)) == self._where
+        if list(map(_place, incoming.targets)) != self._where:  # our memory may have moved them itself, into a segment
+            return False
+        self._targets = incoming.targets
+        return True
 
     def plan(self, agent: RunningAgent, incoming: IncomingRegions, stage: Stage, deadline: Deadline) -> None:
         """Prepare all reads."""
@@ -109,7 +112,8 @@ class RegionReads:
         turns = cycle(buffers)
         self._buffers = len(buffers)
         self._jobs = [draft.make(next(turns) if draft.buffer_bytes else None) for draft in drafts]
-        self._targets, self._where = incoming.targets, list(map(_place, incoming.targets))
+        self._targets = () if self._memory.moved else incoming.targets
+        self._where = list(map(_place, incoming.targets))
         self._planned = incoming.layout, incoming.pieces, self._shares
 
     def reading(self, agent: RunningAgent, incoming: IncomingRegions, deadline: Deadline) -> Reading:

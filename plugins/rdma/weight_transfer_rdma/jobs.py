@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -51,7 +51,7 @@ class Planner:
         self._regions[reachable] = regions.index(self._remote[reachable], self._sizes[reachable])
         self.left = set(range(len(self._sizes)))
 
-    def direct(self, located: Located | None, destinations: Mapping[str, torch.Tensor]) -> list[Job]:
+    def direct(self, located: Located | None) -> list[Job]:
         """Read into the worker's own parameters what both agents reach."""
         if located is None:
             return []
@@ -71,14 +71,10 @@ class Planner:
                     self._regions[chunk],
                     located.padding[chunk],
                 )
-                names = [self._params[index].name for index in chunk.tolist()]
-                weights = [(name, destinations[name]) for name in names]
-                targets = [(tensor, tensor.data_ptr(), None) for _, tensor in weights]
                 nbytes = int(self._sizes[chunk].sum())
-                jobs.append(Job(self._prepare(rows), 0, nbytes, _loading(weights), targets))
-        empty = [param.name for param in self._params if not param.nbytes]
-        if empty:
-            jobs.append(Job(None, 0, 0, _loading([(name, destinations[name]) for name in empty])))
+                jobs.append(Job(self._prepare(rows), 0, nbytes, _telling(nbytes), in_place=True))
+        if not self._sizes.all():
+            jobs.append(Job(None, 0, 0, _telling(0)))  # there is nothing to read of what is empty
         self.left -= {*order.tolist(), *np.flatnonzero(self._sizes == 0).tolist()}
         return jobs
 
@@ -139,8 +135,8 @@ class Planner:
         return self._agent.prepare("READ", endpoint.agent, rows, self._place, endpoint.place, self._deadline)
 
 
-def _loading(weights: list[tuple[str, torch.Tensor]]) -> Callable[[LoadWeights], None]:
-    return lambda load_weights: load_weights(weights)
+def _telling(nbytes: int) -> Callable[[LoadWeights], None]:
+    return lambda load_weights: load_weights.written(nbytes)  # type: ignore[attr-defined]  # it has destinations
 
 
 def _unpacking(unpacker: Unpacker, number: int) -> Callable[[LoadWeights], None]:

@@ -75,9 +75,11 @@ class Memory(Protocol):
 
     Attributes:
         place: where the weights lie.
+        moved: whether the last `locate` has moved tensors: what was known of their places before it is old.
     """
 
     place: Place
+    moved: bool
 
     def start_agent(self, name: str, peer: str, reads: bool, deadline: Deadline) -> RunningAgent:
         """Start an agent that reads, or one that is read from; the methods below speak of the last one."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import attrs
-import torch
 
 if TYPE_CHECKING:
     from weight_transfer.authoring import Deadline
@@ -29,8 +28,7 @@ class Job:
             where they lie.
         nbytes: to be read from where the weights lie; 0 for a bucket, for which the trainer may have to be waited for.
         load: called with the taker after the read.
-        targets: the worker's own tensors that are written, where they were when that was prepared, and their strides
-            unless they were contiguous.
+        in_place: whether it is read into the worker's own tensors.
         buffered: whether it is read into a staging bucket, which is free again when ``load`` has ended.
         rank: the trainer rank from which it reads.
     """
@@ -39,16 +37,9 @@ class Job:
     bucket: int
     nbytes: int
     load: Callable[[Any], None]
-    targets: Sequence[tuple[torch.Tensor, int, tuple[int, ...] | None]] = ()
+    in_place: bool = False
     buffered: bool = False
     rank: int = 0
-
-    def stands(self) -> bool:
-        """Whether its targets still are where they were."""
-        return all(
-            tensor.data_ptr() == address and (tensor.is_contiguous() if strides is None else tensor.stride() == strides)
-            for tensor, address, strides in self.targets
-        )
 
 
 class Reading:
@@ -85,21 +76,6 @@ class Reading:
         self.nbytes, self.seconds = 0, 0.0
         self._buffers, self._filled, self._settle_copies = buffers, filled, settle_copies
 
-    def start(self) -> bool:
-        """Begin, and say whether the worker's tensors are where they were: the first are read meanwhile."""
-        for number, job in enumerate(list(self._waiting)):
-            if not job.stands():
-                return False
-            begins = number < self._depth and number == len(self._under_way)
-            if begins and job.targets and not job.bucket and self._has_room(job):
-                self._start()
-        return True
-
-    def abandon(self) -> None:
-        """Wait for what was begun; nothing of it is loaded."""
-        for job in self._under_way:
-            self._finish(job)
-
     def run(self) -> None:
         """Read and load everything."""
         self._start_all()
@@ -127,8 +103,8 @@ class Reading:
     def _start(self) -> None:
         job = self._waiting.popleft()
         self._under_way.append(job)
-        if job.targets:
-            self._taker.write_in_place()  # whoever has given targets has this, too
+        if job.in_place:
+            self._taker.write_in_place()  # whoever has tensors to write into has this, too
         if job.handle is not None:
             with self._timed(job):
                 bucket = self._filled[job.rank] + job.bucket if job.bucket else 0

@@ -70,12 +70,10 @@ class RdmaWorkerEngine(WeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo]):
             self._attach(agent, 0, update_info.endpoint, deadline)
             destinations = destinations_of(load_weights)
             planned = update_info.manifest, update_info.table, destinations
-            reading = self._reading(agent, update_info, load_weights, deadline)
-            if self._memory.parted or not all(map(operator.is_, planned, self._planned)) or not reading.start():
-                reading.abandon()
+            if self._memory.parted or not all(map(operator.is_, planned, self._planned)):
                 self._plan(agent, update_info, destinations, deadline)
-                self._planned = planned
-                reading = self._reading(agent, update_info, load_weights, deadline)
+                self._planned = _NOTHING if self._memory.moved else planned
+            reading = self._reading(agent, update_info, load_weights, deadline)
             reading.run()
             if self._memory.parted:  # what was read after a fork is not in this process's memory
                 raise TransferError("This process forked during the update; send it again.", backend="rdma")
@@ -93,13 +91,11 @@ class RdmaWorkerEngine(WeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo]):
             shares = self._regions.shares(update_info.shares, incoming)
             for rank in np.unique(incoming.pieces.rank).tolist():
                 self._attach(agent, rank, shares[rank].endpoint, deadline)
-            reading = self._regions.reading(agent, incoming, deadline)
-            if self._memory.parted or not self._regions.fits(incoming) or not reading.start():
-                reading.abandon()
+            if self._memory.parted or not self._regions.fits(incoming):
                 self._regions.plan(
                     agent, incoming, lambda nbytes: self._stage(agent, nbytes, deadline, REGIONS), deadline
                 )
-                reading = self._regions.reading(agent, incoming, deadline)
+            reading = self._regions.reading(agent, incoming, deadline)
             reading.run()
             self._regions.end()
             if self._memory.parted:
@@ -180,7 +176,7 @@ class RdmaWorkerEngine(WeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo]):
         agent.release(deadline)
         agent.attach_flags(endpoint.agent, endpoint.flags, endpoint.flags + self._rank * WORD, deadline)
         planner = Planner(agent, endpoint, self._memory.place, manifest, table, deadline)
-        self._jobs = planner.direct(located, destinations or {})
+        self._jobs = planner.direct(located)
         if planner.left:
             stride = -(-table.bucket_bytes // ALIGNMENT) * ALIGNMENT
             self._buffers = max(len(table.buckets), self.config.buckets)

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
-from weight_transfer.authoring import ALIGNMENT, Manifest, Packer, plan_buckets, staged_tensors, unstructure
+from weight_transfer.authoring import (
+    ALIGNMENT,
+    Manifest,
+    OutgoingRegions,
+    Packer,
+    plan_buckets,
+    staged_tensors,
+    unstructure,
+)
 from weight_transfer.engine import TrainerWeightTransferEngine, WorkerSlot
 from weight_transfer.errors import HandshakeError, PeerLostError, TransferError
 from weight_transfer_rdma.giving import MOST, Rings, Shards, as_params, ring_sizes
@@ -29,7 +37,7 @@ from weight_transfer_rdma.nixl import DRAM, REGIONS, VRAM
 from weight_transfer_rdma.plan import Integers
 
 if TYPE_CHECKING:
-    from weight_transfer.authoring import Deadline, OutgoingRegions, ParallelConfig, WeightSource, WeightTransferConfig
+    from weight_transfer.authoring import Deadline, ParallelConfig, WeightSource, WeightTransferConfig
 
 _PARTS, _LEAST = 4, 2**20  # of one bucket of the configuration, and the bytes that each has at least
 _FIRST_PAUSE = 2e-5  # seconds between two looks at the workers' counters, at first
@@ -84,9 +92,12 @@ class RdmaTrainerEngine(TrainerWeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo
         self._updating = True
         opened = self._opened(deadline)
         self._memory.settle()
-        located = self._memory.locate(manifest, source.resident(), deadline)
-        if opened.table is None or located is not opened.located or opened.manifest is not manifest:
-            self._describe(opened, located, manifest, deadline)
+        resident = source.resident()
+        if opened.resident is not resident or opened.manifest is not manifest or self._memory.parted:
+            located = self._memory.locate(manifest, resident, deadline)
+            if opened.table is None or located is not opened.located or opened.manifest is not manifest:
+                self._describe(opened, located, manifest, deadline)
+            opened.resident = None if self._memory.moved else resident
         return {"endpoint": opened.endpoint, "table": opened.table, "filled": self._filled}
 
     def send_weights(
@@ -103,8 +114,11 @@ class RdmaTrainerEngine(TrainerWeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo
         self._memory.settle()
         if self._shards is None or self._shards[0] is not outgoing:
             self._shards = outgoing, *as_params(outgoing.tensors)
-        located = self._memory.locate(*self._shards[1:], deadline, REGIONS)
         rings = opened.rings
+        if rings is not None and opened.standing is outgoing and not self._memory.parted:
+            return rings.share(opened.endpoint, opened.turn)
+        located = self._memory.locate(*self._shards[1:], deadline, REGIONS)
+        opened.standing = None if self._memory.moved else outgoing
         if rings is None or rings.shards.outgoing is not outgoing or rings.shards.located is not located:
             rings = opened.rings = self._make_rings(opened, Shards(outgoing, located, self._memory), deadline)
             self._renew_metadata(opened, deadline)
@@ -314,6 +328,7 @@ class _Open:
         ring: staging memory.
         rings: what is given by region.
         turn: see `Share`.
+        resident: what `table` was made for, if that moved nothing; `standing`, the same for ``rings``.
     """
 
     agent: RunningAgent
@@ -328,6 +343,8 @@ class _Open:
     packer: Packer | None = None
     located: Located | None = None
     manifest: Manifest | None = None
+    resident: Mapping[str, torch.Tensor] | None = None
+    standing: OutgoingRegions | None = None
 
     def begin_turn(self) -> None:
         """Count the buckets of all workers' rings anew."""

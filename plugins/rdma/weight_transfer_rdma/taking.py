@@ -78,11 +78,6 @@ class Keep:
 
         return Copies(find, keep=self.place.memory == VRAM)
 
-    def standing(self, pieces: Pieces) -> list[tuple[torch.Tensor, int, tuple[int, ...] | None]]:
-        """Return the targets of pieces for `Job.targets`."""
-        targets = [self.targets[number] for number in np.unique(pieces.target).tolist()]
-        return [(each, each.data_ptr(), None if each.is_contiguous() else each.stride()) for each in targets]
-
 
 @attrs.frozen(eq=False)
 class Draft:
@@ -158,18 +153,16 @@ class RankReads:
             return
         boxes = boxes_of(self._direct, self._sources, self._keep.tensors)
         table = _rows(boxes.target, boxes.source, boxes.run, boxes.count, boxes.target_step, boxes.source_step)
-        piece = np.repeat(boxes.piece, boxes.count)
         order = np.argsort(table[0], kind="stable")
         chunks = np.split(order, cuts(table[2][order], _CHUNK[self._keep.place.memory]))
         for number, chunk in enumerate(chunks):
-            yield Draft(number / len(chunks), self._rank, 0, self._reading(table[:, chunk], piece[chunk]))
+            yield Draft(number / len(chunks), self._rank, 0, self._reading(table[:, chunk]))
 
-    def _reading(self, table: Integers, piece: Integers) -> Callable[[Arena | None], Job]:
+    def _reading(self, table: Integers) -> Callable[[Arena | None], Job]:
         def make(_arena: Arena | None) -> Job:
             handle = self._prepare(self._merged(table, self._keep.located.regions))
-            targets = self._keep.standing(self._direct.where(np.unique(piece)))
             nbytes = int(table[2].sum())
-            return Job(handle, 0, nbytes, _telling(self._rank, nbytes), targets, rank=self._rank)
+            return Job(handle, 0, nbytes, _telling(self._rank, nbytes), in_place=True, rank=self._rank)
 
         return make
 
@@ -185,7 +178,7 @@ class RankReads:
             handle = self._prepare(self._merged(table, None))
             nbytes = int(pieces.sizes.sum())
             load = _scattering(self._keep.scattering(pieces, arena.data, offsets), self._rank, nbytes)
-            return Job(handle, 0, nbytes, load, self._keep.standing(pieces), buffered=True, rank=self._rank)
+            return Job(handle, 0, nbytes, load, buffered=True, rank=self._rank)
 
         return make
 
@@ -211,8 +204,8 @@ class RankReads:
                 rows.append(_joined(table))
                 load = _scattering(self._keep.scattering(own, arena.data, offsets), self._rank, nbytes)
             handle = self._prepare(np.concatenate(rows))
-            targets, buffered = self._keep.standing(pieces), not direct.all()
-            return Job(handle, number + 1, 0, load, targets, buffered=buffered, rank=self._rank)
+            in_place, buffered = bool(direct.any()), not direct.all()
+            return Job(handle, number + 1, 0, load, in_place=in_place, buffered=buffered, rank=self._rank)
 
         return make
 

@@ -1,0 +1,82 @@
+"""Whether tensors have changed is seen whatever was done to them; and copies on the host bring every bit."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from weight_transfer.copying.host import HostCopies, copy_on_host
+from weight_transfer.model.whereabouts import Whereabouts
+
+
+@pytest.mark.parametrize(
+    "change", [lambda t: t.t_(), lambda t: t.unsqueeze_(0), lambda t: t.resize_(2, 2), lambda t: t.set_(t.clone())]
+)
+def test_a_change_in_place_is_seen(change: Callable[[torch.Tensor], Any]) -> None:
+    tensors = [torch.zeros(3, 4), torch.zeros(2)]
+    whereabouts = Whereabouts(tensors)
+    assert whereabouts.unchanged
+    change(tensors[0])
+    assert not whereabouts.unchanged
+
+
+@pytest.mark.parametrize("twin", [torch.Tensor.conj, torch.Tensor._neg_view])
+def test_values_that_are_not_the_bytes_any_more_are_seen(twin: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    tensor = torch.zeros(3, dtype=torch.complex64)
+    whereabouts = Whereabouts([tensor])
+    tensor.data = twin(tensor.data)
+    assert not whereabouts.unchanged
+
+
+def test_what_says_nothing_of_memory_changes_nothing() -> None:
+    weight = nn.Parameter(torch.zeros(3))
+    whereabouts = Whereabouts([weight, weight])
+    weight.requires_grad_(False)
+    assert whereabouts.unchanged
+    with torch.inference_mode():
+        assert whereabouts.unchanged
+    assert Whereabouts([]).unchanged
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 255, 2**18, 3 * 2**20 + 5])
+def test_copies_on_the_host_bring_every_bit(nbytes: int) -> None:
+    sources = [torch.randint(0, 256, (nbytes,), dtype=torch.uint8) for _ in range(3)]
+    flat = torch.zeros(3 * nbytes, dtype=torch.uint8)
+    copies = HostCopies(flat.split(nbytes) if nbytes else [flat] * 3, sources)
+    for _ in range(2):
+        copies.run()
+        assert torch.equal(flat, torch.cat(sources))
+        for source in sources:
+            source.add_(1)
+    targets = [torch.zeros_like(source) for source in sources]
+    copy_on_host(targets, sources)
+    assert all(map(torch.equal, targets, sources))
+
+
+def test_copies_on_the_host_convert_and_scatter() -> None:
+    source, strided = torch.randn(600, 600), torch.zeros(600, 1200)[:, ::2]
+    half = torch.zeros(600, 600, dtype=torch.bfloat16)
+    for copy in (lambda *pairs: HostCopies(*pairs).run(), copy_on_host):
+        half.zero_(), strided.zero_()
+        copy([half, strided], [source, source])
+        assert torch.equal(half, source.bfloat16())
+        assert torch.equal(strided, source)
+
+
+def test_two_may_copy_at_a_time() -> None:
+    sources = [torch.randint(0, 256, (5 * 2**20,), dtype=torch.uint8) for _ in range(4)]
+    targets = [torch.zeros_like(source) for source in sources]
+    threads = [
+        threading.Thread(target=HostCopies([target], [source]).run)
+        for target, source in zip(targets, sources, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(map(torch.equal, targets, sources))
