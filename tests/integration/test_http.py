@@ -61,6 +61,7 @@ def test_the_routes_are_those_of_vllm_and_a_few_more(client: httpx.Client) -> No
     status = client.get("/status").json()
     assert len(status.pop("id")) == 16
     assert status.pop("versions") == {"model": None}
+    assert status.pop("line") is True
     assert status == {"state": "created", "version": None, "backend": "loopback", "workers": 1, "error": None}
     routes = {
         "/init_weight_transfer_engine": {"init_info": {}},
@@ -188,7 +189,7 @@ REBOUND = {
     ("foreign", "token"),  # with a token a server may have any name: no page knows the token
     [*((foreign, token) for foreign in FOREIGN for token in (None, "secret")), *((name, None) for name in REBOUND)],
 )
-@pytest.mark.parametrize("route", [*ROUTES, "/abort_weight_update"])
+@pytest.mark.parametrize("route", [*ROUTES, "/abort_weight_update", "/begin_weight_update", "/line"])
 def test_what_a_foreign_web_page_can_send_is_refused_before_anything_else(
     receiver: wt.WeightReceiver, token: str | None, route: str, foreign: str
 ) -> None:

@@ -80,6 +80,9 @@ class InPlaceLoader(CopyingLoader):
     def write_in_place(self) -> None:
         self.announced += 1
 
+    def written(self, nbytes: int) -> None:
+        raise AssertionError("the tensors themselves are handed over")
+
     def __call__(self, weights: list[tuple[str, torch.Tensor]]) -> None:
         super().__call__(weights)
         for name, tensor in weights:

@@ -50,7 +50,7 @@ def group() -> Iterator[None]:
 def test_what_fsdp_has_sharded_is_adopted_and_trained_in_place(
     local: Callable[[nn.Parameter], torch.Tensor], steps: int
 ) -> None:
-    model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 

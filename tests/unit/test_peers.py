@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from weight_transfer import ManifestMismatchError, PeerLostError, TransferError, TransferTimeoutError
-from weight_transfer.session.peers import Calls, Peer, cause_of
+from weight_transfer.session.calls import Calls, cause_of
+from weight_transfer.session.peers import Peer
 
 ECHOES = [PeerLostError("lost"), TransferTimeoutError("late")]
 
@@ -38,6 +39,23 @@ def test_the_workers_own_failure_explains_what_the_others_lost(echo: TransferErr
     explained = calls.explain(PeerLostError("the group ended"))
     assert isinstance(explained, ManifestMismatchError)
     assert explained.peer == "failing"
+
+
+@pytest.mark.parametrize("echo", ECHOES, ids=lambda echo: type(echo).__name__)
+def test_a_worker_that_is_silent_at_the_deadline_explains_what_the_others_lost(echo: TransferError) -> None:
+    healthy, silent = peers("healthy", "silent")
+    release = threading.Event()
+
+    def call(peer: Peer) -> None:
+        if peer is healthy:
+            raise echo
+        release.wait(10)
+
+    calls = Calls([healthy, silent], call, "update_weights")
+    explained = calls.explain(TransferTimeoutError("the deadline has passed"))
+    assert isinstance(explained, TransferTimeoutError)
+    assert explained.peer == "silent"
+    release.set()
 
 
 def test_without_a_better_cause_the_first_failure_is_it() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -240,6 +241,80 @@ def test_a_second_call_while_one_is_under_way_is_refused(worker: Worker) -> None
     to_start.join(20)
     worker.finish()
     assert worker.receiver.version == 1
+
+
+# Another trainer.
+
+
+def test_a_trainer_that_joins_ends_the_update_of_another_one_at_once(worker: Worker) -> None:
+    """That one may stand still; its deadline is 10 s."""
+    inside, failures = threading.Event(), []
+
+    def receive(engine: Any, _info: Any, load_weights: Any) -> None:
+        load_weights([worker.script.weights[0]])
+        inside.set()
+        assert engine.aborted.wait(20)
+        load_weights([worker.script.weights[1]])
+
+    def update() -> None:
+        with pytest.raises(TransferError) as failure:
+            worker.update(1.0, 1, session="first")
+        failures.append(failure.value)
+
+    worker.script.receive = receive
+    worker.receiver.init_weight_transfer_engine(INIT | {"session": "first"})
+    worker.receiver.start_weight_update("first")
+    updating = threading.Thread(target=update)
+    updating.start()
+    assert inside.wait(20)
+    since = time.monotonic()
+    worker.receiver.init_weight_transfer_engine(INIT | {"session": "second"})
+    assert time.monotonic() - since < 5
+    updating.join(20)
+    assert "another trainer has taken this worker over" in str(failures[0])
+    assert worker.receiver.state is ReceiverState.READY
+    assert worker.model.values == [1.0, 0.0, 0.0]
+    worker.script.receive = worker.script.load_all
+    worker.receiver.start_weight_update("second")
+    worker.update(2.0, 2, session="second")
+    worker.receiver.finish_weight_update(2, "second")
+    assert (worker.receiver.version, worker.model.values) == (2, [2.0] * 3)
+
+
+def test_a_trainer_that_joins_ends_the_join_of_another_one_at_once(worker: Worker) -> None:
+    inside = threading.Event()
+
+    def join(_info: Any) -> None:
+        worker.script.join = lambda _info: None
+        inside.set()
+        assert worker.engine.aborted.wait(20)
+        raise OSError("it was aborted")
+
+    def first() -> None:
+        with pytest.raises(TransferError):
+            worker.receiver.init_weight_transfer_engine(INIT | {"session": "first"})
+
+    worker.script.join = join
+    joining = threading.Thread(target=first)
+    joining.start()
+    assert inside.wait(20)
+    worker.receiver.init_weight_transfer_engine(INIT | {"session": "second"})
+    joining.join(20)
+    assert worker.receiver.status()["state"] == "ready"
+    worker.receiver.start_weight_update("second")
+
+
+def test_a_wait_for_a_version_ends_in_time_though_an_engine_takes_long_to_close(worker: Worker) -> None:
+    worker.init()
+    worker.start()
+    worker.update(1.0, 1, timeout=0.1)
+    closes = threading.Event()
+    worker.engine.shutdown = lambda: closes.wait(20)
+    since = time.monotonic()
+    with pytest.raises(TransferTimeoutError), worker.receiver.serving(0.5):
+        pass
+    assert time.monotonic() - since < 3
+    closes.set()
 
 
 # Aborting.

@@ -39,6 +39,7 @@ from weight_transfer import (
 )
 from weight_transfer.plan.buckets import Packer
 from weight_transfer.testing.loopback import engine as loopback
+from weight_transfer.values.deadline import Deadline
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -486,19 +487,84 @@ def test_a_channel_that_never_returns_is_a_timeout_that_names_it(
     assert [digest(worker.model) for worker in workers] == [digest(Small(2))] * 2
 
 
-def test_a_channel_that_hangs_even_in_abort_does_not_hold_the_trainer_for_long(
-    new_worker: Make, new_sender: Make
+@pytest.mark.parametrize("phase", ["start_weight_update", "update_weights", "finish_weight_update"])
+def test_a_worker_that_stands_still_does_not_hold_the_trainer_beyond_its_deadline(
+    new_worker: Make, new_sender: Make, phase: str
 ) -> None:
-    config = LOOPBACK | {"timeout": 0.3}
-    worker = new_worker(config)
+    """Nor is it waited for until it has confirmed the abort."""
+    config = LOOPBACK | {"timeout": 2}
     release = threading.Event()
-    channel: Any = FullChannel(worker.receiver)
-    channel.update_weights = channel.abort_weight_update = lambda *_: release.wait(30)
+    channel: Any = FullChannel(new_worker(config).receiver)
+    for method in (phase, "abort_weight_update"):
+        setattr(channel, method, lambda *_: release.wait(30))
     since = time.monotonic()
     with pytest.raises(TransferTimeoutError):
         new_sender([channel], config).send(Small(1))
-    assert time.monotonic() - since < 5
+    assert time.monotonic() - since < 2 + 5  # and not the abort's time on top of it
     release.set()
+
+
+def test_with_continue_whoever_uses_up_all_the_time_before_the_first_byte_is_named(
+    new_worker: Make, new_sender: Make
+) -> None:
+    config = CONTINUE | {"timeout": 1}
+    release = threading.Event()
+    channel: Any = FullChannel(new_worker(config).receiver)
+    channel.start_weight_update = lambda: release.wait(30)
+    with pytest.raises(TransferTimeoutError) as failure:
+        new_sender([new_worker(config), channel], config).send(Small(1))
+    assert (failure.value.peer, failure.value.phase) == (FullChannel.address, "start")
+    release.set()
+
+
+def test_an_update_waits_for_an_abort_that_names_no_session_and_comes_late(new_worker: Make, new_sender: Make) -> None:
+    config = LOOPBACK | {"timeout": 1}
+    worker = new_worker(config)
+    channel: Any = FullChannel(worker.receiver)
+    start, abort, may_abort = channel.start_weight_update, channel.abort_weight_update, threading.Event()
+
+    def hang() -> None:
+        channel.start_weight_update = start
+        assert may_abort.wait(30)
+
+    def abort_late(reason: str) -> None:
+        assert may_abort.wait(30)
+        abort(reason)
+
+    channel.start_weight_update, channel.abort_weight_update = hang, abort_late
+    sender = new_sender([channel], config | {"init_timeout": 20})
+    with pytest.raises(TransferTimeoutError):
+        sender.send(Small(1))
+    threading.Timer(0.3, may_abort.set).start()
+    sender.send(Small(2))
+    assert worker.serves == (0, digest(Small(2)))
+
+
+def test_nobody_reacts_to_a_failed_worker_any_more_once_the_update_has_ended(
+    new_worker: Make, new_sender: Make
+) -> None:
+    """Else that would end the next update."""
+    fleet = new_sender([new_worker()])._fleet
+    reacts, may_end, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def fail(_peer: object) -> None:
+        raise OSError("the worker has failed")
+
+    def react(_peer: object) -> None:
+        reacts.set()
+        assert may_end.wait(20)
+
+    fleet.call(fleet.peers, fail, "update_weights", Deadline(20), react)
+    assert reacts.wait(20)
+
+    def abort() -> None:
+        fleet.abort("it has failed")
+        ended.set()
+
+    threading.Thread(target=abort).start()
+    assert not ended.wait(0.2)
+    may_end.set()
+    assert ended.wait(20)
 
 
 def test_a_worker_that_samples_for_too_long_keeps_its_version(new_worker: Make, new_sender: Make) -> None:

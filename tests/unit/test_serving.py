@@ -192,7 +192,7 @@ def test_a_closed_receiver_serves_nothing(pair: Pair, waits: bool) -> None:
 def test_long_waits_are_logged_with_whom_they_wait_for(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for module in ("serving", "peers"):
+    for module in ("serving", "calls"):
         monkeypatch.setattr(f"weight_transfer.session.{module}.LONG", 0.05)
     with caplog.at_level(logging.WARNING):
         holding = threading.current_thread().name

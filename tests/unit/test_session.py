@@ -29,6 +29,7 @@ from weight_transfer import (
     WeightReceiver,
     WeightSender,
 )
+from weight_transfer.testing.actors import eventually
 from weight_transfer.values import versions
 
 pytestmark = pytest.mark.timeout(60)
@@ -586,9 +587,8 @@ def test_a_cancelled_asend_aborts_the_update_on_the_workers(closing: Any, backen
     assert 2 not in (receiver.version, other.version)
     channel.at = ""
     channel.leave.set()
-    late = [thread for thread in threading.enumerate() if thread.name.endswith("worker 0")]
-    for thread in late:  # what comes late changes nothing
-        thread.join(15)
+    turns = sender._fleet.peers[0].turns
+    assert eventually(lambda: not turns.busy, 15)  # what comes late changes nothing
     sender.send(model(3.0), version=3)
     assert (receiver.version, digest(served)) == (3, digest(model(3.0)))
 

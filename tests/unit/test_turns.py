@@ -12,7 +12,8 @@ from torch import nn
 
 from support.models import digest
 from weight_transfer import TransferError, TransferTimeoutError, WeightReceiver, WeightSender
-from weight_transfer.session.peers import Calls, Peer
+from weight_transfer.session.calls import Calls
+from weight_transfer.session.peers import Peer
 from weight_transfer.session.turns import Turns
 from weight_transfer.testing.actors import eventually
 from weight_transfer.values.deadline import Deadline

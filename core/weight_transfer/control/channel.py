@@ -37,6 +37,10 @@ class ControlChannel(Protocol):
     worker, which then refuses the calls of trainers that it has not joined last. Otherwise it names none; nor if the
     channel has an attribute ``carries_session`` that is False, since it cannot hand them on after all.
 
+    A channel may have a method ``begin_weight_update(update_info)``, which does what ``start_weight_update`` and
+    ``update_weights`` do, with the session of ``update_info``. The sender calls it while an attribute ``begins`` of all
+    its channels is True: the workers are surely those that have joined, and none of them has to wait for samplers.
+
     A channel may also have a method ``weight_needs(request)``, as `LocalChannel` and `HttpChannel` do; without it all
     weights go whole. It takes a `WeightNeeds` as a dict and returns ``{"needs": [...]}``: for each worker behind the
     channel, in the order of their ranks, what it keeps of the weights (`Regions.to_wire`), or None if it needs them
@@ -127,6 +131,16 @@ class LocalChannel:
     def status(self) -> dict[str, Any]:
         """Return the first receiver's status; a version is None unless all have the same one."""
         return joint_status([receiver.status() for receiver in self._receivers])
+
+    def when_sampled(self, tell: Callable[[], object]) -> Callable[[], None]:
+        """Have ``tell`` called when somebody samples from one of the receivers; see `WeightReceiver.when_sampled`."""
+        forgetting = [receiver.when_sampled(tell) for receiver in self._receivers]
+
+        def forget() -> None:
+            for each in forgetting:
+                each()
+
+        return forget
 
     def _each(
         self, call: Callable[[WeightReceiver], T], fail: Callable[[WeightReceiver, str], None] | None = None

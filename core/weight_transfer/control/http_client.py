@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import socket
-import ssl
+import asyncio
+import json
+import logging
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-try:
-    import httpx
-except ImportError as error:  # pragma: no cover
-    raise ImportError("A worker's URL needs HTTP support: pip install 'weight-transfer[http]'") from error
+import attrs
 
-from weight_transfer.errors import (
-    ConfigError,
-    HandshakeError,
-    PeerLostError,
-    TransferTimeoutError,
-    error_from_dict,
-    extract,
-)
+from weight_transfer.control.event_loop import EventLoop
+from weight_transfer.control.http_requests import OPTIONAL, Answer, Requests, parsed, tls, unconnected
+from weight_transfer.control.line import CONTENT_TYPE, ROUTE
+from weight_transfer.control.line_client import Line, NoLine
+from weight_transfer.control.message import encode
+from weight_transfer.errors import HandshakeError, PeerLostError, error_from_dict, extract
 
 if TYPE_CHECKING:
     from weight_transfer.values.events import Version
 
+logger = logging.getLogger(__name__)
+
+_PHASES = {"begin_weight_update": "update"}
+_WATCHED = 2  # updates that a worker is asked to start before others may begin without its consent
 _MARGIN = 2.0  # seconds that an answer may take beyond the timeout that the request itself carries
 
 
@@ -66,50 +69,99 @@ class HttpChannel:
         self.carries_session = True
         self._timeout, self._connect_timeout = timeout, connect_timeout
         self._status_timeout = status_timeout
-        _require_url(self.address)
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._client = httpx.Client(base_url=self.address, headers=headers, timeout=None, trust_env=False)
-        for name in ("Accept", "Accept-Encoding", "User-Agent"):  # control traffic is counted in bytes
-            self._client.headers.pop(name, None)
+        self._url = parsed(self.address)
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._requests = Requests(self.address, self._headers, connect_timeout)
+        self._lock = threading.Lock()
+        self._loop: EventLoop | None = None
+        self._line: Line | None = None
+        self._joined_over: Line | None = None
+        self._opening: asyncio.Future[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._offers_line = False
+        self._updates = 0
+
+    @property
+    def begins(self) -> bool:
+        """Whether `begin_weight_update` may be called: the worker is the one that was joined, and has no samplers.
+
+        Both is known by the line to it: that it has not been lost since, and that the worker has not said on it that it
+        may have to wait for samplers, through one interval between updates at least. Else it has to be asked by
+        ``start_weight_update``, before others write what it may refuse. A subclass that has methods of its own needs
+        one of this name, too.
+        """
+        if not self.submits and type(self).begin_weight_update is HttpChannel.begin_weight_update:
+            return False
+        line = self._line
+        if line is None or line is not self._joined_over or not line.is_open:
+            return False
+        return not line.waits and self._updates >= _WATCHED
+
+    @property
+    def submits(self) -> bool:
+        """Whether `submit` does what the methods do: it knows nothing of those that a subclass has overridden."""
+        return type(self) is HttpChannel
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any] | None:
-        answer: dict[str, Any] | None = self._post(
-            "init_weight_transfer_engine", {"init_info": init_info}, init_info.get("timeout")
-        )
+        answer: dict[str, Any] | None = self.submit("init_weight_transfer_engine", init_info=init_info).result()
         return answer
 
     def start_weight_update(self, session: str | None = None) -> None:
-        self._post("start_weight_update", _with(session))
+        self.submit("start_weight_update", session=session).result()
 
     def update_weights(self, update_info: dict[str, Any]) -> dict[str, Any] | None:
-        report: dict[str, Any] | None = self._post(
-            "update_weights", {"update_info": update_info}, update_info.get("timeout")
-        )
+        report: dict[str, Any] | None = self.submit("update_weights", update_info=update_info).result()
+        return report
+
+    def begin_weight_update(self, update_info: dict[str, Any]) -> dict[str, Any] | None:
+        """Start an update and receive its weights, in one request; the session is that of ``update_info``."""
+        report: dict[str, Any] | None = self.submit("begin_weight_update", update_info=update_info).result()
         return report
 
     def weight_needs(self, request: dict[str, Any]) -> dict[str, Any] | None:
         """Ask what the workers keep; None if the server has no such route, so that all weights have to go whole."""
-        answer: dict[str, Any] | None = self._post(
-            "weight_needs", {"request": request}, request.get("timeout"), optional=True
-        )
+        answer: dict[str, Any] | None = self.submit("weight_needs", request=request).result()
         return answer
 
     def finish_weight_update(self, weight_version: Version | None = None, session: str | None = None) -> None:
-        self._post("finish_weight_update", {"weight_version": weight_version} | _with(session))
+        self.submit("finish_weight_update", weight_version=weight_version, session=session).result()
 
     def abort_weight_update(self, reason: str = "", session: str | None = None) -> None:
         """Have the update given up; nothing happens if the server has no such route."""
-        self._post("abort_weight_update", {"reason": reason} | _with(session), optional=True)
+        self.submit("abort_weight_update", reason=reason, session=session).result()
 
     def status(self) -> dict[str, Any]:
         """Ask how the workers are; an empty dict if the server has no such route."""
-        status: dict[str, Any] | None = self._request("GET", "status", None, self._status_timeout, optional=True)
-        self.carries_session = status is not None
+        status: dict[str, Any] | None = self.submit("status").result()
         return status or {}
+
+    def submit(self, method: str, **arguments: Any) -> Future[Any]:
+        """Begin a call of one of the methods, and return at once; the result is what the method returns, or raises.
+
+        Args:
+            method: its name.
+            arguments: its arguments, by name.
+
+        Raises:
+            TypeError, ValueError: an argument is not JSON-safe.
+        """
+        own = self._status_timeout if method == "status" else _timeout_in(arguments)
+        where = {"peer": self.address, "phase": _PHASES.get(method, method.partition("_")[0])}
+        body = encode({name: value for name, value in arguments.items() if name != "session" or value is not None})
+        call = _Call(method, body, (own or self._timeout) + _MARGIN, where)
+        with self._lock:
+            if self._loop is None:
+                self._loop = EventLoop.shared()
+            self._loop.loop.call_soon_threadsafe(self._begin, call)
+        return call.result
 
     def close(self) -> None:
         """Close the connections."""
-        self._client.close()
+        with self._lock:
+            loop, self._loop = self._loop, None
+        if loop is not None:
+            asyncio.run_coroutine_threadsafe(self._hang_up(), loop.loop).result()
+            loop.release()
 
     def __enter__(self) -> HttpChannel:
         return self
@@ -117,78 +169,123 @@ class HttpChannel:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _post(self, route: str, body: dict[str, Any], timeout: float | None = None, optional: bool = False) -> Any:
-        return self._request("POST", route, body, timeout, optional)
+    # On the event loop.
 
-    def _request(
-        self, method: str, route: str, body: dict[str, Any] | None, timeout: float | None, optional: bool = False
-    ) -> Any:
-        seconds = (timeout or self._timeout) + _MARGIN
-        limits = httpx.Timeout(seconds, connect=min(seconds, self._connect_timeout))
-        where: dict[str, Any] = {"peer": self.address, "phase": route.partition("_")[0]}
+    def _begin(self, call: _Call) -> None:
+        if self._line is not None and self._line.is_open:
+            self._ask(self._line, call)
+            return
+        task = asyncio.get_running_loop().create_task(self._connect_and_ask(call))
+        self._tasks.add(task)  # the loop itself keeps no reference
+        task.add_done_callback(self._tasks.discard)
+
+    def _ask(self, line: Line, call: _Call) -> None:
+        if call.method == "init_weight_transfer_engine":
+            self._joined_over, self._updates = line, 0
+        line.ask(call.method, call.body, call.seconds, call.where, lambda answer: self._settle(call, answer))
+
+    async def _connect_and_ask(self, call: _Call) -> None:
+        answer: Answer | BaseException
         try:
-            response = self._client.request(method, f"/{route}", json=body, timeout=limits)
-        except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.LocalProtocolError) as error:
-            raise ConfigError(f"A request to {self.address} is malformed.", cause=_text(error)) from error
-        except httpx.ConnectError as error:
-            raise _unconnected(error, where) from error
-        except httpx.ConnectTimeout as error:
-            raise PeerLostError("The worker cannot be reached.", cause=_text(error), **where) from error
-        except httpx.TimeoutException as error:
-            message = f"The worker did not answer /{route} within {seconds:.1f} s."
-            raise TransferTimeoutError(message, cause=_text(error), **where) from error
-        except httpx.TransportError as error:
-            raise PeerLostError("The worker cannot be reached, or went away.", cause=_text(error), **where) from error
-        if optional and response.status_code in (404, 405):
+            line = await self._open_line(call) if self._offers_line else None
+            if line is not None:
+                self._ask(line, call)
+                return
+            answer = await self._requests.ask(call.method, call.body, call.seconds, call.where)
+        except asyncio.CancelledError:
+            answer = PeerLostError("The channel to the worker was closed.", **call.where)
+        except Exception as error:  # noqa: BLE001  (raised where the result is awaited)
+            answer = error
+        self._settle(call, answer)
+
+    async def _open_line(self, call: _Call) -> Line | None:
+        """Open the line, or wait for it if another call opens it; None if the server does not open one after all."""
+        while self._opening is not None:
+            await asyncio.wait([self._opening])
+        if self._line is not None and self._line.is_open:
+            return self._line
+        self._opening = asyncio.get_running_loop().create_future()
+        url = self._url
+        headers = [("Host", url.netloc.decode()), ("Content-Type", CONTENT_TYPE), *self._headers.items()]
+        target = f"{url.raw_path.decode().rstrip('/')}/{ROUTE}"
+        context = tls() if url.scheme == "https" else None
+        port = url.port or (443 if context else 80)
+        try:
+            seconds = min(call.seconds, self._connect_timeout)
+            self._line = await Line.open(url.host, port, target, headers, context, seconds)
+        except NoLine as error:
+            logger.warning("%s offers a line but opens none, so each call is a request of its own: %s", url, error)
+            self._offers_line = False
             return None
-        return self._answer(response, route, where)
+        except OSError as error:
+            raise unconnected(error, call.where) from error
+        finally:
+            self._opening.set_result(None)
+            self._opening = None
+        await self._requests.close()
+        return self._line
 
-    def _answer(self, response: httpx.Response, route: str, where: dict[str, Any]) -> Any:
+    def _settle(self, call: _Call, answer: Answer | BaseException) -> None:
         try:
-            answer = response.json() if response.content else None
-        except ValueError as error:
-            message = f"/{route} answered with something else than JSON; is this the worker's URL?"
-            raise extract(response.text) or HandshakeError(message, **where) from error
-        if response.is_success:
-            return answer
-        if isinstance(answer, dict) and isinstance(answer.get("error"), dict):
-            told = error_from_dict(answer["error"])
-            raise extract(told.message) or told
-        raise extract(response.text) or HandshakeError(
-            f"/{route} answered with HTTP status {response.status_code}; is this the worker's URL?", **where
+            if isinstance(answer, BaseException):
+                raise answer
+            result = self._result(call, answer)
+        except BaseException as error:  # noqa: BLE001  (raised where the result is awaited)
+            call.result.set_exception(error)
+        else:
+            call.result.set_result(result)
+
+    def _result(self, call: _Call, answer: Answer) -> Any:
+        """Return the result of a call, or raise what the worker told."""
+        missing = call.method in OPTIONAL and answer.status in (404, 405)
+        if call.method == "status":
+            self._learn(None if missing else answer.body)
+        if missing:
+            return None
+        if 200 <= answer.status < 300:
+            self._updates += call.method == "finish_weight_update"
+            return answer.body
+        told = answer.body.get("error") if isinstance(answer.body, dict) else None
+        if isinstance(told, dict):
+            known = error_from_dict(told)
+            raise extract(known.message) or known
+        raise extract(json.dumps(answer.body, ensure_ascii=False)) or HandshakeError(
+            f"/{call.method} answered with HTTP status {answer.status}; is this the worker's URL?", **call.where
         )
 
+    def _learn(self, status: object) -> None:
+        self.carries_session = status is not None
+        self._offers_line = isinstance(status, dict) and status.get("line") is True
 
-def _require_url(address: str) -> None:
-    try:
-        url = httpx.URL(address)
-        if url.scheme in ("http", "https") and url.host and (url.port or 0) < 2**16:
-            return
-        cause = None
-    except httpx.InvalidURL as error:
-        cause = _text(error)
-    raise ConfigError(f"{address!r} is not a worker's URL such as 'http://127.0.0.1:8001'.", cause=cause)
-
-
-def _unconnected(error: httpx.ConnectError, where: dict[str, Any]) -> HandshakeError | PeerLostError:
-    """Tell what asking again cannot mend from a worker that is not up yet."""
-    causes: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None:
-        causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    if any(isinstance(cause, ssl.SSLError) for cause in causes):
-        message = "The worker does not answer in HTTPS, or its certificate is not trusted; is it an http:// address?"
-        return HandshakeError(message, cause=_text(error), **where)
-    if any(isinstance(cause, socket.gaierror) and cause.errno != socket.EAI_AGAIN for cause in causes):
-        message = "The worker cannot be reached: nobody knows its host's name; correct the URL."
-        return PeerLostError(message, cause=_text(error), permanent=True, **where)
-    return PeerLostError("The worker cannot be reached.", cause=_text(error), **where)
+    async def _hang_up(self) -> None:
+        if self._line is not None:
+            self._line.close()
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        await self._requests.close()
 
 
-def _with(session: str | None) -> dict[str, str]:
-    return {} if session is None else {"session": session}
+@attrs.frozen(eq=False)
+class _Call:
+    """One call.
+
+    Attributes:
+        method: the channel's method; the route has its name.
+        body: JSON.
+        seconds: that it may take.
+        where: fields of errors.
+        result: is set in the end.
+    """
+
+    method: str
+    body: bytes
+    seconds: float
+    where: dict[str, Any]
+    result: Future[Any] = attrs.field(factory=Future)
 
 
-def _text(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+def _timeout_in(arguments: Mapping[str, Any]) -> float | None:
+    found = (value.get("timeout") for value in arguments.values() if isinstance(value, dict))
+    return next((seconds for seconds in found if seconds), None)

@@ -2,71 +2,50 @@
 
 from __future__ import annotations
 
-import json
-import math
+import asyncio
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
-
-import attrs
+from typing import TYPE_CHECKING, Any, TypeVar
 
 try:
     import anyio
     import anyio.to_thread
     import uvicorn
     from starlette.applications import Starlette
+    from starlette.requests import Request
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 except ImportError as error:  # pragma: no cover
     raise ImportError("Serving over HTTP needs its extra: pip install 'weight-transfer[http]'") from error
 
-from weight_transfer.config.structuring import structure
-from weight_transfer.control.channel import takes_session
 from weight_transfer.control.guard import Guard, Refusal, is_loopback
-from weight_transfer.errors import (
-    ConfigError,
-    HandshakeError,
-    LifecycleError,
-    ManifestMismatchError,
-    TransferTimeoutError,
-    error_to_dict,
-)
-from weight_transfer.model.info import (
-    TRAINER_LEFT,
-    WeightNeedsRequest,
-    WeightTransferAbortRequest,
-    WeightTransferFinishRequest,
-    WeightTransferInitRequest,
-    WeightTransferStartRequest,
-    WeightTransferUpdateRequest,
-)
+from weight_transfer.control.line import ROUTE
+from weight_transfer.control.line_server import EXTENSION, PASSES, ServedLine, ending_of
+from weight_transfer.control.serving_calls import ServedCalls
+from weight_transfer.errors import ConfigError, TransferTimeoutError, error_to_dict
 
 if TYPE_CHECKING:
-    from starlette.requests import Request
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
     from weight_transfer.control.channel import ControlChannel
     from weight_transfer.session.receiver import WeightReceiver
 
+T = TypeVar("T")
+
 _START_TIMEOUT = 30.0  # seconds
 _KEEP_ALIVE = 3600  # seconds that an idle connection between two updates stays open
-_STATUS = (
-    (HandshakeError, 403),
-    (ConfigError, 400),
-    (LifecycleError, 409),
-    (ManifestMismatchError, 409),
-    (TransferTimeoutError, 504),
-)
 
 
 def create_app(channel: ControlChannel, token: str | None = None, *, hosts: Sequence[str] | None = None) -> Starlette:
     """Return the ASGI app of a worker, to be mounted in a server of your own.
 
     Routes: ``POST /init_weight_transfer_engine``, ``/start_weight_update``, ``/update_weights``,
-    ``/finish_weight_update``, and ``GET /healthz``, which anyone may call; and ``POST /abort_weight_update``,
-    ``/weight_needs`` and ``GET /status``, if the channel has them.
+    ``/finish_weight_update``, ``/begin_weight_update`` (start and update in one), and ``GET /healthz``, which anyone
+    may call; and ``POST /abort_weight_update``, ``/weight_needs`` and ``GET /status``, if the channel has them. Under a
+    `Server` also ``POST /line``: one connection for all of a trainer's calls, which saves most of what a request costs.
 
     Calls run on threads of their own, so that requests of yours that wait for a version keep none of them waiting. If
     the trainer's connection closes while it waits to join, to start or to update, that is aborted.
@@ -86,128 +65,90 @@ def create_app(channel: ControlChannel, token: str | None = None, *, hosts: Sequ
             f"What is served must be a WeightReceiver or another control channel, got {type(channel).__name__}; wrap a "
             "model: WeightReceiver(config, model)."
         )
-    guard = Guard(token, hosts)
-    calls = _Calls(channel)
+    guard, calls = Guard(token, hosts), ServedCalls(channel)
 
-    def route(path: str, call: Callable[..., Any], body: type, aborts: bool = False) -> Route:
+    def route(name: str) -> Route:
         async def endpoint(request: Request) -> Response:
-            return await _answer(request, guard, calls, call, body, aborts)
+            return await _answer(request, guard, calls, name)
 
-        return Route(f"/{path}", endpoint, methods=["POST"])
-
-    async def status(request: Request) -> Response:
-        return await _answer(request, guard, calls, channel.status, None)
-
-    def offered(path: str, body: type) -> list[Route]:
-        call: Callable[..., Any] | None = getattr(channel, path, None)
-        return [] if call is None else [route(path, call, body)]
+        return Route(f"/{name}", endpoint, methods=["GET" if name == "status" else "POST"])
 
     async def healthz(_request: Request) -> Response:
         return JSONResponse({"ok": True})
 
     return Starlette(
         routes=[
-            route("init_weight_transfer_engine", channel.init_weight_transfer_engine, WeightTransferInitRequest, True),
-            route("start_weight_update", channel.start_weight_update, WeightTransferStartRequest, True),
-            route("update_weights", channel.update_weights, WeightTransferUpdateRequest, True),
-            route("finish_weight_update", channel.finish_weight_update, WeightTransferFinishRequest),
-            *offered("abort_weight_update", WeightTransferAbortRequest),
-            *offered("weight_needs", WeightNeedsRequest),
-            *([Route("/status", status, methods=["GET"])] if hasattr(channel, "status") else []),
+            *map(route, calls.offers),
+            Route(f"/{ROUTE}", _Lines(guard, calls), methods=["POST"]),
             Route("/healthz", healthz, methods=["GET"]),
         ]
     )
 
 
-_PASSES = 4
-"""Of the event loop, in which it notices that a connection was closed before a call has ended."""
-
-
-class _Calls:
-    """Calls a channel on threads, without the session if the channel does not carry it."""
-
-    def __init__(self, channel: ControlChannel) -> None:
-        self._channel = channel
-        self._carries = takes_session(channel)
-        self._limiter: anyio.CapacityLimiter | None = None
-
-    async def run(self, call: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        """Call, and return the result, or raise."""
-        if not self._carries:
-            arguments = {name: _without_session(value) for name, value in arguments.items() if name != "session"}
-        if self._limiter is None:  # as many threads as there are calls, and none of those that the application shares
-            self._limiter = anyio.CapacityLimiter(math.inf)
-        return await anyio.to_thread.run_sync(partial(_outcome, call, arguments), limiter=self._limiter)
-
-    async def run_unless_left(self, request: Request, call: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        """Call, and abort that if the client closes its connection meanwhile."""
-        result: Any = None
-        async with anyio.create_task_group() as tasks:
-
-            async def watch() -> None:
-                while (await request.receive())["type"] != "http.disconnect":
-                    pass
-                abort: Callable[..., None] | None = getattr(self._channel, "abort_weight_update", None)
-                if abort is None:
-                    return
-                reason = {"reason": TRAINER_LEFT}
-                with anyio.CancelScope(shield=True):  # the call may end at the same moment
-                    await self.run(abort, reason | _session_of(arguments))
-
-            tasks.start_soon(watch)
-            result = await self.run(call, arguments)
-            for _ in range(_PASSES):
-                await anyio.sleep(0)
-            tasks.cancel_scope.cancel()
-        return result
-
-
-@attrs.frozen
-class _Failed:
-    """What a call raised; a loader may raise even what would end the server."""
-
-    error: BaseException
-
-
-def _outcome(call: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    try:
-        return call(**arguments)
-    except BaseException as error:  # noqa: BLE001  (it becomes the answer)
-        return _Failed(error)
-
-
-def _session_of(arguments: dict[str, Any]) -> dict[str, Any]:
-    found = [value.get("session") for value in arguments.values() if isinstance(value, dict)]
-    return {"session": next((session for session in [arguments.get("session"), *found] if session is not None), None)}
-
-
-def _without_session(value: Any) -> Any:
-    return {name: item for name, item in value.items() if name != "session"} if isinstance(value, dict) else value
-
-
-async def _answer(
-    request: Request, guard: Guard, calls: _Calls, call: Callable[..., Any], body: type | None, aborts: bool = False
-) -> Response:
+async def _answer(request: Request, guard: Guard, calls: ServedCalls, name: str) -> Response:
     try:
         guard.check(request)
-        arguments = {} if body is None else _arguments(await request.body(), body, request.url.path)
-        result = await (calls.run_unless_left(request, call, arguments) if aborts else calls.run(call, arguments))
     except Refusal as refusal:
-        return JSONResponse({"error": error_to_dict(refusal.error)}, status_code=refusal.status)
-    except ConfigError as error:
-        result = _Failed(error)
-    if isinstance(result, _Failed):
-        code = next((code for kind, code in _STATUS if isinstance(result.error, kind)), 500)
-        return JSONResponse({"error": error_to_dict(result.error)}, status_code=code)
-    return JSONResponse(result) if result is not None else Response(status_code=204)
+        return _refused(refusal)
+    body = await request.body()
+    perform = partial(calls.perform, name, body)
+    if calls.offers[name].aborts:
+        code, answer = await _unless_left(request, perform, partial(calls.abort, body))
+    else:
+        code, answer = await _on_thread(perform)
+    if name == "status" and code == 200 and isinstance(answer, dict):
+        answer = answer | {"line": ending_of(request.scope) is not None}
+    return JSONResponse(answer, status_code=code) if code != 204 else Response(status_code=204)
 
 
-def _arguments(body: bytes, cls: type, path: str) -> dict[str, Any]:
-    try:
-        data = json.loads(body or b"{}")
-    except ValueError as error:
-        raise ConfigError(f"The body of {path} is not valid JSON.", cause=str(error)) from error
-    return attrs.asdict(structure(data, cls, f"body of {path}"), recurse=False)
+async def _unless_left(
+    request: Request, perform: Callable[[], tuple[int, Any]], abort: Callable[[], None]
+) -> tuple[int, Any]:
+    """Make a call, and abort that if the client closes its connection meanwhile."""
+    result: tuple[int, Any] = 204, None
+    async with anyio.create_task_group() as tasks:
+
+        async def watch() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            with anyio.CancelScope(shield=True):  # the call may end at the same moment
+                await _on_thread(abort)
+
+        tasks.start_soon(watch)
+        result = await _on_thread(perform)
+        for _ in range(PASSES):
+            await anyio.sleep(0)
+        tasks.cancel_scope.cancel()
+    return result
+
+
+async def _on_thread(call: Callable[[], T]) -> T:
+    """Call on a thread that is none of those that the application shares, of which there are as many as calls."""
+    return await anyio.to_thread.run_sync(call, limiter=anyio.CapacityLimiter(1))
+
+
+def _refused(refusal: Refusal) -> Response:
+    return JSONResponse({"error": error_to_dict(refusal.error)}, status_code=refusal.status)
+
+
+class _Lines:
+    """Opens lines."""
+
+    def __init__(self, guard: Guard, calls: ServedCalls) -> None:
+        self._guard = guard
+        self._calls = calls
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        ending = ending_of(scope)
+        try:
+            self._guard.check(Request(scope, receive))
+        except Refusal as refusal:
+            await _refused(refusal)(scope, receive, send)
+            return
+        if ending is None:
+            await Response(status_code=404)(scope, receive, send)
+            return
+        await ServedLine(self._calls, scope, receive, send).run(ending)
 
 
 class Server:
@@ -217,12 +158,15 @@ class Server:
         url: its address, such as ``http://127.0.0.1:8001``.
     """
 
-    def __init__(self, app: Callable[..., Awaitable[None]], host: str, port: int) -> None:
+    def __init__(self, app: ASGIApp, host: str, port: int) -> None:
         self._socket = _bind(host, port)
         bound = self._socket.getsockname()[1]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{bound}"
+        self._ending = asyncio.Event()
+        self._app = app
         config = uvicorn.Config(
-            app,
+            self._asgi,
+            interface="asgi3",
             log_level="warning",
             access_log=False,
             server_header=False,
@@ -231,7 +175,7 @@ class Server:
             timeout_graceful_shutdown=2,
             ws="none",
         )
-        self._uvicorn = _Uvicorn(config)
+        self._uvicorn = _Uvicorn(config, self._ending)
         self._thread = threading.Thread(target=self._run, name=f"weight-transfer server {self.url}", daemon=True)
         self._thread.start()
         if not self._uvicorn.up.wait(_START_TIMEOUT):
@@ -260,18 +204,27 @@ class Server:
     def __repr__(self) -> str:
         return f"<Server {self.url}{'' if self._thread.is_alive() else ', closed'}>"
 
+    async def _asgi(self, scope: Scope, receive: Receive, send: Send) -> None:
+        extensions = {**(scope.get("extensions") or {}), EXTENSION: self._ending}
+        await self._app({**scope, "extensions": extensions}, receive, send)
+
     def _run(self) -> None:
         self._uvicorn.run(sockets=[self._socket])
 
 
 class _Uvicorn(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, ending: asyncio.Event) -> None:
         super().__init__(config)
         self.up = threading.Event()
+        self._ending = ending
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.up.set()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._ending.set()
+        await super().shutdown(sockets)
 
 
 def serve(

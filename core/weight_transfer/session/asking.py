@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from weight_transfer.session.peers import gone_in
+from weight_transfer.session.calls import gone_in
 from weight_transfer.values.deadline import Deadline
 
 if TYPE_CHECKING:
     from weight_transfer.config.settings import WeightTransferConfig
     from weight_transfer.model.manifest import Manifest
+    from weight_transfer.session.calls import Lost
     from weight_transfer.session.fleet import Fleet
-    from weight_transfer.session.peers import Lost
     from weight_transfer.session.sharing import Keeper
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import secrets
-import time
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +13,16 @@ from weight_transfer.config.settings import RECEIVER
 from weight_transfer.config.structuring import structure, unstructure
 from weight_transfer.errors import (
     ConfigError,
-    HandshakeError,
-    PeerLostError,
     SessionError,
     TransferError,
-    TransferTimeoutError,
     WeightTransferError,
 )
 from weight_transfer.model.dtypes import common_dtypes, dtypes_by_name
 from weight_transfer.plugins.backend import Capability
+from weight_transfer.session.calls import ABORT_TIMEOUT, Calls, Lost, cause_of, gone_in
 from weight_transfer.session.engines import Engines
-from weight_transfer.session.peers import Calls, Lost, Peer, cause_of, gone_in, make_peer, make_slots
+from weight_transfer.session.greeting import Greeting, require_distinct
+from weight_transfer.session.peers import Peer, make_peer, make_slots
 from weight_transfer.session.waiting import logged_wait
 from weight_transfer.values.deadline import Deadline
 
@@ -36,9 +35,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ABORT_TIMEOUT = 10.0  # seconds that workers get to abort a failed update
+_ABORT_GRACE = 0.3  # seconds that they get though the deadline has passed
 _PATIENCE = 1.0  # seconds that a worker's earlier call may still take if the others need not wait for it
-_RETRY_INTERVAL = 0.1  # seconds between two looks at a worker that does not answer yet
 
 _ASKED: dict[str, object] = {
     "report_dtypes": None,
@@ -88,11 +86,12 @@ class Fleet:
         self._rejoins = Capability.REJOIN in backend.backend.capabilities
         self._session = secrets.token_hex(8)
         self._joins = itertools.count(1)
-        self._unreachable: dict[Peer, PeerLostError] = {}
         self.failed: WeightTransferError | None = None
         self.failed_after_others = False
         self._calls: Calls | None = None
         self._latest: object = None
+        self._reacting = threading.Lock()
+        self._deadline = Deadline(0.0)
 
     @property
     def goes_on(self) -> bool:
@@ -193,26 +192,27 @@ class Fleet:
         try:
             self.require_one(self.join())
         except BaseException as error:
-            self.abort(str(error))
+            self.abort(str(error) or type(error).__name__)
             raise
 
     def greet(self, deadline: Deadline) -> Lost:
         """Wait until the workers answer that have not, and learn from their status what they are."""
         strangers = [peer for peer in self.peers if not (peer.joined or peer.greeted)]
-        self._unreachable = {}
-        patience = (
-            Deadline(_PATIENCE) if self._may_lose and not all(peer.turns.busy for peer in self.peers) else deadline
-        )
-        failures = self.call(strangers, lambda peer: self._greet(peer, deadline), "status", patience).wait(deadline)
-        late = {peer for peer, error in failures.items() if isinstance(error, TransferTimeoutError)}
-        failures = {
-            peer: self._unreachable.get(peer, error) if peer in late else error for peer, error in failures.items()
-        }
+        busy = all(peer.turns.busy for peer in self.peers)
+        patience = Deadline(_PATIENCE) if self._may_lose and not busy else deadline
+        greeting = Greeting(self._config.backend, deadline, self._may_ask_again)
+        asked = self.call([peer for peer in strangers if peer.submits], Peer.ask_status, "status", patience)
+        failures = greeting.take(asked.wait(deadline), asked.results)
+        waiting = [peer for peer in strangers if not (peer.greeted or peer in failures)]
+        failures |= greeting.explained(self.call(waiting, greeting, "status", patience, blocks=True).wait(deadline))
         lost = self.settle(failures)
-        for one, other in itertools.combinations(self.peers, 2):
-            if one.ids & other.ids:
-                raise ConfigError(f"{one.address} and {other.address} are the same worker; name each worker once.")
+        require_distinct(self.peers)
         return lost
+
+    def _may_ask_again(self) -> bool:
+        """Whether a worker that is not up is waited for; with ``"continue"``, only as long as no other one answers."""
+        others = self._may_lose and any(peer.joined or peer.greeted for peer in self.peers)
+        return not others and self.failed is None
 
     def versions(self, target: str) -> list[Version]:
         """Return the versions of ``target`` that the workers have; waits until they answer."""
@@ -229,38 +229,15 @@ class Fleet:
         """
         return common_dtypes({peer.address: peer.dtypes for peer in self.peers if peer.joined}, called)
 
-    def _greet(self, peer: Peer, deadline: Deadline) -> None:
-        status_of = getattr(peer.channel, "status", None)
-        status = self._first_status(peer, status_of, deadline) if status_of is not None else {}
-        peer.status = status if isinstance(status, dict) else {}
-        backend = peer.status.get("backend", self._config.backend)
-        if backend != self._config.backend:
-            raise HandshakeError(
-                f"The worker uses backend {backend!r}, the trainer {self._config.backend!r}; use one.",
-                peer=peer.address,
-                phase="init",
-            )
-        count = peer.status.get("workers", peer.count)
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise HandshakeError(
-                f"Its status says that {count!r} workers are behind it; a number from 1 on was expected.",
-                peer=peer.address,
-                phase="init",
-            )
-        peer.count = count
-        peer.greeted = True
+    @property
+    def may_begin(self) -> bool:
+        """Whether all workers take the start of an update and its weights in one call."""
+        return all(peer.begins for peer in self.peers if peer.joined)
 
-    def _first_status(self, peer: Peer, status_of: Callable[[], object], deadline: Deadline) -> object:
-        """Ask until the worker answers; with ``"continue"``, only as long as no other one has."""
-        while True:
-            try:
-                return status_of()
-            except PeerLostError as error:
-                self._unreachable[peer] = error
-                others = self._may_lose and any(peer.joined or peer.greeted for peer in self.peers)
-                if error.permanent or others or self.failed or deadline.remaining() < _RETRY_INTERVAL:
-                    raise
-                time.sleep(_RETRY_INTERVAL)
+    def begin(self) -> None:
+        """Leave it to the call that brings the weights to open the update."""
+        for peer in self.peers:
+            peer.started = peer.joined
 
     def start(self, deadline: Deadline, replan: Callable[[Lost], object]) -> Lost:
         """Open the update; a worker that was restarted since the last one joins again first.
@@ -323,14 +300,19 @@ class Fleet:
             raise next(reversed(lost.values()))
 
     def abort(self, reason: str) -> None:
-        """After a failure: all workers that were called, answered or not, leave this trainer, and join it next time."""
-        self._latest = self._calls = None
+        """After a failure: all workers that were called, answered or not, leave this trainer, and join it next time.
+
+        One that has not confirmed that soon after the deadline of the latest call is left to hear of it later.
+        """
+        with self._reacting:  # nobody reacts any more afterwards: that would hit the next update
+            self._latest = self._calls = None
         for peer in self.peers:
             peer.turns.withdraw()
         self.engines.abort()
         called = [peer for peer in self.peers if peer.called and hasattr(peer.channel, "abort_weight_update")]
         calls = Calls(called, lambda peer: peer.abort(reason), "abort_weight_update")
-        for peer, error in calls.wait(Deadline(min(_ABORT_TIMEOUT, self._config.timeout))).items():
+        patience = max(min(ABORT_TIMEOUT, self._deadline.remaining()), _ABORT_GRACE)
+        for peer, error in calls.wait(Deadline(patience)).items():
             if not isinstance(error, SessionError):  # then it is another trainer's by now
                 logger.warning("worker %s did not confirm the abort: %s", peer.address, error)
         if self.engines.own is not None:
@@ -361,18 +343,21 @@ class Fleet:
         method: str,
         patience: Deadline,
         on_failure: Callable[[Peer], None] | None = None,
+        blocks: bool = False,
     ) -> Calls:
         """Call workers of an update that may be cancelled; ``on_failure`` hears of no call but the latest.
 
         The other arguments are those of `Calls`.
         """
         this = self._latest = object()
+        self._deadline = patience
 
         def failed(peer: Peer) -> None:
-            if on_failure is not None and self._latest is this:  # else an echo of what was given up already
-                on_failure(peer)
+            with self._reacting:
+                if on_failure is not None and self._latest is this:  # else an echo of what was given up already
+                    on_failure(peer)
 
-        calls = self._calls = Calls(peers, call, method, failed, patience)
+        calls = self._calls = Calls(peers, call, method, failed, patience, blocks)
         if self.failed is not None:
             calls.cancel(self.failed)
         return calls

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,10 +14,13 @@ import torch
 from weight_transfer.errors import ManifestMismatchError, TransferError, TransferTimeoutError, WeightTransferError
 from weight_transfer.model.casting import CastSource
 from weight_transfer.model.manifest import dtype_name, torch_dtype
+from weight_transfer.model.partial import PartialSource
+from weight_transfer.model.selection import SelectedSource
 from weight_transfer.model.sharded_source import ShardedSource
 from weight_transfer.model.shards import Shard
 from weight_transfer.model.source import ModuleSource, WeightSource
 from weight_transfer.model.state import lack_of_memory
+from weight_transfer.session.watching import Watcher
 from weight_transfer.values.deadline import LONG
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+
+_watcher = Watcher()
 
 
 class GuardedSource(WeightSource):
@@ -116,8 +120,8 @@ class GuardedSource(WeightSource):
     def _reads_once(self) -> bool:
         """Whether all that the source says comes of one reading; a module's subclass may have changed some of it."""
         source = self._source
-        while type(source) is CastSource:
-            source = source.source
+        while type(source) in (CastSource, PartialSource, SelectedSource):
+            source = source.source  # type: ignore[attr-defined]
         return type(source) in (ModuleSource, ShardedSource)
 
     @property
@@ -187,23 +191,20 @@ class GuardedSource(WeightSource):
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Log, inside a ``with`` block, if the source does not yield for long: a rank that does not gather, say."""
-        over = threading.Event()
-        watch = threading.Thread(target=self._watch, args=(over,), name="weight-transfer watch", daemon=True)
-        watch.start()
-        try:
-            yield
-        finally:
-            over.set()
-            watch.join()  # else it may keep the weights for a moment longer
+        told = False
 
-    def _watch(self, over: threading.Event) -> None:
-        while not over.wait(LONG / 2):
+        def look() -> None:
+            nonlocal told
             asked, params = self._asked, self._manifest.params
-            if asked is not None and time.monotonic() - asked > LONG:
-                awaited = params[-self._left].name if self._left else "its end"
-                hint = "; every trainer rank has to call send with the same model" if self.collective else ""
-                logger.warning("waiting for the source of the weights to yield %s%s", awaited, hint)
+            if told or asked is None or time.monotonic() - asked <= LONG:
                 return
+            told = True
+            awaited = params[-self._left].name if self._left else "its end"
+            hint = "; every trainer rank has to call send with the same model" if self.collective else ""
+            logger.warning("waiting for the source of the weights to yield %s%s", awaited, hint)
+
+        with _watcher.watching(look, LONG / 2):
+            yield
 
 
 def named(error: BaseException, backend: str, version: Version | None, *, own: bool = False) -> BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
@@ -9,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from weight_transfer.config.settings import RECEIVER
 from weight_transfer.config.structuring import unstructure
-from weight_transfer.errors import TransferTimeoutError, WeightTransferError
-from weight_transfer.memory.integrity import tensor_digest
+from weight_transfer.errors import LifecycleError, TransferTimeoutError, WeightTransferError
+from weight_transfer.memory.integrity import tensor_digest, tensor_digests
 from weight_transfer.session.asking import Asking
+from weight_transfer.session.calls import ECHOES, refused_in
 from weight_transfer.session.guarded import GuardedSource, named
 from weight_transfer.session.part import Part, require_alike
-from weight_transfer.session.peers import ECHOES
 from weight_transfer.session.progress import Progress, timed
 from weight_transfer.session.region_plan import RegionPlan
 from weight_transfer.values.deadline import Deadline
@@ -25,14 +26,18 @@ if TYPE_CHECKING:
     from weight_transfer.config.settings import WeightTransferConfig
     from weight_transfer.engine import TrainerWeightTransferEngine
     from weight_transfer.model.info import WeightTransferUpdateInfo
+    from weight_transfer.model.manifest import Manifest
     from weight_transfer.plan.exchange import OutgoingRegions
     from weight_transfer.plugins.manager import LoadedBackend
+    from weight_transfer.session.calls import Calls, Lost
     from weight_transfer.session.crew import Crew
     from weight_transfer.session.fleet import Fleet
     from weight_transfer.session.lines import Message
     from weight_transfer.session.outgoing import Outgoing
-    from weight_transfer.session.peers import Calls, Lost, Peer
+    from weight_transfer.session.peers import Peer
     from weight_transfer.values.events import Version
+
+logger = logging.getLogger(__name__)
 
 _GRACE = 1.0  # seconds in which a rank that was stopped by an abort says so
 _LATE = 1.0  # seconds in which the other ranks may call send, to learn of an error that came before
@@ -115,10 +120,15 @@ class Leader:
         since, message = time.monotonic(), None
         update = _Running(part, outgoing, version)
         try:
-            return self._send(update, readies)
+            try:
+                return self._send(update, readies, self._fleet.may_begin and self._crew.size == 1)
+            except _Refused as refusal:
+                logger.info("joining all workers anew, since one has refused the update: %s", refusal.error)
+                self._fleet.abort(str(refusal.error))
+                return self._send(update, readies, begins=False)
         except BaseException as error:
             known = update.named(error, self._config.backend)
-            message = str(known)
+            message = str(known) or type(known).__name__  # Ctrl-C says nothing
             self._fleet.abort(message)
             if known is error:
                 raise
@@ -129,7 +139,12 @@ class Leader:
             event = TransferFinished(**common, seconds=time.monotonic() - since, error=message)
             self._backend.notify("weight_transfer_finished", event)
 
-    def _send(self, update: _Running, readies: Sequence[Message]) -> TransferReport:
+    def _send(self, update: _Running, readies: Sequence[Message], begins: bool) -> TransferReport:
+        """Run the update; if it ``begins`` with one call, workers hear of its start and of its weights at once.
+
+        Raises:
+            _Refused: a worker has refused to begin; it may join again.
+        """
         seconds: dict[str, float] = {}
         lost: Lost = {}
         fleet, part = self._fleet, update.part
@@ -140,10 +155,16 @@ class Leader:
             plan = self._plan(part, readies, lost)
         deadline = Deadline(self._config.timeout)
         with timed(seconds, "start"):
-            lost |= fleet.start(deadline, lambda gone: self._plan(part, readies, gone))
+            if begins and fleet.may_begin:  # while the others joined one may have been lost
+                fleet.begin()
+            else:
+                begins = False
+                lost |= fleet.start(deadline, lambda gone: self._plan(part, readies, gone))
             fleet.require_one(lost)
+            if lost and deadline.expired:  # whoever was waited for is to be named, not who is called next
+                raise next(reversed(lost.values()))
         with timed(seconds, "update"):
-            failures, noticed = self._update(update, plan, deadline)
+            failures, noticed = self._update(update, plan, deadline, begins)
             lost |= failures
             fleet.require_one(lost)
         with timed(seconds, "finish"):
@@ -159,7 +180,9 @@ class Leader:
             self._crew.ask("plan", "to plan", Deadline(self._config.timeout), **plan.to_wire())
         return plan
 
-    def _update(self, update: _Running, plan: RegionPlan, deadline: Deadline) -> tuple[Lost, dict[Peer, WorkerReport]]:
+    def _update(
+        self, update: _Running, plan: RegionPlan, deadline: Deadline, begins: bool
+    ) -> tuple[Lost, dict[Peer, WorkerReport]]:
         """Move the bytes; return the workers that were lost, and what each has noticed."""
         engine, fleet, crew = self._fleet.engines.own, self._fleet, self._crew
         assert engine is not None
@@ -179,15 +202,18 @@ class Leader:
             target=update.part.target,
             update=source.update,
             base=update.outgoing.update if plan.manifest.partial else None,
-            digests=tuple(tensor_digest(tensor) for _, tensor in source) if self._config.verify else None,
+            digests=self._digests(source, manifest) if self._config.verify else None,
             layout=plan.wire,
             shares=shares,
             kept=plan.kept,
             **fields,
         )
-        encoder, target = update.outgoing.encoder, update.part.target
-        wires = {peer: encoder.encode(info, peer.known.get(target, {})) for peer in fleet.started}
-        calls = fleet.call(list(wires), lambda peer: peer.update(wires[peer]), "update_weights", deadline, fleet.react)
+        messages = update.outgoing.messages(info, fleet.started)
+        if begins:
+            method, call = "begin_weight_update", lambda peer: peer.begin(messages[peer])
+        else:
+            method, call = "update_weights", lambda peer: peer.update(messages[peer])
+        calls = fleet.call(list(messages), call, method, deadline, fleet.react)
         fleet.require_going_on()
         progress = Progress(self._backend.notify, info, self._config.backend)
         try:
@@ -201,20 +227,32 @@ class Leader:
             failures = calls.wait(deadline)
         except Exception as error:
             cause = self._lost_in(source) or source.error or self._cause(error, calls)
+            refusal = refused_in(calls.failures) if begins else None
+            if refusal is not None and cause is refusal:
+                raise _Refused(refusal) from error
             if cause is error:
                 raise
             raise cause from error
-        for peer in wires:
-            peer.known[target] = encoder.digests(info) if peer not in failures else {}
+        refusal = refused_in(failures) if begins else None
+        if refusal is not None:
+            raise _Refused(refusal)
+        update.outgoing.remember(info, list(messages), failures)
         lost = fleet.settle(failures)
         progress(progress.left)
         engine.release_source()
         update.outgoing.update = source.update
-        noticed = {peer: WorkerReport.of(calls.results.get(peer)) for peer in wires}
+        noticed = {peer: WorkerReport.of(calls.results.get(peer)) for peer in messages}
         for peer, report in noticed.items():
             if report.asks_again:
-                peer.kept.pop(target, None)
+                peer.kept.pop(update.part.target, None)
         return lost, noticed
+
+    def _digests(self, source: GuardedSource, manifest: Manifest) -> tuple[str, ...]:
+        """Return the digest of each weight, in the manifest's order: all at once, if all keep their memory."""
+        resident = source.resident() if self._crew.size == 1 else {}  # else the other ranks gather them now
+        if len(resident) == len(manifest.params):
+            return tuple(tensor_digests([*resident.values()]))
+        return tuple(tensor_digest(tensor) for _, tensor in source)
 
     def _shares(
         self,
@@ -282,6 +320,14 @@ class Leader:
         )
 
 
+class _Refused(Exception):  # noqa: N818  (the update may still succeed)
+    """A worker does not let this trainer begin an update: it was started anew, or has joined another one."""
+
+    def __init__(self, error: LifecycleError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class _Running:
     """One update: what it sends whole, and in which state that is.
 
@@ -299,9 +345,9 @@ class _Running:
 
     def begin(self, plan: RegionPlan, verify: bool) -> GuardedSource:
         """Return the guarded source of what goes whole."""
-        whole = self.part.whole(plan.layout)
+        whole, manifest = self.part.whole(plan.layout), self.part.manifest
         self.passes = 2 if verify else 1
-        self._source = GuardedSource(whole, whole.manifest(), self.passes)
+        self._source = GuardedSource(whole, manifest if whole is self.part.source else whole.manifest(), self.passes)
         return self._source
 
     @property

@@ -61,7 +61,7 @@ class Lifecycle:
 
     Args:
         changed: the receiver's condition.
-        timeout: seconds to wait for an operation that has to end.
+        timeout: seconds to wait for the end of an abandoned update.
         backend: for errors.
 
     Attributes:
@@ -92,7 +92,7 @@ class Lifecycle:
 
     @contextmanager
     def operation(
-        self, method: str, session: str | Anyone | None, *states: ReceiverState, waits: bool = False
+        self, method: str, session: str | Anyone | None, *states: ReceiverState, waits: Deadline | None = None
     ) -> Iterator[None]:
         """Let one operation at a time run, of the right session, and in one of ``states`` only (none: in any).
 
@@ -100,13 +100,13 @@ class Lifecycle:
             method: for errors.
             session: whose call it is.
             states: in which it may run; none: in any.
-            waits: for a running operation, instead of refusing.
+            waits: until when to wait for a running operation, instead of refusing.
         """
         with self._changed:
             self.require_open(method)
             self.require_session(method, session)
-            if waits or self.busy == _GIVING_UP:
-                self._wait_until_idle(method)
+            if waits is not None or self.busy == _GIVING_UP:
+                self._wait_until_idle(method, waits or Deadline(self._timeout))
             if self.busy:
                 raise self.refusal(method, f"{self.busy} is under way")
             if states and self.state not in states:
@@ -149,8 +149,7 @@ class Lifecycle:
         message = f"{method} cannot be called in state {self.state}: {why}."
         return LifecycleError(message, method=method, state=str(self.state))
 
-    def _wait_until_idle(self, method: str) -> None:
-        deadline = Deadline(self._timeout)
+    def _wait_until_idle(self, method: str, deadline: Deadline) -> None:
         while self.busy:
             if deadline.expired:
                 raise deadline.timeout(f"{method} waited for {self.busy} to end", backend=self._backend)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from weight_transfer.control.message import Message
 from weight_transfer.errors import ConfigError
 from weight_transfer.memory.place import place_of
 from weight_transfer.model.casting import CastSource
@@ -16,7 +17,9 @@ from weight_transfer.session.rank_shards import RankShards
 if TYPE_CHECKING:
     from torch import nn
 
+    from weight_transfer.model.info import WeightTransferUpdateInfo
     from weight_transfer.model.manifest import Manifest
+    from weight_transfer.session.peers import Peer
     from weight_transfer.values.events import Version
 
 
@@ -74,6 +77,25 @@ class Outgoing:
         """Let go of all sources, and thereby of the weights."""
         self.encoder = WireEncoder()
         self._module = self._cast = self._uncast = self._part = self._shards = None
+
+    def messages(self, info: WeightTransferUpdateInfo, peers: Sequence[Peer]) -> dict[Peer, Message]:
+        """Return what each worker is told of an update: one object for all that know the same and joined together."""
+        made: dict[object, Message] = {}
+        messages = {}
+        for peer in peers:
+            known = peer.known.get(self.target, {})
+            key = (peer.session, *sorted(known.items()))
+            if key not in made:
+                session = {} if peer.session is None else {"session": peer.session}
+                made[key] = Message(self.encoder.encode(info, known) | session)
+            messages[peer] = made[key]
+        return messages
+
+    def remember(self, info: WeightTransferUpdateInfo, peers: Sequence[Peer], failures: Collection[Peer]) -> None:
+        """Take down what workers know since an update; those that failed know nothing."""
+        digests = self.encoder.digests(info)
+        for peer in peers:
+            peer.known[self.target] = {} if peer in failures else dict(digests)
 
     def part(self, source: WeightSource, only: Sequence[str] | None) -> WeightSource:
         """Return the part that matches ``only``; all of the source if that is None.

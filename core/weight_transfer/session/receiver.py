@@ -132,7 +132,7 @@ class WeightReceiver:
         """
 
         def look() -> None:
-            self._give_up_if_abandoned()
+            self._give_up_on_thread()
             self._lifecycle.require_open("serving")
 
         return self._served.hold(self._watch(look, timeout))
@@ -149,11 +149,23 @@ class WeightReceiver:
         """
 
         def look() -> None:
-            if self._abandoned():  # closing an engine may take a moment
-                threading.Thread(target=self._give_up_if_abandoned, daemon=True).start()
+            self._give_up_on_thread()
             self._lifecycle.require_open("aserving")
 
         return self._served.ahold(self._watch(look, timeout))
+
+    def when_sampled(self, tell: Callable[[], object]) -> Callable[[], None]:
+        """Have ``tell`` called when somebody enters `serving` for the first time, or at once if that has happened.
+
+        Until then no update waits for samplers, so a trainer may begin one on all workers at once.
+
+        Args:
+            tell: called on whichever thread that is; returns at once.
+
+        Returns:
+            What takes that back.
+        """
+        return self._served.when_sampled(tell)
 
     def add_target(self, name: str, model: nn.Module, load_weights: Callable[[Weights], object] | None = None) -> None:
         """Take in one more model, or another one in the place of one that was taken in before.
@@ -178,6 +190,8 @@ class WeightReceiver:
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any] | None:
         """Join a trainer. In a later call the previous engine is shut down first; a served version stays served.
 
+        What another session has under way is given up first, be it an update or a join: its trainer may stand still.
+
         Returns:
             The names of the model's weights by dtype, as ``{"dtypes": ...}``, if the trainer asks and the loader copies
             by name; else None.
@@ -187,6 +201,7 @@ class WeightReceiver:
             BackendUnavailableError: this machine lacks what the backend needs.
             HandshakeError, PeerLostError, TransferTimeoutError: joining failed.
         """
+        self._make_way(init_info)
         with self._operation("init_weight_transfer_engine", ANYONE):
             self._leave("a trainer initialised this worker anew")
             self._lifecycle.set(ReceiverState.CREATED)
@@ -220,8 +235,8 @@ class WeightReceiver:
             answer = Deadline(_ANSWER * self.config.timeout)  # the trainer's deadline comes a moment later
 
             def check(what: str) -> None:
-                update.check(what)
                 answer.check(what, backend=self.config.backend, phase="start")
+                update.check(what)
 
             try:
                 self._served.await_samplers(check, answer)
@@ -385,12 +400,24 @@ class WeightReceiver:
     def __repr__(self) -> str:
         return f"<WeightReceiver {self.config.backend}: {self._lifecycle.state}, version {self._served.current!r}>"
 
+    def _make_way(self, init_info: dict[str, Any]) -> None:
+        """End what is under way of another trainer than the one that joins."""
+        session, seconds = init_info.get("session"), init_info.get("timeout")
+        with self._changed:
+            another = session is not None and session != self._lifecycle.session
+            held_up = self._lifecycle.busy is not None
+        if another and held_up:
+            patience = min(self.config.timeout, seconds) if isinstance(seconds, (int, float)) else self.config.timeout
+            reason = "another trainer has taken this worker over"
+            self._abort("init_weight_transfer_engine", reason, ANYONE, Deadline(patience))
+
     def _watch(self, look: Callable[[], None], timeout: float | None) -> Watch:
         deadline = Deadline(self.config.timeout if timeout is None else timeout)
         return Watch(look, deadline, lambda: self._lifecycle.state, self.config.backend)
 
-    def _abort(self, method: str, reason: str, session: str | Anyone | None) -> None:
-        deadline = Deadline(self.config.timeout)
+    def _abort(self, method: str, reason: str, session: str | Anyone | None, deadline: Deadline | None = None) -> None:
+        """Give up what is under way, and leave the trainer; by default wait ``config.timeout`` seconds for that."""
+        deadline = deadline or Deadline(self.config.timeout)
         while True:
             with self._changed:
                 self._lifecycle.require_session(method, session)
@@ -404,7 +431,7 @@ class WeightReceiver:
                 joined.engine.abort_update()
             with self._changed:
                 self._changed.wait_for(lambda: self._lifecycle.busy != busy, _ABORT_INTERVAL)  # noqa: B023  (called here)
-        with self._operation(method, session, waits=True):
+        with self._operation(method, session, waits=deadline):
             if self._joined is joined:  # else the operation that was under way has let go of it
                 self._leave(reason)
 
@@ -441,7 +468,7 @@ class WeightReceiver:
 
     @contextmanager
     def _operation(
-        self, method: str, session: str | Anyone | None, *states: ReceiverState, waits: bool = False
+        self, method: str, session: str | Anyone | None, *states: ReceiverState, waits: Deadline | None = None
     ) -> Iterator[None]:
         self._give_up_if_abandoned()
         with self._lifecycle.operation(method, session, *states, waits=waits):
@@ -457,6 +484,11 @@ class WeightReceiver:
             if self._update is not None and self._update.deadline.expired:
                 return "the trainer did not go on with the update within its deadline"
         return None
+
+    def _give_up_on_thread(self) -> None:
+        """Have it done for somebody who waits with a deadline: closing an engine may take a moment."""
+        if self._abandoned():
+            threading.Thread(target=self._give_up_if_abandoned, daemon=True).start()
 
     def _give_up_if_abandoned(self) -> None:
         """A trainer that died between two calls leaves an update open; the engine's notice or its deadline ends it."""

@@ -110,6 +110,8 @@ class Served:
         self.held_back = False
         self._changed = changed
         self._holds: set[_Hold] = set()
+        self._sampled = False
+        self._curious: list[Callable[[], object]] = []
 
     @property
     def current(self) -> Version | None:
@@ -134,6 +136,21 @@ class Served:
                     told = True
                     logger.warning("an update waits for %s to leave serving()", ", ".join(samplers))
                 self._changed.wait(min(deadline.remaining(), 0.1))
+
+    def when_sampled(self, tell: Callable[[], object]) -> Callable[[], None]:
+        """Have ``tell`` called once somebody samples for the first time, or at once; see `WeightReceiver`."""
+        with self._changed:
+            if self._sampled:
+                tell()
+            else:
+                self._curious.append(tell)
+
+        def forget() -> None:
+            with self._changed:
+                if tell in self._curious:
+                    self._curious.remove(tell)
+
+        return forget
 
     def publish(self, target: str, version: Version, update: str | None) -> None:
         """Let samplers in, to new weights."""
@@ -206,6 +223,11 @@ class Served:
             return None
         hold = _Hold(_who())
         self._holds.add(hold)
+        if not self._sampled:
+            self._sampled = True
+            for tell in self._curious:
+                tell()
+            self._curious.clear()
         return hold, version
 
     @contextmanager

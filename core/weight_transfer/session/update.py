@@ -60,6 +60,7 @@ class Update:
         progress: Callable[[TransferProgress], None],
         backend: str,
         arrivals: Arrivals | None = None,
+        in_place: InPlace | None = None,
     ) -> None:
         """Take the typed info; from here on the engine may load.
 
@@ -68,6 +69,7 @@ class Update:
             progress: is told how far it is.
             backend: for errors.
             arrivals: what comes by region; None if all comes whole.
+            in_place: what the loader's last update of this model has found.
         """
         self.deadline = Deadline(info.timeout)
         self.version, self.id = info.version, info.update
@@ -78,12 +80,14 @@ class Update:
         self._progress = progress
         self._backend = backend
         whole = info.manifest if arrivals is None else arrivals.layout.whole
-        self._missing: dict[str, ParamMeta] = dict(whole.by_name)
+        self._comes_whole = whole
+        self._unaccepted: dict[str, ParamMeta] | None = None
+        self._written: int | None = None
         self._to_move = None if arrivals is None else arrivals.layout.by_region
         self._whole = whole.nbytes
         self._total = whole.nbytes + (0 if arrivals is None else arrivals.nbytes)
-        self._destinations = _all_of(self._begun_loader, whole)
-        self._digests = dict(zip(self._missing, info.digests, strict=True)) if info.digests else {}
+        self._destinations = (in_place or InPlace()).of(self._begun_loader, whole)
+        self._digests = dict(zip(whole.by_name, info.digests, strict=True)) if info.digests else {}
 
     def abort(self, reason: str) -> None:
         """Let no further weights through."""
@@ -133,6 +137,12 @@ class Update:
         self.check()
         self.touched = True
 
+    def written(self, nbytes: int) -> None:
+        """Say that bytes of `destinations` have been written; `finish` counts them."""
+        self.check()
+        self._written = (self._written or 0) + nbytes
+        self.moved(nbytes)
+
     def moved(self, nbytes: int) -> None:
         """Say that bytes of what comes by region have been written."""
         self.touched = True
@@ -149,6 +159,7 @@ class Update:
         if not in_place:
             for name, tensor in weights:
                 self._accept(name, tensor)
+            self._verify(weights)
         self.touched = True
         if not in_place:
             self._begun_loader(weights)
@@ -157,6 +168,8 @@ class Update:
     def finish(self) -> None:
         """Raise unless every parameter was loaded and the deadline has not passed."""
         self.check()
+        if self._written is not None:
+            self._count_written(self._written)
         missing = [*self._missing, *(self._to_move.by_name if self._to_move is not None else ())]
         if missing:
             raise ManifestMismatchError(
@@ -166,6 +179,28 @@ class Update:
             )
         self._begun_loader.finish()
         self.complete = True
+
+    def _count_written(self, written: int) -> None:
+        """See that what was written in place are the bytes of all that was not handed over."""
+        handed_over = self._unaccepted is not None
+        left = sum(param.nbytes for param in self._missing.values()) if handed_over else self._whole
+        if written != left:
+            raise ManifestMismatchError(
+                f"{written} bytes were written in place where {left} of the manifest were to come.",
+                phase="update",
+                version=self.version,
+            )
+        if self._digests:
+            assert self._destinations is not None
+            self._verify([(name, self._destinations[name]) for name in self._missing])
+        self._unaccepted = {}
+
+    @property
+    def _missing(self) -> dict[str, ParamMeta]:
+        """What was not handed over yet, by name; never asked for, and so never made, if all is written in place."""
+        if self._unaccepted is None:
+            self._unaccepted = dict(self._comes_whole.by_name)
+        return self._unaccepted
 
     def _accept_in_place(self, weights: Weights) -> bool:
         """Accept all of ``weights`` at once if they are the worker's own tensors, whose forms the loader has checked.
@@ -194,23 +229,25 @@ class Update:
         if tensor.shape != meta.shape or tensor.dtype is not torch_dtype(meta.dtype):
             got = f"{tensor.dtype} {list(tensor.shape)}"
             raise ManifestMismatchError(f"Parameter {meta} arrived as {got}.", phase="update", version=self.version)
-        if self._digests:
-            self._verify(name, tensor)
         self._done += meta.nbytes
 
-    def _verify(self, name: str, tensor: Tensor) -> None:
-        from weight_transfer.memory.integrity import tensor_digest
+    def _verify(self, weights: Weights) -> None:
+        """Compare digests, if any came along."""
+        if not self._digests:
+            return
+        from weight_transfer.memory.integrity import tensor_digests
 
-        expected, got = self._digests[name], tensor_digest(tensor)
-        if expected != got:
-            raise IntegrityError(
-                f"Parameter {name!r} arrived with other bytes than were sent; send the update again.",
-                phase="update",
-                version=self.version,
-                param=name,
-                expected=expected,
-                got=got,
-            )
+        for (name, _), got in zip(weights, tensor_digests([tensor for _, tensor in weights]), strict=True):
+            expected = self._digests[name]
+            if expected != got:
+                raise IntegrityError(
+                    f"Parameter {name!r} arrived with other bytes than were sent; send the update again.",
+                    phase="update",
+                    version=self.version,
+                    param=name,
+                    expected=expected,
+                    got=got,
+                )
 
     def _tell(self) -> None:
         now = time.monotonic()
@@ -223,7 +260,17 @@ class Update:
             )
 
 
-def _all_of(loader: WeightLoader, whole: Manifest) -> Mapping[str, Tensor] | None:
-    """Return where all of some weights may be written directly; None if one of them may not."""
-    found = loader.destinations() if isinstance(loader, InPlaceLoader) else None
-    return found if found is not None and whole.by_name.keys() <= found.keys() else None
+class InPlace:
+    """Where weights may be written directly, kept from update to update."""
+
+    def __init__(self) -> None:
+        self._known: tuple[object, object, Mapping[str, Tensor] | None] = (None, None, None)
+
+    def of(self, loader: WeightLoader, whole: Manifest) -> Mapping[str, Tensor] | None:
+        """Return where all of some weights may be written, which ``loader`` has begun; None if one of them may not."""
+        found = loader.destinations() if isinstance(loader, InPlaceLoader) else None
+        if found is None:
+            return None
+        if not (found is self._known[0] and whole is self._known[1]):
+            self._known = found, whole, found if whole.by_name.keys() <= found.keys() else None
+        return self._known[2]

@@ -26,6 +26,7 @@ from weight_transfer.model.declared import declared_for
 from weight_transfer.model.info import MODEL, WeightNeeds, WeightTransferInitInfo, WireDecoder
 from weight_transfer.session.incoming import Incoming
 from weight_transfer.session.keeping import Keeping
+from weight_transfer.session.update import InPlace
 from weight_transfer.values.events import TransferFinished, TransferStarted
 from weight_transfer.values.report import WorkerReport
 
@@ -56,6 +57,7 @@ class ServedModel:
     Attributes:
         loaders: by whether they take checkpoint format.
         writing: the mode in which its weights are written.
+        in_place: where they may be written directly.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class ServedModel:
         if needs is not None:
             self.loaders = declared_for(needs, model, self.loaders, process_weights_after_loading)
         self.writing = Writing(model)
+        self.in_place = InPlace()
 
 
 def targets_of(
@@ -211,7 +214,7 @@ class Joined:
         def progress(event: TransferProgress) -> None:
             self._backend.notify("weight_transfer_progress", event)
 
-        update.begin(info, progress, self._name, arrivals)
+        update.begin(info, progress, self._name, arrivals, target.in_place)
         self._backend.notify("weight_transfer_started", self._started(update))
         moved: list[int] = []
         with target.writing(loader, info.manifest):

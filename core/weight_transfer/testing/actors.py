@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from multiprocessing.connection import Connection
 from typing import Any, Self
@@ -74,6 +74,12 @@ class Actor:
         result: int = pid
         return result
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it runs, or stands still."""
+        alive: bool = self._body.is_alive()
+        return alive
+
     def ready(self) -> Self:
         """Wait until it has started."""
         self.hello = self.reply()
@@ -116,8 +122,10 @@ class Actor:
         raise AssertionError(f"an error was expected, got {result!r}")
 
     def kill(self) -> None:
-        """SIGKILL: no exit path of the process runs."""
-        os.kill(self.pid, signal.SIGKILL)
+        """SIGKILL, unless it has ended: no exit path of the process runs."""
+        if self.is_alive:
+            with suppress(ProcessLookupError):  # that was not known yet
+                os.kill(self.pid, signal.SIGKILL)
         self._body.join(10)
 
     @contextmanager

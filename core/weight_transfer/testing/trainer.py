@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,6 +37,7 @@ class RecordingChannel(HttpChannel):
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any] | None:
         self.init_infos.append(init_info)
+        self._before("init")
         return super().init_weight_transfer_engine(init_info)
 
     def weight_needs(self, request: dict[str, Any]) -> dict[str, Any] | None:
@@ -54,6 +56,12 @@ class RecordingChannel(HttpChannel):
         self._before("update")
         self.update_infos.append(update_info)
         return super().update_weights(update_info)
+
+    def begin_weight_update(self, update_info: dict[str, Any]) -> dict[str, Any] | None:
+        self._before("start")
+        self._before("update")
+        self.update_infos.append(update_info)
+        return super().begin_weight_update(update_info)
 
 
 class Trainer:
@@ -96,6 +104,7 @@ class Trainer:
             PassingSource(self.model, self._before_each, memory) if passing else ModuleSource(self.model)
         )
         self._hold_at: str | None = None
+        self._holding = threading.Lock()
         timeout = float(config.get("timeout", 300))
         self.channels = [RecordingChannel(url, timeout, self._before_call) for url in workers]
         self.sender = WeightSender(config, self.channels)
@@ -153,12 +162,18 @@ class Trainer:
         self._block_at, self._fail_at, self._error = block_at, fail_at, error
 
     def hold(self, at: str | None = None) -> None:
-        """Choose the call (``start``, ``update`` or ``finish``) before which it says so and waits for ``release``."""
+        """Choose the call (``init``, ``start``, ``update`` or ``finish``) before which it says so and waits.
+
+        One call to one worker waits, for ``release``; the calls to other workers go on.
+        """
         self._hold_at = at
 
     def _before_call(self, call: str) -> None:
-        if call == self._hold_at:
-            self._hold_at = None
+        with self._holding:  # workers are called by threads
+            held = call == self._hold_at
+            if held:
+                self._hold_at = None
+        if held:
             self._stage.say("held")
             self._stage.await_command("release")
 

@@ -245,6 +245,7 @@ def main(stage: Stage, threads: int | None = None) -> None:
                 "remains": lambda name: workers.pop(name).remains(),
                 "strays": lambda name: workers[name].model.strays(),
                 "status": lambda name: workers[name].receiver.status(),
+                "busy": lambda name: workers[name].receiver._lifecycle.busy,  # noqa: SLF001  (when to strike)
                 "failure": failure,
                 "init": lambda name, info: workers[name].receiver.init_weight_transfer_engine(info),
                 "await_update": lambda name, seconds: workers[name].receiver.told.wait(seconds),

@@ -1,0 +1,265 @@
+"""What a send costs when it moves nothing: the control path alone, by phase and side.
+
+    python benchmarks/overhead.py [--params 1 300 10000] [--workers 1 8 64] [--channels local http] [--json FILE]
+    python benchmarks/overhead.py --fleet 512 1024 [--params 300]
+
+Sender, receivers, channels and sessions are the real ones; the backend moves no bytes (`no_bytes`), and the source has
+none that anybody could read. Workers are receivers in two processes, each behind a server of its own (``local``: in the
+trainer's process); those of a process share one model, which nothing is written to. What a process of many workers
+costs is its own: with more workers than cores the worker's time contains waiting for the others.
+
+``--fleet`` measures rank 0 with that many workers, which one process plays: they answer at once, over the real server,
+and have no model.
+
+Times are medians in milliseconds. *trainer* is the whole ``send`` and its phases; *worker* the time inside a receiver's
+methods, mean of the workers; *threads* and *files* are the trainer's, while workers update and at the end; *bytes* are
+those of one send over all of the trainer's connections, in and out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import socket
+import statistics
+import struct
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import actors
+import no_bytes
+
+import weight_transfer as wt
+from weight_transfer.control import create_app
+from weight_transfer.control.http_server import Server
+
+CONFIG = {"backend": no_bytes.NAME, "timeout": 60, "init_timeout": 60}
+PHASES = ("init", "start", "update", "finish")
+LIFE = 540.0  # seconds of a process of workers
+PATIENCE = 240.0  # seconds of one measurement
+
+
+class Timed(wt.WeightReceiver):
+    """Takes the time of its calls."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+
+    def start_weight_update(self, session: str | None = None) -> None:
+        with self._timed("start"):
+            super().start_weight_update(session)
+
+    def update_weights(self, update_info: dict[str, Any]) -> dict[str, Any]:
+        with self._timed("update"):
+            return super().update_weights(update_info)
+
+    def finish_weight_update(self, weight_version: Any = None, session: str | None = None) -> None:
+        with self._timed("finish"):
+            super().finish_weight_update(weight_version, session)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        since = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase].append(time.perf_counter() - since)
+
+
+class Workers:
+    """Some receivers of one process, each behind a server; made inside of it."""
+
+    def __init__(self, params: int, count: int) -> None:
+        model = no_bytes.Tiny(params)
+        self._receivers = [Timed(CONFIG, model) for _ in range(count)]
+        self._servers = [wt.serve(receiver) for receiver in self._receivers]
+
+    def urls(self) -> list[str]:
+        return [server.url for server in self._servers]
+
+    def seconds(self) -> list[dict[str, list[float]]]:
+        return [dict(receiver.seconds) for receiver in self._receivers]
+
+    def close(self) -> None:
+        for server in self._servers:
+            server.close()
+        for receiver in self._receivers:
+            receiver.close()
+
+
+class Played:
+    """A control channel that has no worker behind it, and says yes."""
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        pass
+
+    def start_weight_update(self, session: str | None = None) -> None:
+        pass
+
+    def update_weights(self, update_info: dict[str, Any]) -> dict[str, Any]:
+        return {"transport": "nothing", "warnings": []}
+
+    def finish_weight_update(self, weight_version: Any = None, session: str | None = None) -> None:
+        pass
+
+    def abort_weight_update(self, reason: str = "", session: str | None = None) -> None:
+        pass
+
+    def status(self) -> dict[str, Any]:
+        return {"state": "ready", "version": None, "backend": no_bytes.NAME, "workers": 1, "id": str(id(self))}
+
+    def when_sampled(self, tell: Callable[[], object]) -> Callable[[], None]:
+        return lambda: None
+
+
+class Players:
+    """Many workers of one process behind one server, each at a path of its own; made inside of it."""
+
+    def __init__(self, count: int) -> None:
+        self._apps = {f"/{number}": create_app(Played()) for number in range(count)}
+        self._server = Server(self, "127.0.0.1", 0)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._apps["/0"](scope, receive, send)
+            return
+        at = "/" + scope["path"].split("/")[1]
+        await self._apps[at]({**scope, "root_path": at}, receive, send)
+
+    def urls(self) -> list[str]:
+        return [self._server.url + path for path in self._apps]
+
+    def close(self) -> None:
+        self._server.close()
+
+
+@contextmanager
+def hosted(kind: type, each: list[tuple[Any, ...]]) -> Iterator[list[actors.Actor]]:
+    """Have objects in processes of their own."""
+    hosts = [actors.Actor(f"{kind.__name__} {number}", LIFE, kind, *given) for number, given in enumerate(each)]
+    try:
+        yield hosts
+    finally:
+        actors.end(hosts)
+
+
+def measure(channel: str, params: int, workers: int, rounds: int) -> dict[str, Any]:
+    """Return what sends of ``params`` parameters to ``workers`` workers take."""
+    if channel == "local":
+        model = no_bytes.Tiny(params)
+        receivers = [Timed(CONFIG, model) for _ in range(workers)]
+        result = sends(receivers, params, rounds)
+        side = [dict(receiver.seconds) for receiver in receivers]
+        for receiver in receivers:
+            receiver.close()
+    else:
+        processes = min(2, workers)
+        counts = [workers // processes + (number < workers % processes) for number in range(processes)]
+        with hosted(Workers, [(params, count) for count in counts]) as hosts:
+            urls = [url for some in actors.ask(hosts, PATIENCE, "urls") for url in some]
+            result = sends(urls, params, rounds)
+            side = [own for some in actors.ask(hosts, PATIENCE, "seconds") for own in some]
+    inside = {phase: [statistics.median(own[phase][-rounds:]) for own in side] for phase in PHASES[1:]}
+    result["worker"] = {phase: statistics.mean(found) for phase, found in inside.items()}
+    return {"channel": channel, "params": params, "workers": workers, **result}
+
+
+def sends(to: list[Any], params: int, rounds: int) -> dict[str, Any]:
+    """Send again and again; return medians."""
+    source = no_bytes.Unread(params)
+    wholes, phases, engine = [], [], no_bytes.NoBytesTrainerEngine
+    engine.threads = 0
+    with wt.WeightSender(CONFIG, to) as sender:
+        since = time.perf_counter()
+        sender.send(source)
+        first = time.perf_counter() - since
+        for _ in range(2):
+            sender.send(source)
+        before = traffic()
+        for _ in range(rounds):
+            since = time.perf_counter()
+            report = sender.send(source)
+            wholes.append(time.perf_counter() - since)
+            phases.append(report.seconds)
+        moved = traffic() - before
+        files = len(os.listdir("/proc/self/fd"))
+    return {
+        "first": first,
+        "send": statistics.median(wholes),
+        "phases": {phase: statistics.median(seconds[phase] for seconds in phases) for phase in PHASES},
+        "threads": engine.threads,
+        "files": files,
+        "bytes": moved // rounds,
+    }
+
+
+def traffic() -> int:
+    """Return the bytes that the present TCP connections of this process have carried, both ways."""
+    total = 0
+    for number in os.listdir("/proc/self/fd"):
+        where = Path("/proc/self/fd", number)
+        if not where.is_socket():  # the listing's own is gone by now
+            continue
+        with socket.fromfd(int(number), socket.AF_INET, socket.SOCK_STREAM) as own:
+            try:
+                info = own.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192)
+            except OSError:  # it is another kind of socket
+                continue
+        acked, received = struct.unpack_from("QQ", info, 120)  # tcpi_bytes_acked, tcpi_bytes_received
+        total += acked + received
+    return total
+
+
+def show(result: dict[str, Any], out: Any = sys.stdout) -> None:
+    """Print one line of the table."""
+    trainer = " ".join(f"{result['phases'][phase] * 1e3:7.2f}" for phase in PHASES)
+    inside = result.get("worker", {})
+    worker = " ".join(f"{inside[phase] * 1e3:7.2f}" if phase in inside else "      -" for phase in PHASES[1:])
+    print(
+        f"{result['channel']:6} {result['params']:7,} {result['workers']:5,} {result['send'] * 1e3:8.2f} {trainer}  "
+        f"{worker}  {result['first'] * 1e3:8.0f} {result['threads']:7} {result['files']:6} {result['bytes']:9,}",
+        file=out,
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--params", type=int, nargs="+", default=[1, 300, 10_000])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--channels", nargs="+", default=["local", "http"], choices=["local", "http"])
+    parser.add_argument("--fleet", type=int, nargs="+", default=[], help="workers that are played; nothing else then")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    folder = no_bytes.install()
+    print("                           trainer                               worker                      first")
+    phases = "  init   start  update  finish    start  update  finish"
+    print(f"channel  params workers   send  {phases}      send threads  files     bytes")
+    results = []
+    for workers, params in itertools.product(options.fleet, options.params):
+        with hosted(Players, [(workers,)]) as hosts:
+            (urls,) = actors.ask(hosts, PATIENCE, "urls")
+            found = sends(urls, params, options.rounds)
+        results.append({"channel": "played", "params": params, "workers": workers, **found})
+        show(results[-1])
+    for channel in options.channels if not options.fleet else ():
+        for workers in options.workers:
+            for params in options.params:
+                results.append(measure(channel, params, workers, options.rounds))
+                show(results[-1])
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+    folder.cleanup()
+
+
+if __name__ == "__main__":
+    main()

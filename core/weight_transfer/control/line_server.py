@@ -1,0 +1,142 @@
+"""The worker's end of a line; see `weight_transfer.control.line`.
+
+It is offered by `Server` alone. A line never ends by itself, so a server that waits at its end for open requests would
+wait for ever: it has to tell them, which ASGI has no word for. `Server` does it by an extension of the scope.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import logging
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from starlette.requests import Request
+
+from weight_transfer.control.kept_threads import KeptThreads
+from weight_transfer.control.line import CONTENT_TYPE, HELLO, WAITS, Messages
+from weight_transfer.errors import TransferError, error_to_dict
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
+
+    from weight_transfer.control.serving_calls import ServedCalls
+
+logger = logging.getLogger(__name__)
+
+THREADS = KeptThreads("weight-transfer worker call")
+PASSES = 4
+"""Of the event loop, in which it notices that a connection was closed before a call has ended."""
+_LOOK = 0.1  # seconds
+
+EXTENSION = "weight_transfer.ending"
+"""Of the ASGI scope: an `asyncio.Event` that is set when the server ends."""
+
+
+def ending_of(scope: Scope) -> asyncio.Event | None:
+    """Return what tells that the server ends; None for another server than ours, which opens no lines."""
+    found = (scope.get("extensions") or {}).get(EXTENSION)
+    return found if isinstance(found, asyncio.Event) else None
+
+
+class ServedLine:
+    """One line, from the request that opened it, which the guard has let in, until either side closes it.
+
+    Calls run on threads that are kept, and end on the event loop. Those that are under way when the trainer's end is
+    gone are aborted as those of requests are.
+
+    Args:
+        calls: answers them.
+        scope: of the request.
+        receive: of the request.
+        send: of the request.
+    """
+
+    def __init__(self, calls: ServedCalls, scope: Scope, receive: Receive, send: Send) -> None:
+        self._calls = calls
+        self._request = Request(scope, receive)
+        self._send = send
+        self._loop = asyncio.get_running_loop()
+        self._under_way: dict[int, dict[str, Any] | None] = {}
+        self._numbers = itertools.count()
+        self._answers: asyncio.Queue[bytes] = asyncio.Queue()
+        self._has_left = False
+
+    async def run(self, ending: asyncio.Event) -> None:
+        """Answer calls until the trainer closes the line, or the server ends."""
+        headers = [(b"content-type", CONTENT_TYPE.encode())]
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        self._answers.put_nowait(HELLO)
+        forget = self._calls.when_sampled(partial(self._loop.call_soon_threadsafe, self._answers.put_nowait, WAITS))
+        tasks = [self._loop.create_task(work) for work in (self._listen(), self._speak(), _wait(ending))]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            while self._under_way and not self._has_left:
+                await asyncio.wait(tasks[:1], timeout=_LOOK)  # the server waits for them a moment, then cancels this
+        finally:
+            forget()
+            for task in tasks:
+                task.cancel()
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _listen(self) -> None:
+        """Take calls until the trainer ends the line."""
+        messages = Messages()
+        goes_on = True
+        while goes_on:
+            event = await self._request.receive()
+            goes_on = event["type"] == "http.request" and event.get("more_body", False)
+            try:
+                for message in messages.feed(event.get("body", b"")):
+                    self._begin(json.loads(message))
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                logger.warning("closed a line on which something else than calls came: %s", error)
+                break
+        self._has_left = True
+        for body in self._under_way.values():
+            if body is not None:
+                THREADS.run(partial(self._calls.abort, body))
+
+    async def _speak(self) -> None:
+        """Send answers."""
+        while True:
+            message = await self._answers.get()
+            await self._send({"type": "http.response.body", "body": message + b"\n", "more_body": True})
+
+    def _begin(self, data: dict[str, Any]) -> None:
+        call, name, body = data["id"], data["call"], data["body"]
+        number = next(self._numbers)
+        if not isinstance(body, dict):
+            raise TypeError("the body of a call is a table")
+        aborts = name in self._calls.offers and self._calls.offers[name].aborts
+        self._under_way[number] = body if aborts else None
+        THREADS.run(partial(self._perform, number, call, name, body))
+
+    def _perform(self, number: int, call: object, name: str, body: dict[str, Any]) -> None:
+        """Make a call, on a thread."""
+        status, answer = self._calls.perform(name, body) if name in self._calls.offers else (404, None)
+        try:
+            text = json.dumps({"id": call, "status": status, "body": answer}, separators=(",", ":"))
+        except (TypeError, ValueError, RecursionError) as error:
+            failed = error_to_dict(TransferError(f"The answer to /{name} is not JSON-safe.", cause=str(error)))
+            text = json.dumps({"id": call, "status": 500, "body": {"error": failed}})
+        with suppress(RuntimeError):  # the server has ended meanwhile
+            self._loop.call_soon_threadsafe(self._end, number, text.encode())
+
+    def _end(self, number: int, answer: bytes) -> None:
+        self._answers.put_nowait(answer)
+        self._loop.call_soon(self._forget, number, PASSES)
+
+    def _forget(self, number: int, passes: int) -> None:
+        """Let go of a call once its answer has gone out to somebody."""
+        if passes and not self._has_left:
+            self._loop.call_soon(self._forget, number, passes - 1)
+        else:
+            self._under_way.pop(number, None)
+
+
+async def _wait(ending: asyncio.Event) -> None:
+    await ending.wait()
