@@ -19,13 +19,15 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from shapes import Weights, qwen_half_billion, tiny
 
 import weight_transfer as wt
 
-CASES = {
+CASES: dict[str, Callable[[], dict[str, tuple[int, ...]]]] = {
     "Qwen2.5-0.5B shapes": qwen_half_billion,
     "9,000 tensors of 2 KB": lambda: tiny(9000, 2048),
 }
@@ -34,7 +36,7 @@ CASES = {
 def sha256(weights: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for parameter in weights.parameters():
-        digest.update(parameter.data.view(torch.uint8).numpy())
+        digest.update(parameter.data.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -47,7 +49,7 @@ def work(case: str, config: str) -> None:
             print(sha256(weights), flush=True)
 
 
-def measure(case: str, rounds: int, config: dict[str, object]) -> None:
+def measure(case: str, rounds: int, config: dict[str, Any]) -> None:
     weights = Weights(CASES[case](), torch.bfloat16)
     nbytes = sum(parameter.nbytes for parameter in weights.parameters())
     source, target = torch.ones(nbytes, dtype=torch.uint8), torch.zeros(nbytes, dtype=torch.uint8)
@@ -95,7 +97,7 @@ def main() -> None:
     if arguments.worker:
         work(arguments.worker, arguments.worker_config)
         return
-    config = {"backend": "ipc", "ipc": {"export": arguments.export}}
+    config: dict[str, Any] = {"backend": "ipc", "ipc": {"export": arguments.export}}
     if arguments.device == "cuda":
         import ipc_cuda
 

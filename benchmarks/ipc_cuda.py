@@ -17,6 +17,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -160,7 +161,7 @@ def watch_engine() -> list[float]:
         receive(*arguments)
         seconds.append(time.perf_counter() - since)
 
-    IpcWorkerEngine.receive_weights = timed  # type: ignore[method-assign]
+    IpcWorkerEngine.receive_weights = timed  # type: ignore[assignment, method-assign]
     return seconds
 
 
@@ -250,7 +251,7 @@ def measure(case: str, peer: bool, rounds: int, config: dict[str, Any]) -> None:
     with wt.WeightSender(config, [PipeChannel(pipe)]) as by_pipe, wt.WeightSender(config, [url]) as by_http:
         senders = {"ours over a pipe": by_pipe, "ours over HTTP": by_http}
         schemes: dict[str, Callable[[], object]] = {
-            **{name: (lambda sender=sender: sender.send(weights)) for name, sender in senders.items()},
+            **{name: partial(sender.send, weights) for name, sender in senders.items()},
             "packed": packed,
             "unpacked": unpacked,
         }

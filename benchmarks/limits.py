@@ -146,7 +146,7 @@ class GroupLimit(Limit):
         from weight_transfer_nccl.group import Group
 
         trainers, workers = len(self.devices), offers[0]
-        self._group = Group(None, self._meeting, self._member, trainers + workers, self.device, trainers=trainers)
+        self._group = Group(self._meeting, self._member, trainers + workers, self.device, trainers=trainers)
         self._group.join(Deadline(LONG), str)
         self._peers = [(self._first + number, nbytes) for number, nbytes in enumerate(self.sizes)]
         partners = max(trainers, workers)  # the same on both sides

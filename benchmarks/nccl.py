@@ -25,7 +25,7 @@ import statistics
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import shapes
 import torch
@@ -40,7 +40,10 @@ from weight_transfer.model.manifest import digest_json
 from weight_transfer.session.update import Update
 from weight_transfer.values.deadline import Deadline
 from weight_transfer_nccl.group import Group
-from weight_transfer_nccl.rendezvous import Rendezvous, new_secret, open_store
+from weight_transfer_nccl.meeting_place import MeetingPlace
+
+if TYPE_CHECKING:
+    from weight_transfer_nccl.rendezvous import Rendezvous
 
 CASES = {
     "dense": shapes.llama_8b,
@@ -139,7 +142,7 @@ def work(
         torch.cuda.set_device(device)
     weights = shapes.Weights(named, torch.bfloat16, device_name)
     deadline = Deadline(120)
-    group = Group(None, meeting, rank, size, device)
+    group = Group(meeting, rank, size, device)
     group.join(deadline, str)
     memory = Memory(device)
     with wt.WeightReceiver(config, weights) as receiver, wt.serve(receiver) as server:
@@ -156,7 +159,8 @@ def work(
                 engine.receive(info)
                 pipe.send("done")
             elif command == "watch":
-                pipe.send(memory.watch())
+                memory.watch()
+                pipe.send(None)
             elif command == "extra":
                 pipe.send(memory.extra)
             else:
@@ -175,8 +179,8 @@ def measure(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(devices[0])
     if cuda:
         torch.cuda.set_device(device)
-    store, port = open_store("127.0.0.1", 0)
-    meeting = Rendezvous(address="127.0.0.1", port=port, secret=new_secret(), transport="nccl" if cuda else "gloo")
+    place = MeetingPlace("127.0.0.1", 0)
+    meeting = place.meeting("nccl" if cuda else "gloo")
     config = {"backend": "nccl", "bucket_bytes": arguments.bucket, "nccl": {"direct_bytes": arguments.direct}}
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
@@ -189,7 +193,7 @@ def measure(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
         pipes.append(pipe)
     weights = shapes.Weights(named, torch.bfloat16, devices[0])
     nbytes = sum(parameter.nbytes for parameter in weights.parameters())
-    group = Group(store, meeting, 0, arguments.workers + 1, device)
+    group = Group(meeting, 0, arguments.workers + 1, device)
     group.join(Deadline(120), str)
     urls = [pipe.recv() for pipe in pipes]
     memory = Memory(device)

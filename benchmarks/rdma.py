@@ -3,12 +3,12 @@
     python benchmarks/rdma.py [--transport shm,tcp] [--workers 1,2,3] [--rounds 9]     on the CPU
     python benchmarks/rdma.py --device cuda [--workers 1] [--rounds 9]                 between GPUs
 
-Rows: ``copy`` is one ``copy_`` of one flat tensor, between GPUs from one to the other, where it is the limit; ``one
-READ``, one NIXL read of one descriptor; ``READ per tensor``, one descriptor each, not merged; both by NIXL as it
-comes, between memory of their own; ``bare READ``, one worker's prepared reads and nothing around them, from and into
-the weights themselves; ``engine``, the slowest worker's ``receive_weights``; ``update`` and ``send``, with the control
-calls over HTTP. Rounds alternate between all of them, so that a noisy machine disturbs them alike; medians are
-compared. Each row's rate is that of one worker, or the sum of several, which all read at once.
+Rows: ``copy`` is ``copy_`` of a flat tensor of 4 GiB until all bytes have gone; between GPUs, from one to the other, it
+is the limit; ``one READ``, one NIXL read of one descriptor; ``READ per tensor``, one descriptor each, not merged;
+both by NIXL as it comes, between memory of their own; ``bare READ``, one worker's prepared reads and nothing around
+them, from and into the weights themselves; ``engine``, the slowest worker's ``receive_weights``; ``update`` and
+``send``, with the control calls over HTTP. Rounds alternate between all of them, so that a noisy machine disturbs them
+alike; medians are compared. Each row's rate is that of one worker, or the sum of several, which all read at once.
 
 On the CPU ``bare READ`` is the limit: it is one descriptor there, too, and between the same pages. Other pages may be
 faster or slower by a seventh.
@@ -41,7 +41,9 @@ from weight_transfer_rdma.memory import memory_for
 from weight_transfer_rdma.nixl import Place
 from weight_transfer_rdma.receiving import RdmaWorkerEngine
 
-CASES = {
+BLOCK = 4 * 2**30
+"""Bytes that a plain copy takes at a time: the weights and those of the raw reads leave no room for as many again."""
+CASES: dict[str, dict[str, Callable[[], dict[str, tuple[int, ...]]]]] = {
     "cpu": {
         "Qwen2.5-0.5B shapes": qwen_half_billion,
         "9,000 tensors of 110 KB": lambda: tiny(9000, 110_080),
@@ -78,7 +80,7 @@ def work(case: str, config: dict[str, Any], device: str) -> None:
         "bare READ": lambda: timed(lambda: read_again(engine)),
     }
 
-    RdmaWorkerEngine.receive_weights = watched  # type: ignore[method-assign]
+    RdmaWorkerEngine.receive_weights = watched  # type: ignore[assignment, method-assign]
     with wt.WeightReceiver(config, weights) as receiver, wt.serve(receiver) as server:
         print(server.url, flush=True)
         for question in sys.stdin:
@@ -166,11 +168,14 @@ def raw_reads(stack: ExitStack, sizes: list[int], config: dict[str, Any], device
 
 
 def copying(nbytes: int, devices: tuple[str, str]) -> Callable[[], None]:
-    source = torch.ones(nbytes, dtype=torch.uint8, device=devices[0])
-    target = torch.zeros(nbytes, dtype=torch.uint8, device=devices[1])
+    block = min(nbytes, BLOCK)
+    source = torch.ones(block, dtype=torch.uint8, device=devices[0])
+    target = torch.zeros(block, dtype=torch.uint8, device=devices[1])
 
     def run() -> None:
-        target.copy_(source)
+        for start in range(0, nbytes, block):
+            size = min(block, nbytes - start)
+            target[:size].copy_(source[:size])
         if target.is_cuda:
             torch.cuda.synchronize(target.device)
 

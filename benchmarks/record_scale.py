@@ -34,7 +34,7 @@ from weight_transfer import Manifest, ParamMeta, Recording, record
 
 sys.path.append(str(Path(__file__).parents[1] / "integrations" / "vllm" / "tests"))
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "vocab_size": 151936,
     "hidden_size": 2048,
     "intermediate_size": 6144,

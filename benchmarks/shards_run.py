@@ -74,7 +74,7 @@ class Run:
             self.ask(self.workers, "forget")
             self._copy()
             self._require_bits("plain copies", version)
-        meeting, self._store = new_meeting(self.scene)
+        meeting, self._place = new_meeting(self.scene)
         calls = [(actor, "make_limit", (member, meeting)) for member, actor in enumerate(self.everyone)]
         offers = ask_each(calls, self.seconds)[: len(self.trainers)]
         self.ask(self.everyone, "join_limit", offers)
@@ -197,14 +197,14 @@ class Run:
 
 
 def new_meeting(scene: Scene) -> tuple[Any, Any]:
-    """Return where the members of ``nccl``'s limit meet, and the store there; None for other backends."""
+    """Return where the members of ``nccl``'s limit meet, and the place; None for other backends."""
     if scene.backend != "nccl":
         return None, None
-    from weight_transfer_nccl.rendezvous import Rendezvous, new_secret, open_store
+    from weight_transfer_nccl.meeting_place import MeetingPlace
 
-    store, port = open_store("127.0.0.1", 0)
+    place = MeetingPlace("127.0.0.1", 0)
     transport = "gloo" if scene.trainers[0] == "cpu" else "nccl"
-    return Rendezvous(address="127.0.0.1", port=port, secret=new_secret(), transport=transport), store
+    return place.meeting(transport), place
 
 
 ROWS = ("limit", "plain copies", "engine", "update", "send", "gathered", "gathered, engine")
