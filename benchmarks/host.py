@@ -88,7 +88,7 @@ def regions(options: argparse.Namespace, backend: str, layout: str, case: str) -
     arguments += ["--quick"] if options.quick else layers(options, case)
     is_first = layout == ("apart" if backend == "nccl" else "colocated")
     arguments += [] if is_first and (case == "dense" or backend == "ipc") else ["--skip-gathering"]
-    return Command(f"{backend} {layout} {case}", 90 if case == "dense" else 120, arguments, stops="--life")
+    return Command(f"{backend} {layout} {case}", 90 if case == "dense" else 240, arguments, stops="--life")
 
 
 def one_to_all(options: argparse.Namespace, case: str) -> Command:

@@ -80,6 +80,7 @@ def test_the_routes_are_those_of_vllm_and_a_few_more(client: httpx.Client) -> No
     ("route", "body", "status", "kind", "words"),
     [
         ("/update_weights", b'{"update_info": {', 400, "ConfigError", "not valid JSON"),
+        ("/update_weights", b"[" * 100_000, 400, "ConfigError", "not valid JSON"),
         ("/update_weights", b"[1, 2]", 400, "ConfigError", "must be a table"),
         ("/update_weights", b'{"update_inof": {}}', 400, "ConfigError", "did you mean 'update_info'?"),
         ("/finish_weight_update", b'{"weight_version": 1.5}', 400, "ConfigError", "weight_version"),

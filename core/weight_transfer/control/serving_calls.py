@@ -142,9 +142,18 @@ def _nothing() -> None:
 
 def _session_in(body: bytes | dict[str, Any]) -> dict[str, Any]:
     """Return the session that a call names, beside its other arguments or in one of them."""
-    data = json.loads(body or b"{}") if isinstance(body, bytes) else body
+    try:
+        data = _parsed(body)
+    except (ValueError, RecursionError):  # such a call has begun nothing
+        data = {}
+    if not isinstance(data, dict):
+        return {}
     found = [data.get("session"), *(value.get("session") for value in data.values() if isinstance(value, dict))]
     return {"session": next((session for session in found if session is not None), None)}
+
+
+def _parsed(body: bytes | dict[str, Any]) -> Any:
+    return json.loads(body or b"{}") if isinstance(body, bytes) else body
 
 
 def _without_session(value: Any) -> Any:
@@ -153,7 +162,7 @@ def _without_session(value: Any) -> Any:
 
 def _arguments(body: bytes | dict[str, Any], cls: type, name: str) -> dict[str, Any]:
     try:
-        data = json.loads(body or b"{}") if isinstance(body, bytes) else body
-    except ValueError as error:
+        data = _parsed(body)
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"The body of /{name} is not valid JSON.", cause=str(error)) from error
     return attrs.asdict(structure(data, cls, f"body of /{name}"), recurse=False)
