@@ -341,8 +341,9 @@ def test_abort_keeps_the_old_version_unless_the_model_was_touched(
 
 
 @pytest.mark.parametrize(("touched", "after", "version"), [(0, "created", "old"), (1, "failed", None)])
-def test_abort_from_another_thread_ends_a_running_update(
-    worker: Worker, touched: int, after: str, version: str | None
+@pytest.mark.parametrize("ending", ["abort_weight_update", "leave"])
+def test_whoever_ends_a_running_update_from_another_thread_finds_it_ended(
+    worker: Worker, ending: str, touched: int, after: str, version: str | None
 ) -> None:
     to_updating(worker)
     inside, errors = threading.Event(), []
@@ -363,7 +364,7 @@ def test_abort_from_another_thread_ends_a_running_update(
     updating = threading.Thread(target=update)
     updating.start()
     assert inside.wait(20)
-    worker.receiver.abort_weight_update("the trainer was tired")
+    getattr(worker.receiver, ending)("the trainer was tired")
     assert (str(worker.receiver.state), worker.receiver.version) == (after, version)
     assert worker.model.values == [2.0] * touched + [1.0] * (3 - touched)
     updating.join(20)
@@ -373,7 +374,7 @@ def test_abort_from_another_thread_ends_a_running_update(
     assert (error.backend, error.phase, error.version) == ("scripted", "update", "new")
     worker.script.receive = worker.script.load_all
     worker.resync(3.0, "later")
-    assert worker.model.values == [3.0] * 3
+    assert (worker.receiver.version, worker.model.values) == ("later", [3.0] * 3)
 
 
 def test_abort_of_an_engine_that_does_not_listen_is_a_timeout(new: Callable[..., Worker]) -> None:
@@ -882,39 +883,6 @@ def test_a_closed_worker_has_nobody_to_leave(worker: Worker) -> None:
     with pytest.raises(LifecycleError, match="this receiver is closed; create a new one") as caught:
         worker.receiver.leave()
     assert (caught.value.method, caught.value.state) == ("leave", "closed")
-
-
-@pytest.mark.parametrize(("touched", "after", "version"), [(0, "created", "old"), (1, "failed", None)])
-def test_leaving_from_another_thread_ends_a_running_update(
-    worker: Worker, touched: int, after: str, version: str | None
-) -> None:
-    to_updating(worker)
-    inside, errors = threading.Event(), []
-
-    def receive(engine: Any, _info: Any, load_weights: Any) -> None:
-        load_weights(worker.script.weights[:touched]) if touched else None
-        inside.set()
-        assert engine.aborted.wait(20)
-        load_weights(worker.script.weights[touched:])
-
-    def update() -> None:
-        try:
-            worker.update(2.0, "new")
-        except TransferError as error:
-            errors.append(str(error))
-
-    worker.script.receive = receive
-    updating = threading.Thread(target=update)
-    updating.start()
-    assert inside.wait(20)
-    worker.receiver.leave("the server changes its backend")
-    assert (str(worker.receiver.state), worker.receiver.version) == (after, version)
-    updating.join(20)
-    assert errors == ["The update was aborted: the server changes its backend."]
-    assert worker.model.values == [2.0] * touched + [1.0] * (3 - touched)
-    worker.script.receive = worker.script.load_all
-    worker.resync(3.0, "later")
-    assert (worker.receiver.version, worker.model.values) == ("later", [3.0] * 3)
 
 
 def test_leaving_from_another_thread_ends_a_join(worker: Worker) -> None:

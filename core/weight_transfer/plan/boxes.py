@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import attrs
 import numpy as np
 
-from weight_transfer.copying.boxes import Boxes, Views
-from weight_transfer.plan.layout import Integers
+from weight_transfer.copying.boxes import Boxes, Integers, Views
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,11 +11,8 @@ from weight_transfer.errors import ManifestMismatchError
 from weight_transfer.model.regions import Region
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
+    from weight_transfer.copying.boxes import Integers
     from weight_transfer.model.manifest import ParamMeta
-
-    Integers = NDArray[np.int64]
 
 
 def require_cover(rows: Integers, param: ParamMeta) -> None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import numpy as np
-from numpy.typing import NDArray
 
+from weight_transfer.copying.boxes import Integers
 from weight_transfer.errors import ManifestMismatchError
 from weight_transfer.model.manifest import Manifest, digest_json, torch_dtype
 from weight_transfer.model.regions import Region
@@ -22,7 +22,8 @@ from weight_transfer.plan.coverage import require_cover
 from weight_transfer.plan.merging import merged_manifest
 from weight_transfer.plan.wire import column_from_wire, table_from_wire, texts_from_wire
 
-Integers = NDArray[np.int64]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Place = tuple[str, ...]
 """Where memory lies, from far to near: the host, then the GPU. What two places have in common makes them near."""

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import attrs
 import numpy as np
 
+from weight_transfer.copying.boxes import Integers
 from weight_transfer.errors import ManifestMismatchError
-from weight_transfer.plan.layout import NONE, Integers, Layout, Place, Regions, Rows, itemsizes
+from weight_transfer.plan.layout import NONE, Layout, Place, Regions, Rows, itemsizes
 
 if TYPE_CHECKING:
     from weight_transfer.model.manifest import ParamMeta
