@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from weight_transfer.memory.integrity import Words
 
 _SHORT = 240  # bytes up to which XXH3 is another algorithm
-_HEIGHT = 32  # blocks of a program
+_HEIGHT = 16  # blocks of a program; twice as fast on an H100 as 32
 _START = (
     0xC2B2AE3D,
     0x9E3779B185EBCA87,
