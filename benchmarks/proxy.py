@@ -1,4 +1,4 @@
-"""A TCP proxy that can reset its connections, and be slow."""
+"""A TCP proxy that can reset its connections, leave them open and pass nothing, and be slow."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ class Proxy:
         url: its own address.
         port: of the server behind it.
         delay: seconds by which everything that passes is late.
+        swallows: whether nothing passes, as if a host or a cable between had failed: no end hears of it.
     """
 
     def __init__(self, port: int) -> None:
         self.port = port
         self.delay = 0.0
+        self.swallows = False
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self._open: set[socket.socket] = set()
@@ -68,6 +70,8 @@ class Proxy:
             while data := source.recv(65536):
                 if self.delay:
                     time.sleep(self.delay)
+                if self.swallows:
+                    continue
                 target.sendall(data)
         for end in (source, target):
             with contextlib.suppress(OSError):

@@ -72,12 +72,10 @@ def stop_trainer(arena: Arena, troupe: Troupe) -> None:
     stale.signal(signal.SIGCONT)
     outcome, latest = arena.ended(stale), arena.version
     arena.wait()
-    refused = (outcome["error"] or "").startswith("SessionError")
-    if not refused:  # what it sends when it has joined anew is good, and its failures are those of any trainer
-        arena.counts["stale trainers that were done, or joined anew"] += 1
-    elif any(worker.ask("served")[0] not in (latest, None) for worker in troupe.workers):
-        # None: it had joined one of them anew, and failed with the others
-        arena.find("torn", "a stale trainer that was refused has published")
+    how = "done before" if outcome["error"] is None else outcome["error"].partition(":")[0]
+    arena.counts[f"stale trainers: {how}"] += 1
+    if any(worker.ask("served")[0] != latest for worker in troupe.workers):
+        arena.find("torn", f"a stale trainer has published, or taken a version: {outcome['error']}")
     stale.stop()
 
 
@@ -94,6 +92,20 @@ def reset_connection(arena: Arena, troupe: Troupe) -> None:
     arena.slowed(troupe)
     outcome = arena.during(troupe, troupe.proxies[arena.one(troupe)].reset)
     arena.bounded(outcome, rejoins=True, ranks=troupe.scene.ranks)
+
+
+def half_open(arena: Arena, troupe: Troupe) -> None:
+    """Nothing passes between the trainer and a worker any more, and neither is told."""
+    proxy = troupe.proxies[arena.one(troupe)]
+
+    def swallow() -> None:
+        proxy.swallows = True
+
+    arena.slowed(troupe)
+    outcome = arena.during(troupe, swallow)
+    proxy.swallows = False
+    proxy.reset()  # what was swallowed is missing in the middle of what comes
+    arena.bounded(outcome, ranks=troupe.scene.ranks)
 
 
 def slow_peer(arena: Arena, troupe: Troupe) -> None:
@@ -176,6 +188,7 @@ ANYWHERE: list[Fault] = [
     stop_trainer,
     pause_trainer,
     reset_connection,
+    half_open,
     slow_peer,
     second_trainer,
     end_worker,

@@ -61,8 +61,17 @@ def test_the_routes_are_those_of_vllm_and_a_few_more(client: httpx.Client) -> No
     status = client.get("/status").json()
     assert len(status.pop("id")) == 16
     assert status.pop("versions") == {"model": None}
+    assert status.pop("digests") == {}
     assert status.pop("line") is True
-    assert status == {"state": "created", "version": None, "backend": "loopback", "workers": 1, "error": None}
+    assert [status.pop(key) for key in ("committed", "updates", "prepared", "lease")] == [{}, {}, None, None]
+    assert status == {
+        "state": "created",
+        "version": None,
+        "published": None,
+        "backend": "loopback",
+        "workers": 1,
+        "error": None,
+    }
     routes = {
         "/init_weight_transfer_engine": {"init_info": {}},
         "/start_weight_update": {},
@@ -190,15 +199,15 @@ REBOUND = {
     ("foreign", "token"),  # with a token a server may have any name: no page knows the token
     [*((foreign, token) for foreign in FOREIGN for token in (None, "secret")), *((name, None) for name in REBOUND)],
 )
-@pytest.mark.parametrize("route", [*ROUTES, "/abort_weight_update", "/begin_weight_update", "/line"])
 def test_what_a_foreign_web_page_can_send_is_refused_before_anything_else(
-    receiver: wt.WeightReceiver, token: str | None, route: str, foreign: str
+    receiver: wt.WeightReceiver, token: str | None, foreign: str
 ) -> None:
     headers, status, words = (FOREIGN | REBOUND)[foreign]
-    with serve(receiver, token=token) as server:
-        response = httpx.post(f"{server.url}{route}", content=b"not even JSON", headers=headers, trust_env=False)
-    assert response.status_code == status
-    assert (_error(response)["type"], words in _error(response)["message"]) == ("HandshakeError", True)
+    with serve(receiver, token=token) as server, httpx.Client(base_url=server.url, trust_env=False) as client:
+        for route in [*ROUTES, "/abort_weight_update", "/begin_weight_update", "/line"]:
+            response = client.post(route, content=b"not even JSON", headers=headers)
+            assert response.status_code == status, route
+            assert (_error(response)["type"], words in _error(response)["message"]) == ("HandshakeError", True)
 
 
 def test_a_foreign_name_does_not_even_see_the_status(client: httpx.Client) -> None:

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+import torch
 import uvicorn
+from torch import nn
 
 import weight_transfer as wt
 from support.models import Odd, digest
@@ -33,6 +35,20 @@ PLAIN = ["status", "init_weight_transfer_engine", "start_weight_update", "update
 class Small(Odd):
     def __init__(self, seed: int) -> None:
         super().__init__(seed, rows=16, width=32)
+
+
+class Many(nn.Module):
+    """As many weights as make a trainer say that an update is about to start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for number in range(600):
+            self.register_parameter(f"w{number}", nn.Parameter(torch.zeros(3), requires_grad=False))
+
+    def randomise(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters():
+            parameter.copy_(torch.randn(3, generator=generator))
 
 
 class Listed:
@@ -358,6 +374,50 @@ def test_once_workers_are_known_to_wait_for_nobody_an_update_begins_with_one_cal
         assert fleet.send(seed, version) == AT_ONCE
 
 
+def replaced(model: nn.Module, number: int) -> None:
+    """Put another parameter into the place of one."""
+    setattr(model, f"w{number}", nn.Parameter(torch.zeros(3), requires_grad=False))
+
+
+def moved(model: nn.Module, number: int) -> None:
+    getattr(model, f"w{number}").data = torch.zeros(3)
+
+
+@pytest.mark.parametrize("declares", [False, True])
+@pytest.mark.parametrize("change", [replaced, moved])
+def test_workers_look_at_many_weights_while_the_trainer_does_and_see_each_change(
+    change: Callable[[nn.Module, int], None], declares: bool
+) -> None:
+    """A, a change of the model, B, A: what was seen in advance counts for the update that follows alone."""
+    trainer, model = Many(), Many()
+
+    def needs(manifest: wt.Manifest) -> dict[str, wt.Target]:
+        return {name: wt.Target(wt.Region.whole((3,)), getattr(model, name)) for name in ("w0", "w7")}
+
+    config = wt.load_config(CONFIG, backend="ipc")
+    with (
+        wt.WeightReceiver(config, model, needs=needs if declares else None) as receiver,
+        serve(receiver) as server,
+        HttpChannel(server.url) as channel,
+        wt.WeightSender(config, [channel]) as sender,
+    ):
+        expected: list[str] = []
+        submit = channel.submit
+
+        def listed(method: str, **arguments: Any) -> Any:
+            expected.extend([method] if method == "expect_weight_update" else [])
+            return submit(method, **arguments)
+
+        channel.submit = listed  # type: ignore[method-assign]
+        for seed in (1, 2, 1):
+            trainer.randomise(seed)
+            sender.send(trainer)
+            assert digest(model) == digest(trainer)
+            change(model, 7)
+            change(model, 40)
+        assert len(expected) == 2
+
+
 def test_workers_whose_version_somebody_holds_are_asked_to_start(fleet: Fleet) -> None:
     warm_up(fleet)
     with fleet.receivers[1].serving():
@@ -365,10 +425,19 @@ def test_workers_whose_version_somebody_holds_are_asked_to_start(fleet: Fleet) -
     assert fleet.send(4, 4) == SLOWLY
 
 
-def test_a_worker_that_has_joined_another_trainer_refuses_and_all_get_the_version(fleet: Fleet) -> None:
+def test_a_worker_that_has_joined_another_trainer_refuses_and_keeps_its_version(fleet: Fleet) -> None:
     warm_up(fleet)
     with wt.WeightSender(wt.load_config(CONFIG, backend=fleet.sender.config.backend), [fleet.receivers[1]]) as other:
         other.send(Small(8), version=8)
+    with pytest.raises(wt.ReplacedError):
+        fleet.send(4, 9)
+    assert fleet.calls[0] == "begin_weight_update"
+    assert (fleet.receivers[1].version, digest(fleet.models[1])) == (8, digest(Small(8)))
+
+
+def test_a_worker_that_has_left_refuses_and_all_get_the_version(fleet: Fleet) -> None:
+    warm_up(fleet)
+    fleet.receivers[1].leave()
     called = fleet.send(4, 4)
     assert called[0] == "begin_weight_update"
     assert called[1:4] == ["abort_weight_update", "status", "init_weight_transfer_engine"]

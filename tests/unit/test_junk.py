@@ -245,6 +245,12 @@ def test_files_that_no_index_can_name(tmp_path: Path, file: Any) -> None:
     assert isinstance(parse(lambda: CheckpointSource(tmp_path), IntegrityError, ConfigError), Exception)
 
 
+def test_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model-1.safetensors")
+    found = parse(lambda: CheckpointSource(tmp_path), IntegrityError)
+    assert "is no regular file" in str(found)
+
+
 def test_a_file_without_an_end_is_no_configuration() -> None:
     assert isinstance(parse(lambda: load_config("/dev/zero"), ConfigError), ConfigError)
 

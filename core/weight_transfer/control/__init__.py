@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 from weight_transfer.control.answers import Reply, ReplyTo, send_reply
 from weight_transfer.control.channel import ControlChannel, LocalChannel
 from weight_transfer.control.joining import joint_init, joint_needs, joint_report, joint_status
+from weight_transfer.control.limits import HttpLimits
 from weight_transfer.control.replies import Asked, Replies
+from weight_transfer.control.tls import Tls
 
 if TYPE_CHECKING:
     from weight_transfer.control.http_client import HttpChannel
@@ -17,11 +19,13 @@ __all__ = [
     "Asked",
     "ControlChannel",
     "HttpChannel",
+    "HttpLimits",
     "LocalChannel",
     "Replies",
     "Reply",
     "ReplyTo",
     "Server",
+    "Tls",
     "create_app",
     "joint_init",
     "joint_needs",

@@ -35,11 +35,17 @@ class ControlChannel(Protocol):
     ``start_weight_update``, ``finish_weight_update`` and ``abort_weight_update`` should also take
     ``session: str | None = None`` and hand it on to the receiver. If they all do, the sender names its session to the
     worker, which then refuses the calls of trainers that it has not joined last. Otherwise it names none; nor if the
-    channel has an attribute ``carries_session`` that is False, since it cannot hand them on after all.
+    channel has an attribute ``carries_session`` that is False, since it cannot hand them on after all. If
+    ``finish_weight_update`` takes ``update: str | None = None``, too, the sender names the update that is to be
+    published.
 
     A channel may have a method ``begin_weight_update(update_info)``, which does what ``start_weight_update`` and
     ``update_weights`` do, with the session of ``update_info``. The sender calls it while an attribute ``begins`` of all
     its channels is True: the workers are surely those that have joined, and none of them has to wait for samplers.
+
+    A channel may have a method ``expect_weight_update(session)``, which returns at once and never fails: an update is
+    about to start, and the workers may prepare for it while the trainer looks at its weights. It may return a future
+    that is done once that has been said, which the sender awaits for some milliseconds.
 
     A channel may also have a method ``weight_needs(request)``, as `LocalChannel` and `HttpChannel` do; without it all
     weights go whole. It takes a `WeightNeeds` as a dict and returns ``{"needs": [...]}``: for each worker behind the
@@ -63,19 +69,25 @@ class ControlChannel(Protocol):
         """Give up a running update."""
 
     def status(self) -> dict[str, Any]:
-        """Return ``state``, ``version``, ``backend``, ``workers``, ``error`` and, if there is one, ``id``."""
+        """Return ``state``, ``version``, ``backend``, ``workers``, ``error`` and perhaps ``published`` and ``id``."""
 
 
 def takes_session(channel: object) -> bool:
     """Return whether the calls of a channel that may come too late all take a parameter ``session``, and hand it on."""
     methods = ("start_weight_update", "finish_weight_update", "abort_weight_update")
     carries = getattr(channel, "carries_session", True) is not False
-    return carries and all(_takes_session(getattr(channel, method)) for method in methods if hasattr(channel, method))
+    offered = (getattr(channel, method) for method in methods if hasattr(channel, method))
+    return carries and all(_takes(method, "session") for method in offered)
 
 
-def _takes_session(method: Callable[..., object]) -> bool:
+def takes_update(channel: ControlChannel) -> bool:
+    """Return whether a channel can name the update that is to be published."""
+    return _takes(channel.finish_weight_update, "update")
+
+
+def _takes(method: Callable[..., object], parameter: str) -> bool:
     try:
-        return "session" in inspect.signature(method).parameters
+        return parameter in inspect.signature(method).parameters
     except (TypeError, ValueError):  # it is not written in Python
         return False
 
@@ -104,6 +116,9 @@ class LocalChannel:
             )
         self._receivers = receivers
 
+    def __repr__(self) -> str:
+        return f"<LocalChannel to {', '.join(map(repr, self._receivers))}>"
+
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any] | None:
         return joint_init(self._each(lambda receiver: receiver.init_weight_transfer_engine(init_info)))
 
@@ -122,8 +137,10 @@ class LocalChannel:
         answers = self._each(lambda receiver: (receiver.parallel_config.rank, receiver.weight_needs(request)))
         return joint_needs([answer for _, answer in sorted(answers, key=lambda answer: answer[0])])
 
-    def finish_weight_update(self, weight_version: Version | None = None, session: str | None = None) -> None:
-        self._each(lambda receiver: receiver.finish_weight_update(weight_version, session))
+    def finish_weight_update(
+        self, weight_version: Version | None = None, session: str | None = None, update: str | None = None
+    ) -> None:
+        self._each(lambda receiver: receiver.finish_weight_update(weight_version, session, update))
 
     def abort_weight_update(self, reason: str = "", session: str | None = None) -> None:
         self._each(lambda receiver: receiver.abort_weight_update(reason, session))
@@ -131,6 +148,11 @@ class LocalChannel:
     def status(self) -> dict[str, Any]:
         """Return the first receiver's status; a version is None unless all have the same one."""
         return joint_status([receiver.status() for receiver in self._receivers])
+
+    @property
+    def failed(self) -> bool:
+        """Whether one of the receivers has failed; see `WeightReceiver.failed`."""
+        return any(receiver.failed for receiver in self._receivers)
 
     def when_sampled(self, tell: Callable[[], object]) -> Callable[[], None]:
         """Have ``tell`` called when somebody samples from one of the receivers; see `WeightReceiver.when_sampled`."""

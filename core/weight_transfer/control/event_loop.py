@@ -26,6 +26,7 @@ class EventLoop:
         asyncio.set_event_loop(self.loop)
         try:
             self.loop.run_forever()
+            self.loop.run_until_complete(asyncio.sleep(0))  # what was closed needs a turn
         finally:
             self.loop.close()
 

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from weight_transfer.control.event_loop import EventLoop
-from weight_transfer.control.http_requests import OPTIONAL, Answer, Requests, parsed, tls, unconnected
+from weight_transfer.control.http_requests import OPTIONAL, Answer, Requests, parsed, unconnected
 from weight_transfer.control.line import CONTENT_TYPE, ROUTE
 from weight_transfer.control.line_client import Line, NoLine
 from weight_transfer.control.message import encode
+from weight_transfer.control.tls import Tls
 from weight_transfer.errors import HandshakeError, PeerLostError, error_from_dict, extract
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 _PHASES = {"begin_weight_update": "update"}
 _WATCHED = 2  # updates that a worker is asked to start before others may begin without its consent
+_UNKNOWN = ("session", "update")  # to some servers: they are left out if they say nothing
 _MARGIN = 2.0  # seconds that an answer may take beyond the timeout that the request itself carries
 
 
@@ -44,13 +46,14 @@ class HttpChannel:
         connect_timeout: seconds that connecting may take.
         workers: workers behind the server, if it has no ``/status`` that tells.
         text_versions: whether the server wants versions as text, as vLLM's does; see `ControlChannel`.
+        tls: certificate files, for an ``https://`` address.
 
     Attributes:
         carries_session: False once a server has been found to have no ``/status``: then its calls are vLLM's, which
             hand on no session.
 
     Raises:
-        ConfigError: ``address`` is no URL.
+        ConfigError: ``address`` is no URL, or a certificate file cannot be read.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class HttpChannel:
         connect_timeout: float = 5.0,
         workers: int | None = None,
         text_versions: bool = False,
+        tls: Tls | None = None,
     ) -> None:
         self.address = address.rstrip("/")
         self.workers, self.text_versions = workers, text_versions
@@ -71,7 +75,8 @@ class HttpChannel:
         self._status_timeout = status_timeout
         self._url = parsed(self.address)
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._requests = Requests(self.address, self._headers, connect_timeout)
+        self._tls = (tls or Tls()).for_trainer() if self._url.scheme == "https" else None
+        self._requests = Requests(self.address, self._headers, connect_timeout, self._tls)
         self._lock = threading.Lock()
         self._loop: EventLoop | None = None
         self._line: Line | None = None
@@ -118,13 +123,26 @@ class HttpChannel:
         report: dict[str, Any] | None = self.submit("begin_weight_update", update_info=update_info).result()
         return report
 
+    def expect_weight_update(self, session: str | None = None) -> Future[None] | None:
+        """Say over the line, if one is open, that an update is about to start; see `ControlChannel`."""
+        gone: Future[None] | None = None
+        if self._line is not None and self.submits:
+            self.submit("expect_weight_update", session=session)
+            with self._lock:
+                if self._loop is not None:
+                    gone = Future()
+                    self._loop.loop.call_soon_threadsafe(gone.set_result, None)
+        return gone
+
     def weight_needs(self, request: dict[str, Any]) -> dict[str, Any] | None:
         """Ask what the workers keep; None if the server has no such route, so that all weights have to go whole."""
         answer: dict[str, Any] | None = self.submit("weight_needs", request=request).result()
         return answer
 
-    def finish_weight_update(self, weight_version: Version | None = None, session: str | None = None) -> None:
-        self.submit("finish_weight_update", weight_version=weight_version, session=session).result()
+    def finish_weight_update(
+        self, weight_version: Version | None = None, session: str | None = None, update: str | None = None
+    ) -> None:
+        self.submit("finish_weight_update", weight_version=weight_version, session=session, update=update).result()
 
     def abort_weight_update(self, reason: str = "", session: str | None = None) -> None:
         """Have the update given up; nothing happens if the server has no such route."""
@@ -147,7 +165,7 @@ class HttpChannel:
         """
         own = self._status_timeout if method == "status" else _timeout_in(arguments)
         where = {"peer": self.address, "phase": _PHASES.get(method, method.partition("_")[0])}
-        body = encode({name: value for name, value in arguments.items() if name != "session" or value is not None})
+        body = encode({name: value for name, value in arguments.items() if name not in _UNKNOWN or value is not None})
         call = _Call(method, body, (own or self._timeout) + _MARGIN, where)
         with self._lock:
             if self._loop is None:
@@ -168,6 +186,10 @@ class HttpChannel:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __repr__(self) -> str:
+        line = " over a line" if self._line is not None and self._line.is_open else ""
+        return f"<HttpChannel to {self.address}{line}>"
 
     # On the event loop.
 
@@ -208,11 +230,10 @@ class HttpChannel:
         url = self._url
         headers = [("Host", url.netloc.decode()), ("Content-Type", CONTENT_TYPE), *self._headers.items()]
         target = f"{url.raw_path.decode().rstrip('/')}/{ROUTE}"
-        context = tls() if url.scheme == "https" else None
-        port = url.port or (443 if context else 80)
+        port = url.port or (443 if self._tls else 80)
         try:
             seconds = min(call.seconds, self._connect_timeout)
-            self._line = await Line.open(url.host, port, target, headers, context, seconds)
+            self._line = await Line.open(url.host, port, target, headers, self._tls, seconds)
         except NoLine as error:
             logger.warning("%s offers a line but opens none, so each call is a request of its own: %s", url, error)
             self._offers_line = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import ssl
-from functools import cache
+from collections.abc import Iterator
 from typing import Any
 
 import attrs
@@ -17,7 +17,7 @@ except ImportError as error:  # pragma: no cover
 from weight_transfer.control.line import CONTENT_TYPE
 from weight_transfer.errors import ConfigError, HandshakeError, PeerLostError, TransferTimeoutError, extract
 
-OPTIONAL = ("status", "weight_needs", "abort_weight_update")
+OPTIONAL = ("status", "weight_needs", "expect_weight_update", "abort_weight_update")
 """Routes that a server need not have."""
 
 
@@ -36,11 +36,15 @@ class Requests:
         address: base URL.
         headers: of each request.
         connect_timeout: seconds that connecting may take.
+        tls: for an ``https://`` address; None for another.
     """
 
-    def __init__(self, address: str, headers: dict[str, str], connect_timeout: float) -> None:
+    def __init__(
+        self, address: str, headers: dict[str, str], connect_timeout: float, tls: ssl.SSLContext | None
+    ) -> None:
         self._address = address
         self._headers = headers
+        self._tls = tls
         self._connect_timeout = connect_timeout
         self._client: httpx.AsyncClient | None = None
 
@@ -67,15 +71,16 @@ class Requests:
             response = await self._open().request(url=f"{self._address}/{route}", timeout=limits, **what)
         except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.LocalProtocolError) as error:
             raise ConfigError(f"A request to {self._address} is malformed.", cause=_text(error)) from error
-        except httpx.ConnectError as error:
-            raise unconnected(error, where) from error
-        except httpx.ConnectTimeout as error:
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise unconnected(error, where) from error
         except httpx.TimeoutException as error:
             message = f"The worker did not answer /{route} within {seconds:.1f} s."
             raise TransferTimeoutError(message, cause=_text(error), **where) from error
         except httpx.TransportError as error:
-            raise PeerLostError("The worker cannot be reached, or went away.", cause=_text(error), **where) from error
+            message = "The worker cannot be reached, or went away."
+            if self._tls is not None:
+                message = "The worker cannot be reached, or went away; it may not trust this trainer's certificate."
+            raise unconnected(error, where, message) from error
         if route in OPTIONAL and response.status_code in (404, 405):
             return Answer(response.status_code, None)
         try:
@@ -92,16 +97,15 @@ class Requests:
 
     def _open(self) -> httpx.AsyncClient:
         if self._client is None:
-            self._client = httpx.AsyncClient(headers=self._headers, timeout=None, trust_env=False, verify=tls())
+            self._client = httpx.AsyncClient(
+                headers=self._headers,
+                timeout=None,
+                trust_env=False,
+                verify=self._tls or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),  # which trusts nobody
+            )
             for name in ("Accept", "Accept-Encoding", "User-Agent"):  # control traffic is counted in bytes
                 self._client.headers.pop(name, None)
         return self._client
-
-
-@cache
-def tls() -> ssl.SSLContext:
-    """Return what all channels trust; reading the certificates takes some ten milliseconds."""
-    return httpx.create_ssl_context(trust_env=False)
 
 
 def parsed(address: str) -> httpx.URL:
@@ -120,20 +124,33 @@ def parsed(address: str) -> httpx.URL:
     raise ConfigError(f"{address!r} is not a worker's URL such as 'http://127.0.0.1:8001'.", cause=cause)
 
 
-def unconnected(error: Exception, where: dict[str, Any]) -> HandshakeError | PeerLostError:
+def unconnected(
+    error: Exception, where: dict[str, Any], message: str = "The worker cannot be reached."
+) -> HandshakeError | PeerLostError:
     """Return the error of a connection that failed: what asking again cannot mend is told from the rest."""
-    causes: list[BaseException] = []
+    cause = _text(error)
+    for each in _causes(error):
+        if isinstance(each, ssl.SSLCertVerificationError):
+            why = each.verify_message.rstrip(".")
+            advice = "renew it, call the worker by a name that is in it, or set tls_ca to the authority that signed it"
+            return HandshakeError(f"The worker's certificate is refused: {why}; {advice}.", cause=cause, **where)
+        if isinstance(each, ssl.SSLError) and "ALERT" in (each.reason or ""):
+            refused = "The worker refuses this trainer's certificate, or lacks one; set tls_cert and tls_key."
+            return HandshakeError(refused, cause=cause, **where)
+        if isinstance(each, ssl.SSLError) and not isinstance(each, ssl.SSLEOFError):
+            plain = "The worker does not answer in HTTPS; is it an http:// address?"
+            return HandshakeError(plain, cause=cause, **where)
+        if isinstance(each, socket.gaierror) and each.errno != socket.EAI_AGAIN:
+            unknown = "The worker cannot be reached: nobody knows its host's name; correct the URL."
+            return PeerLostError(unknown, cause=cause, permanent=True, **where)
+    return PeerLostError(message, cause=cause, **where)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
     cause: BaseException | None = error
     while cause is not None:
-        causes.append(cause)
+        yield cause
         cause = cause.__cause__ or cause.__context__
-    if any(isinstance(cause, ssl.SSLError) for cause in causes):
-        message = "The worker does not answer in HTTPS, or its certificate is not trusted; is it an http:// address?"
-        return HandshakeError(message, cause=_text(error), **where)
-    if any(isinstance(cause, socket.gaierror) and cause.errno != socket.EAI_AGAIN for cause in causes):
-        message = "The worker cannot be reached: nobody knows its host's name; correct the URL."
-        return PeerLostError(message, cause=_text(error), permanent=True, **where)
-    return PeerLostError("The worker cannot be reached.", cause=_text(error), **where)
 
 
 def _text(error: Exception) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import threading
 from collections.abc import Callable, Sequence
@@ -15,16 +14,23 @@ try:
     import anyio.to_thread
     import uvicorn
     from starlette.applications import Starlette
-    from starlette.requests import Request
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 except ImportError as error:  # pragma: no cover
     raise ImportError("Serving over HTTP needs its extra: pip install 'weight-transfer[http]'") from error
 
+from weight_transfer import __version__
+from weight_transfer.config.settings import WeightTransferConfig
 from weight_transfer.control.guard import Guard, Refusal, is_loopback
+from weight_transfer.control.http_connections import BACKLOG, LimitedServer, connection_of
+from weight_transfer.control.http_door import Door
+from weight_transfer.control.limits import HttpLimits
 from weight_transfer.control.line import ROUTE
-from weight_transfer.control.line_server import EXTENSION, PASSES, ServedLine, ending_of
+from weight_transfer.control.line_server import PASSES, ServedLine
+from weight_transfer.control.openapi import describe
 from weight_transfer.control.serving_calls import ServedCalls
+from weight_transfer.control.tls import Tls
 from weight_transfer.errors import ConfigError, TransferTimeoutError, error_to_dict
 
 if TYPE_CHECKING:
@@ -35,17 +41,27 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_FAILED = "An update has failed, so no version is served until the next good one."
+
 _START_TIMEOUT = 30.0  # seconds
 _KEEP_ALIVE = 3600  # seconds that an idle connection between two updates stays open
 
 
-def create_app(channel: ControlChannel, token: str | None = None, *, hosts: Sequence[str] | None = None) -> Starlette:
+def create_app(
+    channel: ControlChannel,
+    token: str | None = None,
+    *,
+    hosts: Sequence[str] | None = None,
+    limits: HttpLimits | None = None,
+) -> Starlette:
     """Return the ASGI app of a worker, to be mounted in a server of your own.
 
     Routes: ``POST /init_weight_transfer_engine``, ``/start_weight_update``, ``/update_weights``,
     ``/finish_weight_update``, ``/begin_weight_update`` (start and update in one), and ``GET /healthz``, which anyone
-    may call; and ``POST /abort_weight_update``, ``/weight_needs`` and ``GET /status``, if the channel has them. Under a
-    `Server` also ``POST /line``: one connection for all of a trainer's calls, which saves most of what a request costs.
+    may call, and which answers 503 once a failed update has left no version to serve; and
+    ``POST /abort_weight_update``, ``/expect_weight_update``, ``/weight_needs`` and ``GET /status``, if the channel has
+    them. ``GET /openapi.json`` describes them. Under a `Server` also ``POST /line``: one connection for all of a
+    trainer's calls, which saves most of what a request costs.
 
     Calls run on threads of their own, so that requests of yours that wait for a version keep none of them waiting. If
     the trainer's connection closes while it waits to join, to start or to update, that is aborted.
@@ -56,6 +72,7 @@ def create_app(channel: ControlChannel, token: str | None = None, *, hosts: Sequ
         hosts: names by which this server may be called, such as ``["worker-3.cluster"]``; loopback always may.
             Default: any if there is a token, else loopback and the address that a request came in on. Pages of other
             origins are refused in any case.
+        limits: what is taken; of a server of your own those of bodies, the rest is the server's.
 
     Raises:
         ConfigError: ``channel`` is none.
@@ -65,39 +82,53 @@ def create_app(channel: ControlChannel, token: str | None = None, *, hosts: Sequ
             f"What is served must be a WeightReceiver or another control channel, got {type(channel).__name__}; wrap a "
             "model: WeightReceiver(config, model)."
         )
-    guard, calls = Guard(token, hosts), ServedCalls(channel)
+    door, calls = Door(Guard(token, hosts), limits or HttpLimits()), ServedCalls(channel)
 
     def route(name: str) -> Route:
         async def endpoint(request: Request) -> Response:
-            return await _answer(request, guard, calls, name)
+            return await _answer(request, door, calls, name)
 
         return Route(f"/{name}", endpoint, methods=["GET" if name == "status" else "POST"])
 
+    async def openapi(request: Request) -> Response:
+        try:
+            door.admit(request)
+        except Refusal as refusal:
+            return _refused(refusal)
+        return JSONResponse(describe(calls.offers, __version__))
+
     async def healthz(_request: Request) -> Response:
+        if await _on_thread(lambda: getattr(channel, "failed", False) is True):
+            return JSONResponse({"ok": False, "error": _FAILED}, status_code=503)
         return JSONResponse({"ok": True})
 
-    return Starlette(
+    app = Starlette(
         routes=[
             *map(route, calls.offers),
-            Route(f"/{ROUTE}", _Lines(guard, calls), methods=["POST"]),
+            Route(f"/{ROUTE}", _Lines(door, calls), methods=["POST"]),
+            Route("/openapi.json", openapi, methods=["GET"]),
             Route("/healthz", healthz, methods=["GET"]),
         ]
     )
+    app.router.redirect_slashes = False  # what is no route is answered in one way
+    return app
 
 
-async def _answer(request: Request, guard: Guard, calls: ServedCalls, name: str) -> Response:
+async def _answer(request: Request, door: Door, calls: ServedCalls, name: str) -> Response:
     try:
-        guard.check(request)
+        door.admit(request)
+        body = await door.body_of(request)
     except Refusal as refusal:
         return _refused(refusal)
-    body = await request.body()
+    except ClientDisconnect:
+        return Response(status_code=400)  # nobody reads it
     perform = partial(calls.perform, name, body)
     if calls.offers[name].aborts:
         code, answer = await _unless_left(request, perform, partial(calls.abort, body))
     else:
         code, answer = await _on_thread(perform)
     if name == "status" and code == 200 and isinstance(answer, dict):
-        answer = answer | {"line": ending_of(request.scope) is not None}
+        answer = answer | {"line": connection_of(request.scope) is not None}
     return JSONResponse(answer, status_code=code) if code != 204 else Response(status_code=204)
 
 
@@ -128,54 +159,68 @@ async def _on_thread(call: Callable[[], T]) -> T:
 
 
 def _refused(refusal: Refusal) -> Response:
-    return JSONResponse({"error": error_to_dict(refusal.error)}, status_code=refusal.status)
+    """Answer, and close the connection: what else comes on it is not read."""
+    answer = {"error": error_to_dict(refusal.error)}
+    return JSONResponse(answer, status_code=refusal.status, headers={"Connection": "close"})
 
 
 class _Lines:
     """Opens lines."""
 
-    def __init__(self, guard: Guard, calls: ServedCalls) -> None:
-        self._guard = guard
+    def __init__(self, door: Door, calls: ServedCalls) -> None:
+        self._door = door
         self._calls = calls
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        ending = ending_of(scope)
+        connection = connection_of(scope)
         try:
-            self._guard.check(Request(scope, receive))
+            self._door.admit(Request(scope, receive))
         except Refusal as refusal:
             await _refused(refusal)(scope, receive, send)
             return
-        if ending is None:
+        if connection is None:
             await Response(status_code=404)(scope, receive, send)
             return
-        await ServedLine(self._calls, scope, receive, send).run(ending)
+        await ServedLine(self._calls, scope, receive, send, self._door.limits.body_bytes).run(connection)
 
 
 class Server:
     """A running HTTP server of a worker, on a thread of its own; also a context manager.
 
+    Args:
+        app: what it serves.
+        host: address to listen on.
+        port: TCP port; 0 takes a free one.
+        limits: on connections; those on bodies are the application's.
+        tls: certificate files; with a certificate, HTTPS is served. Trainers' certificates are asked for by the routes
+            of `create_app`, and not by others.
+
     Attributes:
         url: its address, such as ``http://127.0.0.1:8001``.
     """
 
-    def __init__(self, app: ASGIApp, host: str, port: int) -> None:
+    def __init__(
+        self, app: ASGIApp, host: str, port: int, *, limits: HttpLimits | None = None, tls: Tls | None = None
+    ) -> None:
+        limits, context = limits or HttpLimits(), (tls or Tls()).for_worker()
         self._socket = _bind(host, port)
         bound = self._socket.getsockname()[1]
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{bound}"
-        self._ending = asyncio.Event()
-        self._app = app
+        self.url = f"http{'s' if context else ''}://{f'[{host}]' if ':' in host else host}:{bound}"
         config = uvicorn.Config(
-            self._asgi,
+            app,
             interface="asgi3",
-            log_level="warning",
+            http="h11",
+            log_level="error",  # else whoever sends what is no HTTP fills the log
             access_log=False,
             server_header=False,
             date_header=False,
             timeout_keep_alive=_KEEP_ALIVE,
             timeout_graceful_shutdown=2,
+            h11_max_incomplete_event_size=limits.header_bytes,
             ws="none",
         )
-        self._uvicorn = _Uvicorn(config, self._ending)
+        self._uvicorn = LimitedServer(config, limits, context)
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"weight-transfer server {self.url}", daemon=True)
         self._thread.start()
         if not self._uvicorn.up.wait(_START_TIMEOUT):
@@ -186,12 +231,13 @@ class Server:
     def wait(self) -> None:
         """Block until the server ends, or until Ctrl-C, after which it still runs: close it."""
         with suppress(KeyboardInterrupt):
-            while self._thread.is_alive():
-                self._thread.join(1.0)  # in slices, so that Ctrl-C is seen
+            while not self._ended.wait(1.0):  # in slices, so that Ctrl-C is seen; a join that it ends is never repeated
+                pass
 
     def close(self) -> None:
         """Stop listening and end the thread. The receiver stays as it is."""
         self._uvicorn.should_exit = True
+        self._ended.wait(_START_TIMEOUT)
         self._thread.join(_START_TIMEOUT)
         self._socket.close()
 
@@ -202,29 +248,13 @@ class Server:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Server {self.url}{'' if self._thread.is_alive() else ', closed'}>"
-
-    async def _asgi(self, scope: Scope, receive: Receive, send: Send) -> None:
-        extensions = {**(scope.get("extensions") or {}), EXTENSION: self._ending}
-        await self._app({**scope, "extensions": extensions}, receive, send)
+        return f"<Server {self.url}{', closed' if self._ended.is_set() else ''}>"
 
     def _run(self) -> None:
-        self._uvicorn.run(sockets=[self._socket])
-
-
-class _Uvicorn(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, ending: asyncio.Event) -> None:
-        super().__init__(config)
-        self.up = threading.Event()
-        self._ending = ending
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.up.set()
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._ending.set()
-        await super().shutdown(sockets)
+        try:
+            self._uvicorn.run(sockets=[self._socket])
+        finally:
+            self._ended.set()
 
 
 def serve(
@@ -234,6 +264,8 @@ def serve(
     port: int = 0,
     token: str | None = None,
     hosts: Sequence[str] | None = None,
+    limits: HttpLimits | None = None,
+    tls: Tls | None = None,
 ) -> Server:
     """Serve a receiver's control channel over HTTP, on a thread of its own, and return at once.
 
@@ -243,18 +275,27 @@ def serve(
         port: TCP port; 0 takes a free one, which ``Server.url`` then tells.
         token: bearer token; default is the receiver's ``config.token``.
         hosts: see `create_app`.
+        limits: what is taken, and how long it is waited for.
+        tls: certificate files; default is what the receiver's config says.
 
     Raises:
         ConfigError: the address is not loopback and there is no token, or it cannot be listened on; or ``receiver`` is
-            none.
+            none, or a certificate file cannot be read.
     """
     config = getattr(receiver, "config", None)
     token = token or getattr(config, "token", None)
+    require_token(host, token)
+    if tls is None and isinstance(config, WeightTransferConfig):
+        tls = Tls.of(config)
+    return Server(create_app(receiver, token, hosts=hosts, limits=limits), host, port, limits=limits, tls=tls)
+
+
+def require_token(host: str, token: str | None) -> None:
+    """Raise `ConfigError` if an address is to be listened on beyond loopback without a token."""
     if not is_loopback(host) and not token:
         raise ConfigError(
             f"Listening on {host}, beyond loopback, needs a token: set token in the config on both sides."
         )
-    return Server(create_app(receiver, token, hosts=hosts), host, port)
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -264,7 +305,7 @@ def _bind(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-        listener.listen()
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         message = f"Cannot listen on {host} port {port}; choose another, or 0 for a free one."

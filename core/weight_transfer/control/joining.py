@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from weight_transfer.model.dtypes import joint_answer
+from weight_transfer.values.lease import Lease
 from weight_transfer.values.report import WorkerReport
 
 if TYPE_CHECKING:
@@ -28,20 +31,53 @@ def joint_report(answers: Sequence[object]) -> dict[str, Any]:
 
 
 def joint_status(members: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the answer to ``status``: the first worker's, but a version is None unless all have the same one."""
+    """Return the answer to ``status``: the first worker's, but a version is None unless all have the same one.
+
+    It was published when the last of them had it.
+    """
+    published = [member["published"] for member in members if member.get("published") is not None]
     states = {member.get("state") for member in members}
-    targets = dict.fromkeys(target for member in members for target in member.get("versions") or {})
     return {
         "state": states.pop() if len(states) == 1 else "mixed",
         "version": _common([member.get("version") for member in members]),
-        "versions": {
-            target: _common([(member.get("versions") or {}).get(target) for member in members]) for target in targets
-        },
+        "versions": _by_target(members, "versions", _common),
+        "digests": _joint_digests([member.get("digests") or {} for member in members]),
+        "published": max(published) if len(published) == len(members) else None,
         "backend": members[0].get("backend"),
         "workers": len(members),
         "error": next((member["error"] for member in members if member.get("error")), None),
         "id": ",".join(str(member["id"]) for member in members if member.get("id")),
+        **_standing(members),
     }
+
+
+def _joint_digests(members: Sequence[dict[str, str]]) -> dict[str, str]:
+    """Return the digests that all workers have; those that keep different parts have none in common."""
+    return {target: digest for target, digest in members[0].items() if all(m.get(target) == digest for m in members)}
+
+
+def _standing(members: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return whose the workers are, and where they stand between two commits, if all tell that."""
+    if not all("lease" in member for member in members):
+        return {}
+    newest = max((lease for lease in map(Lease.told, members) if lease is not None), default=None)
+    return {
+        "lease": None if newest is None else attrs.asdict(newest),
+        "committed": _by_target(members, "committed", _latest),
+        "updates": _by_target(members, "updates", _common),
+        "prepared": next((member["prepared"] for member in members if member.get("prepared")), None),
+    }
+
+
+def _by_target(members: Sequence[dict[str, Any]], key: str, join: Callable[[list[Any]], Any]) -> dict[str, Any]:
+    tables = [member.get(key) or {} for member in members]
+    targets = dict.fromkeys(target for table in tables for target in table)
+    return {target: join([table.get(target) for table in tables]) for target in targets}
+
+
+def _latest(versions: list[Version | None]) -> Version | None:
+    numbers = [version for version in versions if isinstance(version, int)]
+    return max(numbers) if numbers else _common(versions)
 
 
 def _common(versions: list[Version | None]) -> Version | None:

@@ -18,14 +18,19 @@ CONTENT_TYPE = "application/json"
 HELLO = b'{"line":1}'
 WAITS = b'{"waits":true}'
 MAX_BYTES = 2**30
-"""Of one message: the first update of a very large model has some megabytes."""
+"""Of one answer."""
 
 
 class Messages:
-    """Puts the lines of one direction together."""
+    """Puts the lines of one direction together.
 
-    def __init__(self) -> None:
+    Args:
+        max_bytes: of one message.
+    """
+
+    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self._rest = bytearray()
+        self._max_bytes = max_bytes
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
         """Take what has come and yield the messages that are whole now.
@@ -35,9 +40,12 @@ class Messages:
         """
         *ends, rest = chunk.split(b"\n")
         for end in ends:
-            self._rest += end
+            self._add(end)
             whole, self._rest = bytes(self._rest), bytearray()
             yield whole
-        self._rest += rest
-        if len(self._rest) > MAX_BYTES:
-            raise ValueError(f"a message has more than {MAX_BYTES} bytes")
+        self._add(rest)
+
+    def _add(self, part: bytes) -> None:
+        self._rest += part
+        if len(self._rest) > self._max_bytes:
+            raise ValueError(f"a message has more than {self._max_bytes} bytes")

@@ -104,10 +104,8 @@ class Line(asyncio.Protocol):
     def close(self) -> None:
         """Close the connection; calls that are under way are lost."""
         self.is_open = False
-        if self._transport is not None and self._transport.get_write_buffer_size():
-            self._transport.abort()
-        elif self._transport is not None:
-            self._transport.close()
+        if self._transport is not None:
+            self._transport.abort()  # under TLS, close would wait for the other end
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)

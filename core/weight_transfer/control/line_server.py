@@ -1,7 +1,7 @@
 """The worker's end of a line; see `weight_transfer.control.line`.
 
 It is offered by `Server` alone. A line never ends by itself, so a server that waits at its end for open requests would
-wait for ever: it has to tell them, which ASGI has no word for. `Server` does it by an extension of the scope.
+wait for ever: it has to tell them, which ASGI has no word for. `Server` does it by the connection in the scope.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from weight_transfer.errors import TransferError, error_to_dict
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
+    from weight_transfer.control.http_connections import Connection
     from weight_transfer.control.serving_calls import ServedCalls
 
 logger = logging.getLogger(__name__)
@@ -31,15 +32,8 @@ THREADS = KeptThreads("weight-transfer worker call")
 PASSES = 4
 """Of the event loop, in which it notices that a connection was closed before a call has ended."""
 _LOOK = 0.1  # seconds
-
-EXTENSION = "weight_transfer.ending"
-"""Of the ASGI scope: an `asyncio.Event` that is set when the server ends."""
-
-
-def ending_of(scope: Scope) -> asyncio.Event | None:
-    """Return what tells that the server ends; None for another server than ours, which opens no lines."""
-    found = (scope.get("extensions") or {}).get(EXTENSION)
-    return found if isinstance(found, asyncio.Event) else None
+_GOODBYE = 2.0  # seconds in which whoever is at the other end has to read what was sent
+_MOST_CALLS = 256  # that are under way, or whose answers nobody reads
 
 
 class ServedLine:
@@ -53,10 +47,12 @@ class ServedLine:
         scope: of the request.
         receive: of the request.
         send: of the request.
+        max_bytes: of one call.
     """
 
-    def __init__(self, calls: ServedCalls, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, calls: ServedCalls, scope: Scope, receive: Receive, send: Send, max_bytes: int) -> None:
         self._calls = calls
+        self._max_bytes = max_bytes
         self._request = Request(scope, receive)
         self._send = send
         self._loop = asyncio.get_running_loop()
@@ -65,13 +61,13 @@ class ServedLine:
         self._answers: asyncio.Queue[bytes] = asyncio.Queue()
         self._has_left = False
 
-    async def run(self, ending: asyncio.Event) -> None:
+    async def run(self, connection: Connection) -> None:
         """Answer calls until the trainer closes the line, or the server ends."""
-        headers = [(b"content-type", CONTENT_TYPE.encode())]
+        headers = [(b"content-type", CONTENT_TYPE.encode()), (b"connection", b"close")]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         self._answers.put_nowait(HELLO)
         forget = self._calls.when_sampled(partial(self._loop.call_soon_threadsafe, self._answers.put_nowait, WAITS))
-        tasks = [self._loop.create_task(work) for work in (self._listen(), self._speak(), _wait(ending))]
+        tasks = [self._loop.create_task(work) for work in (self._listen(), self._speak(), _wait(connection.ending))]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             while self._under_way and not self._has_left:
@@ -80,11 +76,12 @@ class ServedLine:
             forget()
             for task in tasks:
                 task.cancel()
+        self._loop.call_later(_GOODBYE, connection.transport.abort)  # it may be that nobody reads
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _listen(self) -> None:
         """Take calls until the trainer ends the line."""
-        messages = Messages()
+        messages = Messages(self._max_bytes)
         goes_on = True
         while goes_on:
             event = await self._request.receive()
@@ -112,6 +109,8 @@ class ServedLine:
         if not isinstance(body, dict):
             raise TypeError("the body of a call is a table")
         aborts = name in self._calls.offers and self._calls.offers[name].aborts
+        if len(self._under_way) + self._answers.qsize() >= _MOST_CALLS:
+            raise ValueError(f"more than {_MOST_CALLS} calls at once")
         self._under_way[number] = body if aborts else None
         THREADS.run(partial(self._perform, number, call, name, body))
 

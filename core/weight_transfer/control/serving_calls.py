@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from weight_transfer.config.structuring import structure
-from weight_transfer.control.channel import takes_session
+from weight_transfer.config.settings import MAX_SECONDS
+from weight_transfer.config.structuring import brief, structure
+from weight_transfer.control.channel import takes_session, takes_update
 from weight_transfer.errors import (
     ConfigError,
     HandshakeError,
     LifecycleError,
     ManifestMismatchError,
+    RollbackError,
     TransferError,
     TransferTimeoutError,
     error_to_dict,
@@ -38,9 +41,14 @@ _STATUS = (
     (ConfigError, 400),
     (LifecycleError, 409),
     (ManifestMismatchError, 409),
+    (RollbackError, 409),
     (TransferTimeoutError, 504),
 )
 _LEAST = 1e-3  # seconds
+SESSION = "[ -~]{0,256}"
+"""How a session looks: a regular expression."""
+_SESSION = re.compile(SESSION)
+_LONGEST_REASON = 1000  # characters that are kept of why an update is given up
 
 
 @attrs.frozen
@@ -65,12 +73,13 @@ class ServedCalls:
         channel: whatever is served.
 
     Attributes:
-        offers: the calls by name; ``status``, ``abort_weight_update`` and ``weight_needs`` if the channel has them.
+        offers: the calls by name; ``status`` and those of `OPTIONAL` if the channel has them.
     """
 
     def __init__(self, channel: ControlChannel) -> None:
         self._channel = channel
         self._carries = takes_session(channel)
+        self._names_updates = takes_update(channel)
         self.offers = {
             "init_weight_transfer_engine": Offer(channel.init_weight_transfer_engine, WeightTransferInitRequest, True),
             "start_weight_update": Offer(channel.start_weight_update, WeightTransferStartRequest, True),
@@ -78,7 +87,11 @@ class ServedCalls:
             "begin_weight_update": Offer(self._begin, WeightTransferUpdateRequest, True),
             "finish_weight_update": Offer(channel.finish_weight_update, WeightTransferFinishRequest),
         }
-        for name, body in (("abort_weight_update", WeightTransferAbortRequest), ("weight_needs", WeightNeedsRequest)):
+        for name, body in (
+            ("abort_weight_update", WeightTransferAbortRequest),
+            ("expect_weight_update", WeightTransferStartRequest),
+            ("weight_needs", WeightNeedsRequest),
+        ):
             if hasattr(channel, name):
                 self.offers[name] = Offer(getattr(channel, name), body)
         self._tells = hasattr(type(channel), "when_sampled")
@@ -130,7 +143,9 @@ class ServedCalls:
         return self._channel.update_weights(update_info)
 
     def _carried(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Return the arguments without the session, if the channel does not carry it."""
+        """Return the arguments without the session and the update's id, if the channel does not take them."""
+        if not self._names_updates:
+            arguments = {name: value for name, value in arguments.items() if name != "update"}
         if self._carries:
             return arguments
         return {name: _without_session(value) for name, value in arguments.items() if name != "session"}
@@ -165,4 +180,22 @@ def _arguments(body: bytes | dict[str, Any], cls: type, name: str) -> dict[str, 
         data = _parsed(body)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"The body of /{name} is not valid JSON.", cause=str(error)) from error
-    return attrs.asdict(structure(data, cls, f"body of /{name}"), recurse=False)
+    arguments = attrs.asdict(structure(data, cls, f"body of /{name}"), recurse=False)
+    for where, table in (("body", arguments), *arguments.items()):
+        if isinstance(table, dict):
+            _check_common(table, where, name)
+    if "reason" in arguments:
+        arguments["reason"] = arguments["reason"][:_LONGEST_REASON]
+    return arguments
+
+
+def _check_common(table: dict[str, Any], where: str, name: str) -> None:
+    """Check what every call may hold, beside its other arguments or in one of them, before a receiver sees it."""
+    session, timeout = table.get("session"), table.get("timeout")
+    if session is not None and not (isinstance(session, str) and _SESSION.fullmatch(session)):
+        expected = "session: expected at most 256 printable ASCII characters"
+        raise ConfigError(f"{where} of /{name}: {expected}, got {brief(session)}.")
+    is_number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
+    if timeout is not None and not (is_number and 0 < timeout <= MAX_SECONDS):
+        expected = f"timeout: expected a positive number of seconds, {MAX_SECONDS:.0f} at most"
+        raise ConfigError(f"{where} of /{name}: {expected}, got {brief(timeout)}.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from weight_transfer.errors import IntegrityError
 from weight_transfer.model.manifest import ParamMeta, torch_dtype
 
 _LENGTH = struct.Struct("<Q")
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # to open a pipe would wait for whoever writes into it
 _MAX_HEADER = 100_000_000  # bytes; the library's own limit
 
 # The format's names, from the safetensors documentation.
@@ -96,14 +98,19 @@ class SafetensorsFile:
 
         Raises:
             OSError: the file cannot be opened.
-            IntegrityError: it is truncated or damaged.
+            IntegrityError: it is truncated or damaged, or no regular file.
         """
-        with path.open("rb", buffering=0) as file:
-            stamp = Stamp.of(os.fstat(file.fileno()))
-            try:
-                return cls(path, stamp, _entries(file.fileno(), stamp.nbytes))
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError, EOFError) as error:
-                raise _damaged(path, error) from error
+        descriptor = os.open(path, _FLAGS)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise IntegrityError(f"{path} is no regular file; copy or download it again.")
+            stamp = Stamp.of(status)
+            return cls(path, stamp, _entries(descriptor, stamp.nbytes))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError, EOFError) as error:
+            raise _damaged(path, error) from error
+        finally:
+            os.close(descriptor)
 
     @contextmanager
     def opened(self) -> Iterator[Reader]:
@@ -113,7 +120,7 @@ class SafetensorsFile:
             IntegrityError: it was replaced, written to or removed since.
         """
         try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self.path, _FLAGS)
         except FileNotFoundError as error:
             raise self._changed("was removed") from error
         try:

@@ -77,7 +77,7 @@ class Line:
         while True:
             try:
                 message = read_message(self._socket)
-            except (OSError, ValueError):
+            except (OSError, ValueError, RecursionError):
                 message = None
             if message is None:
                 self.ended.set()
@@ -92,7 +92,7 @@ def read_message(sock: socket.socket) -> Message | None:
 
     Raises:
         OSError: the connection broke, or its timeout passed.
-        ValueError: what came is no message.
+        ValueError, RecursionError: what came is no message.
     """
     head = _exactly(sock, _LENGTH.size)
     if head is None:
@@ -116,7 +116,7 @@ def first_message(sock: socket.socket, deadline: Deadline) -> Message:
     sock.settimeout(max(deadline.remaining(), 1e-3))
     try:
         message = read_message(sock)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise HandshakeError("The other trainer rank does not speak this protocol.", cause=str(error)) from error
     if message is None:
         raise HandshakeError("The other trainer rank closed the connection at once.")

@@ -1,45 +1,44 @@
 """Where the trainer's ranks find each other: rank 0 listens, the others connect.
 
 They learn rank 0's address from the configuration (``rendezvous``), or from the store that torch.distributed was
-initialised with; no process group is used. Whoever connects shows a secret.
+initialised with; no process group is used. Both ends of each connection prove to know a secret, which is not sent.
 """
 
 from __future__ import annotations
 
-import hmac
 import itertools
 import json
 import os
-import secrets
 import socket
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
 import attrs
 
+from weight_transfer.config.structuring import brief
+from weight_transfer.control.proofs import prove_secret
 from weight_transfer.errors import ConfigError, HandshakeError, PeerLostError
+from weight_transfer.session.admission import Admission
 from weight_transfer.session.lines import Line, Message, first_message, say
+from weight_transfer.session.secret import secret_of
 from weight_transfer.session.waiting import logged_wait
 from weight_transfer.values.deadline import Deadline
 
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
-_HELLO = 5.0  # seconds for a handshake
+_HELLO = 5.0  # seconds in which a rank that was let in has to say which one it is
 _ALIKE = "all ranks need the same parallel_config and configuration"
-_POLL = 0.05  # seconds between two looks for ranks that connect
+_POLL = 0.05  # seconds between two attempts to connect
 _numbers = itertools.count()
 
 
 @attrs.frozen
 class Address:
-    """Where rank 0 listens, and what to show there."""
+    """Where rank 0 listens."""
 
     host: str
     port: int
-    secret: str = attrs.field(repr=False)
 
 
 def name_of(rank: int) -> str:
@@ -54,17 +53,22 @@ class Meeting:
         world_size: trainer ranks, this one included.
         key: under which torch's store makes the address known.
         rendezvous: ``host:port`` from the configuration; None: a free port, made known by torch's store.
-        token: from the configuration; the secret, if ``rendezvous`` is given.
+        token: from the configuration; see `secret_of`.
+
+    Raises:
+        ConfigError: it cannot listen there, or there is no secret.
     """
 
     def __init__(self, world_size: int, key: str, rendezvous: str | None, token: str | None) -> None:
         self.world_size = world_size
         store = None if rendezvous else _torch_store()
-        host, port, self._secret = _given(rendezvous, token) if rendezvous else (_own_host(), 0, secrets.token_hex(16))
-        self._listener = _listen(host, port)
+        address = _given(rendezvous) if rendezvous else Address(_own_host(), 0)
+        secret = secret_of(token)
+        listener = _listen(address)
+        self.port: int = listener.getsockname()[1]
+        self._admission = Admission(listener, secret, world_size)
         if store is not None:
-            address = [host, self._listener.getsockname()[1], self._secret]
-            store.set(key, json.dumps(address))
+            store.set(key, json.dumps([address.host, self.port]))
 
     def gather(
         self, lines: dict[int, Line], hear: Callable[[int], Callable[[Message | None], None]], deadline: Deadline
@@ -87,9 +91,9 @@ class Meeting:
                 if deadline.expired:
                     names = ", ".join(map(name_of, missing))
                     raise deadline.timeout(f"waiting for {names} to send, too", phase="init", peer=names)
-                came = self._accept()
-                if came is not None:
-                    rank, sock = came
+                sock = self._admission.admit()
+                rank = None if sock is None else self._greet(sock)
+                if sock is not None and rank is not None:
                     if rank in lines:
                         lines[rank].close()
                     lines[rank] = Line(sock, name_of(rank), hear(rank))
@@ -97,39 +101,27 @@ class Meeting:
     def _missing(self, lines: dict[int, Line]) -> list[int]:
         return [rank for rank in range(1, self.world_size) if rank not in lines or lines[rank].ended.is_set()]
 
-    def _accept(self) -> tuple[int, socket.socket] | None:
-        """Let the next rank in; None if none comes soon."""
-        self._listener.settimeout(_POLL)
-        with suppress(TimeoutError):
-            sock, _ = self._listener.accept()
-            rank = self._greet(sock)
-            return None if rank is None else (rank, sock)
-        return None
-
     def close(self) -> None:
         """Stop listening."""
-        self._listener.close()
+        self._admission.close()
 
     def _greet(self, sock: socket.socket) -> int | None:
-        """Let a rank in; None for somebody else."""
+        """Hear which rank has come, and whether it fits; None if it has gone again."""
         deadline = Deadline(_HELLO)
         try:
             hello = first_message(sock, deadline)
             rank, size, refusal = hello.get("rank"), hello.get("world_size"), ""
-            knows = hmac.compare_digest(str(hello.get("secret")).encode(), self._secret.encode())
-            if not knows or not isinstance(rank, int):
-                say(sock, {"refused": f"{name_of(0)} does not know this rank's token"}, deadline)
-                sock.close()
-                return None
-            if size != self.world_size or not 0 < rank < self.world_size:
-                refusal = f"{name_of(rank)} counts {size} trainer ranks, rank 0 counts {self.world_size}"
+            if type(rank) is not int or size != self.world_size or not 0 < rank < self.world_size:
+                refusal = (
+                    f"trainer rank {brief(rank)} counts {brief(size)} trainer ranks, rank 0 counts {self.world_size}"
+                )
             say(sock, {"refused": refusal}, deadline)
         except (HandshakeError, OSError):
             sock.close()
             return None
         if refusal:
             sock.close()
-            raise HandshakeError(f"{refusal}; {_ALIKE}.", phase="init", peer=name_of(rank))
+            raise HandshakeError(f"{refusal}; {_ALIKE}.", phase="init", peer=f"trainer rank {brief(rank)}")
         return rank
 
 
@@ -137,6 +129,7 @@ def meet_leader(
     rank: int,
     world_size: int,
     address: Address,
+    token: str | None,
     hear: Callable[[Message | None], None],
     deadline: Deadline,
 ) -> Line:
@@ -144,15 +137,16 @@ def meet_leader(
 
     Raises:
         PeerLostError: it cannot be reached before the deadline.
-        HandshakeError: it refuses this rank.
+        HandshakeError: it refuses this rank, or does not share its secret.
+        ConfigError: this rank has no secret.
     """
+    secret, where = secret_of(token), f"{address.host} port {address.port}"
     while True:
         try:
             sock = socket.create_connection((address.host, address.port), timeout=max(deadline.remaining(), 1e-3))
             break
         except OSError as error:
             if deadline.remaining() < _POLL:
-                where = f"{address.host} port {address.port}"
                 raise PeerLostError(
                     f"{name_of(0)} cannot be reached at {where}: it has not called send, or rendezvous is another's.",
                     phase="init",
@@ -161,15 +155,21 @@ def meet_leader(
                 ) from error
             threading.Event().wait(_POLL)
     try:
-        say(sock, {"secret": address.secret, "rank": rank, "world_size": world_size}, deadline)
+        if not prove_secret(sock, secret, deadline):
+            raise HandshakeError(
+                f"What listens at {where} does not share this rank's secret: it is not {name_of(0)}, or that has "
+                "another token or user; set the same token on all ranks.",
+                phase="init",
+                peer=name_of(0),
+            )
+        say(sock, {"rank": rank, "world_size": world_size}, deadline)
         answer = first_message(sock, deadline)
-    except OSError as error:
-        sock.close()
-        raise PeerLostError(f"{name_of(0)} closed its connection.", phase="init", peer=name_of(0)) from error
-    except HandshakeError as error:
+    except (OSError, HandshakeError) as error:
         sock.close()
         if deadline.expired:
             raise deadline.timeout(f"waiting for {name_of(0)} to send, too", phase="init", peer=name_of(0)) from error
+        if isinstance(error, OSError):
+            raise PeerLostError(f"{name_of(0)} closed its connection.", phase="init", peer=name_of(0)) from error
         raise
     if answer.get("refused"):
         sock.close()
@@ -177,15 +177,16 @@ def meet_leader(
     return Line(sock, name_of(0), hear)
 
 
-def find_leader(key: str, rendezvous: str | None, token: str | None, deadline: Deadline) -> Address:
+def find_leader(key: str, rendezvous: str | None, deadline: Deadline) -> Address:
     """Return where rank 0 listens; waits until it has made that known.
 
     Raises:
         ConfigError: nobody could make it known.
         TransferTimeoutError: rank 0 did not.
+        HandshakeError: the store holds something else than an address.
     """
     if rendezvous:
-        return Address(*_given(rendezvous, token))
+        return _given(rendezvous)
     store = _torch_store()
     found: list[str] = []
     failed: list[Exception] = []
@@ -204,7 +205,12 @@ def find_leader(key: str, rendezvous: str | None, token: str | None, deadline: D
     if not found:
         error = deadline.timeout(f"waiting for {name_of(0)} to send, too", phase="init", peer=name_of(0))
         raise error from (failed[0] if failed else None)
-    return Address(*json.loads(found[0]))
+    try:
+        host, port = json.loads(found[0])
+        return Address(str(host), int(port))
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        message = f"torch's store holds {brief(found[0])} under {key}, which is no address of {name_of(0)}."
+        raise HandshakeError(message, phase="init", peer=name_of(0)) from error
 
 
 def next_key() -> str:
@@ -230,17 +236,16 @@ def _own_host() -> str:
     return os.environ.get("MASTER_ADDR") or "127.0.0.1"
 
 
-def _given(rendezvous: str, token: str | None) -> tuple[str, int, str]:
+def _given(rendezvous: str) -> Address:
     host, _, port = rendezvous.rpartition(":")
     host = host.strip("[]")
-    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ConfigError(f'rendezvous: expected "HOST:PORT", where trainer rank 0 is to listen, got {rendezvous!r}.')
-    if host not in _LOOPBACK and not token:
-        raise ConfigError(f"rendezvous: {host} is reachable for others; set a token for the trainer's ranks, too.")
-    return host, int(port), token or ""
+    return Address(host, int(port))
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(address: Address) -> socket.socket:
+    host, port = address.host, address.port
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

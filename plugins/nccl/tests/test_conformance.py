@@ -7,7 +7,6 @@ from weight_transfer.testing import BackendConformance
 
 class TestNccl(BackendConformance):
     backend = "nccl"
-    one_device_each = True
 
     def options(self) -> dict[str, object]:
         return {"direct_bytes": "96KiB"}

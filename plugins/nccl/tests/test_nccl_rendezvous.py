@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from weight_transfer import HandshakeError, PeerLostError, TransferTimeoutError
+from weight_transfer.authoring import keyed_digest
 from weight_transfer.values.deadline import Deadline
 from weight_transfer_nccl.group import Group
 from weight_transfer_nccl.meeting_place import MeetingPlace
 from weight_transfer_nccl.member_store import MemberStore
-from weight_transfer_nccl.proofs import code
 from weight_transfer_nccl.rendezvous import Rendezvous
 
 CPU = torch.device("cpu")
@@ -98,14 +98,29 @@ def test_a_stranger_is_told_nothing_and_sent_away(meeting: Rendezvous, said: byt
     member.close()
 
 
+def test_many_members_may_come_at_once() -> None:
+    place = MeetingPlace("127.0.0.1", 0, members=150)
+    meeting = place.meeting("gloo")
+    with contextlib.ExitStack() as stack:
+        members = [stack.enter_context(visit(meeting)) for _ in range(150)]
+        nonces = [member.recv(TOLD) for member in members]
+        assert all(nonces)  # before any has proved anything
+        for member, nonce in zip(members, nonces, strict=True):
+            ours = b"o" * TOLD
+            member.sendall(ours + keyed_digest(meeting.secret, "connects", nonce, ours))
+        assert all(len(member.recv(TOLD)) == TOLD for member in members)
+    place.close()
+
+
 def test_the_proof_of_one_connection_is_none_on_another(meeting: Rendezvous) -> None:
     with visit(meeting) as overheard, visit(meeting) as stranger:
         nonce, ours = overheard.recv(TOLD), b"o" * TOLD
         stranger.recv(TOLD)
-        stranger.sendall(ours + code(meeting.secret, "member", nonce, ours))
+        proof = keyed_digest(meeting.secret, "connects", nonce, ours)
+        stranger.sendall(ours + proof)
         assert everything(stranger) == b""
-        overheard.sendall(ours + code(meeting.secret, "member", nonce, ours))
-        assert overheard.recv(TOLD) == code(meeting.secret, "trainer", nonce, ours)
+        overheard.sendall(ours + proof)
+        assert overheard.recv(TOLD) == keyed_digest(meeting.secret, "listens", nonce, ours)
 
 
 def test_without_the_secret_nobody_joins(meeting: Rendezvous) -> None:

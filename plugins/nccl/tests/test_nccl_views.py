@@ -75,5 +75,18 @@ def test_a_tensor_that_does_not_hold_the_box_is_refused(start: list[int]) -> Non
         ends.view(0, start, [2, 3], ParamMeta("w", "float32", (8, 8)))
 
 
+@given(dtypes, st.sampled_from([(), (3,), (4, 6)]), st.booleans(), st.booleans())
+def test_whole_tensors_are_copied_bit_by_bit(
+    dtype: str, shape: tuple[int, ...], source_turned: bool, target_turned: bool
+) -> None:
+    own = getattr(torch, dtype)
+    source, target = random_bits(shape, own, 1), random_bits(shape, own, 2)
+    expected = source.clone()
+    source = source.mT.contiguous().mT if source_turned and source.dim() == 2 else source
+    target = target.mT.contiguous().mT if target_turned and target.dim() == 2 else target
+    Copies([(target, source)]).run()
+    assert torch.equal(bits(target), bits(expected))
+
+
 def test_no_copies_are_falsy() -> None:
     assert not Copies([])

@@ -113,7 +113,8 @@ class NcclTrainerEngine(TrainerWeightTransferEngine[NcclInitInfo, NcclUpdateInfo
         options = self.config.options
         transport = _transport(options.transport, self._device)
         self._close_place()
-        self._place = MeetingPlace(options.address, options.port)
+        members = slots[0].world_size + self.parallel_config.world_size
+        self._place = MeetingPlace(options.address, options.port, members)
         meeting = self._place.meeting(transport, options.interface)
         self._open(Group(meeting, 0, slots[0].world_size, self._device), meeting, slots)
         return [{"rendezvous": meeting, "layout": self._layout} for _ in slots]

@@ -14,14 +14,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from weight_transfer.authoring import ANSWER_BYTES, Challenge
 from weight_transfer.errors import HandshakeError
-from weight_transfer_nccl.proofs import admit
 from weight_transfer_nccl.rendezvous import Rendezvous
 
 _PROOF = 5.0  # seconds in all that somebody who has connected gets to prove that it knows the secret
-_MAX_STRANGERS = 64  # connections without a proof yet; one more ends the oldest
+_STRANGERS = 64  # connections without a proof yet, beside those of members; one more ends the oldest
 _MAX_REQUEST = 2**16  # bytes
-_BACKLOG = 1024
+_BACKLOG = 1024  # connections that the kernel keeps
+_AT_ONCE = 16  # of which so many are taken before any of them is looked at
 _WAIT = 10.0  # seconds for the thread to begin, and to end
 
 
@@ -33,6 +34,7 @@ class MeetingPlace:
     Args:
         address: an address of this host.
         port: 0 for a free one.
+        members: how many may come at once.
 
     Attributes:
         port: on which it listens.
@@ -41,9 +43,10 @@ class MeetingPlace:
         HandshakeError: it cannot listen there.
     """
 
-    def __init__(self, address: str, port: int) -> None:
+    def __init__(self, address: str, port: int, members: int = 1) -> None:
         listener = _bound(address, port)
         self._address = address
+        self._most = _STRANGERS + members
         self.port: int = listener.getsockname()[1]
         self._secret = secrets.token_hex(16)
         self._values: dict[str, str] = {}
@@ -81,13 +84,14 @@ class MeetingPlace:
 
     async def _listen(self, listener: socket.socket, is_listening: Callable[[], None]) -> None:
         self._loop = asyncio.get_running_loop()
-        self._server = await asyncio.start_server(self._serve, sock=listener, backlog=_BACKLOG, limit=_MAX_REQUEST)
+        self._server = await asyncio.start_server(self._serve, sock=listener, backlog=_AT_ONCE, limit=_MAX_REQUEST)
+        listener.listen(_BACKLOG)
         is_listening()
         await self._closing.wait()
         self._server.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self._strangers) >= _MAX_STRANGERS:
+        if len(self._strangers) >= self._most:
             oldest = next(iter(self._strangers))
             del self._strangers[oldest]
             oldest.transport.abort()
@@ -95,7 +99,7 @@ class MeetingPlace:
         try:
             try:
                 async with asyncio.timeout(_PROOF):
-                    known = await admit(reader, writer, self._secret)
+                    known = await self._admit(reader, writer)
             finally:
                 self._strangers.pop(writer, None)
             while known and (line := await reader.readline()):
@@ -106,6 +110,14 @@ class MeetingPlace:
             pass
         finally:
             writer.close()
+
+    async def _admit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """Return whether who has connected knows the secret; it is then shown that this side does, too."""
+        challenge = Challenge()
+        writer.write(challenge.nonce)
+        reply = challenge.reply(await reader.readexactly(ANSWER_BYTES), self._secret)
+        writer.write(reply or b"")
+        return reply is not None
 
     async def _answer(self, request: dict[str, Any]) -> list[str | None]:
         """Keep values; then return those of some keys, once all are there or the seconds have passed."""

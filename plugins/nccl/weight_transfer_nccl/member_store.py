@@ -10,8 +10,8 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from weight_transfer.errors import PeerLostError
-from weight_transfer_nccl.proofs import prove
+from weight_transfer.authoring import prove_secret
+from weight_transfer.errors import HandshakeError, PeerLostError
 from weight_transfer_nccl.rendezvous import Rendezvous, dist
 
 if TYPE_CHECKING:
@@ -47,7 +47,13 @@ class MemberStore(dist.Store):  # type: ignore[misc]  # what torch.distributed h
         except OSError as error:
             raise _lost(f"The trainer's rendezvous at {where} cannot be reached.", error) from error
         try:
-            prove(self._socket, meeting.secret, deadline)
+            if not prove_secret(self._socket, meeting.secret, deadline):
+                raise HandshakeError(
+                    f"What listens at {where} does not share this member's secret: it is another trainer, or an "
+                    "earlier session.",
+                    backend="nccl",
+                    phase="init",
+                )
         except OSError as error:
             self.close()
             if deadline.expired:

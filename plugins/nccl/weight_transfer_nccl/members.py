@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from weight_transfer.authoring import DIGEST_BYTES, keyed_digest
 from weight_transfer.errors import HandshakeError
-from weight_transfer_nccl.proofs import CODE, code
 from weight_transfer_nccl.sockets import End, published_end
 from weight_transfer_nccl.works import Work, errors_of_torch
 
@@ -72,8 +72,8 @@ def prove_each_other(
         TransferTimeoutError: it says nothing.
     """
     doing = "the members proved to each other who they are"
-    shown = {other: torch.zeros(CODE, dtype=torch.uint8) for other in others}
-    ours = {other: _tensor(code(secret, rank, other)) for other in others}
+    shown = {other: torch.zeros(DIGEST_BYTES, dtype=torch.uint8) for other in others}
+    ours = {other: _tensor(keyed_digest(secret, rank, other)) for other in others}
     work = Work(deadline, doing, timed=True)
     try:
         with errors_of_torch(deadline, doing):
@@ -84,7 +84,7 @@ def prove_each_other(
     finally:
         backend = None  # a traceback would keep it
     for other, tensor in shown.items():
-        if not hmac.compare_digest(bytes(tensor.tolist()), code(secret, other, rank)):
+        if not hmac.compare_digest(bytes(tensor.tolist()), keyed_digest(secret, other, rank)):
             raise HandshakeError(
                 f"Somebody else has taken the place of {name_of(other)} in gloo's group; see who else uses this "
                 "network, and let the members meet on another.",

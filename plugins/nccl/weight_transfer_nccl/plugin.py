@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from weight_transfer.authoring import API_VERSION, Backend, Capability, Probe, hookimpl
+from weight_transfer.authoring import API_VERSION, Backend, Capability, Check, Probe, hookimpl
 
 
 @hookimpl
@@ -24,7 +24,15 @@ def weight_transfer_backend() -> Backend:
                 Capability.REGIONS,
             }
         ),
+        one_device_each=True,
     )
+
+
+@hookimpl
+def weight_transfer_checks() -> list[Check]:
+    from weight_transfer_nccl.doctor import checks
+
+    return checks()
 
 
 def probe() -> Probe:

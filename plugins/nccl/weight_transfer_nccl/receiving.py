@@ -37,6 +37,7 @@ class _Landing:
         whole: the parameters that are complete once it has arrived, for a loader that does not just copy.
         copies: out of the bucket into the worker's own tensors, if it does.
         written: bytes of the worker's own tensors that are filled by these, or when it arrives; None if none can be.
+        names: the weights that are whole in these then.
         parts: pieces of others, in the bucket.
         in_place: whether bytes arrive in the worker's own tensors.
     """
@@ -46,6 +47,7 @@ class _Landing:
     whole: Weights
     copies: Copies | HostCopies
     written: int | None
+    names: list[str]
     parts: list[tuple[Slot, torch.Tensor]]
     in_place: bool
 
@@ -117,7 +119,7 @@ class Receiving:
             if landing.written is not None:
                 load_weights.write_in_place()  # type: ignore[attr-defined]  # whoever has destinations has this
                 landing.copies.run()
-                load_weights.written(landing.written)  # type: ignore[attr-defined]
+                load_weights.written(landing.written, landing.names)  # type: ignore[attr-defined]
             assembled = [done for slot, view in landing.parts for done in self._assemble(slot, view, manifest)]
             if landing.whole or assembled:
                 load_weights(landing.whole + assembled)
@@ -152,6 +154,7 @@ def _land(
     whole: Weights = []
     parts: list[tuple[Slot, torch.Tensor]] = []
     written = 0
+    names: list[str] = []
     for slot, view in zip(batch.packed, bucket_views(batch.packed, buffer), strict=True):
         meta = manifest.params[slot.param]
         whole.append((meta.name, typed_view(view, meta)))
@@ -160,6 +163,7 @@ def _land(
         if tensor is not None:
             data.append(piece_of(tensor, slot))
             written += slot.nbytes
+            names += [meta.name] if slot.last else []
             continue
         view = buffer[slot.offset : slot.offset + slot.nbytes]
         data.append(view)
@@ -169,12 +173,13 @@ def _land(
             parts.append((slot, view))
     in_place = any(tensor is not None for tensor in own)
     if destinations is None:
-        return _Landing(data, bucket, whole, Copies(()), None, parts, in_place)
+        return _Landing(data, bucket, whole, Copies(()), None, [], parts, in_place)
     targets, sources = [destinations[name] for name, _ in whole], [view for _, view in whole]
     written += sum(target.nbytes for target in targets)
+    names += [name for name, _ in whole]
     on_host = buffer.device.type == "cpu"
     copies = HostCopies(targets, sources) if on_host else Copies(list(zip(targets, sources, strict=True)))
-    return _Landing(data, bucket, [], copies, written, parts, in_place)
+    return _Landing(data, bucket, [], copies, written, names, parts, in_place)
 
 
 def _is_full(posted: deque[tuple[_Landing, Work]], bucket: int | None) -> bool:

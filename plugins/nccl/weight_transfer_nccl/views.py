@@ -38,7 +38,7 @@ class Copies:
                 self._conversions.append(pair)
                 continue
             dense = target.is_contiguous() and source.is_contiguous()
-            ends = [as_bytes(end) for end in pair] if dense else pair
+            ends = [as_bytes(end) if dense else _integers(end) for end in pair]
             wide = _INTEGERS[min(map(_ratio, ends)) * ends[0].element_size()]
             batch = self._batches.setdefault((dense, wide), ([], []))  # dense ones of a dtype are copied by one launch
             for ends_of_batch, end in zip(batch, ends, strict=True):
@@ -138,12 +138,15 @@ class Ends:
 
 
 def _as_integers(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-    """Return a tensor as integers of its size, two for complex128; None if its bytes are not those of ``dtype``."""
-    if tensor.dtype is not dtype or tensor.is_conj() or tensor.is_neg():
-        return None
-    if dtype.itemsize > _WIDEST:
+    """Return a tensor as integers of its size; None if its bytes are not those of ``dtype``."""
+    return None if tensor.dtype is not dtype or tensor.is_conj() or tensor.is_neg() else _integers(tensor)
+
+
+def _integers(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor as integers of its size, two for complex128."""
+    if tensor.itemsize > _WIDEST:
         tensor = torch.view_as_real(tensor)
-    return tensor.view(_INTEGERS[min(dtype.itemsize, _WIDEST)])
+    return tensor.view(_INTEGERS[tensor.itemsize])
 
 
 def _ratio(view: torch.Tensor) -> int:
