@@ -10,11 +10,13 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from weight_transfer.cli import main
 
+COMMANDS = main.list_commands(click.Context(main))
 BROKEN = "raise RuntimeError('its library is not here')\n"
 PLUGIN = """
 from weight_transfer.plugins.backend import API_VERSION, Backend, Probe
@@ -132,7 +134,7 @@ def test_listing_imports_nothing_heavy(arguments: list[str]) -> None:
     assert not [name for name in imported if name.startswith("weight_transfer_")]
 
 
-@pytest.mark.parametrize("arguments", [[], ["backends"], ["demo"], ["new"]])
+@pytest.mark.parametrize("arguments", [[], *([name] for name in COMMANDS)])
 def test_every_command_has_help_with_an_example(arguments: list[str]) -> None:
     text = CliRunner().invoke(main, [*arguments, "--help"]).output
     assert "  Example:\n    weight-transfer " in text
@@ -199,7 +201,7 @@ def test_counts_below_one_are_usage_errors(option: str) -> None:
     [
         ("bakends", "'bakends'; did you mean 'backends'?"),
         ("demos", "'demos'; did you mean 'demo'?"),
-        ("send", "'send'; there are backends, demo, new."),
+        ("send", f"'send'; there are {', '.join(COMMANDS)}."),
     ],
 )
 def test_an_unknown_command_suggests_one(typed: str, hint: str) -> None:

@@ -34,7 +34,11 @@ def backends(ctx: click.Context, as_json: bool, check: bool) -> None:
     """  # noqa: D301  (click wants the character itself)
     from weight_transfer.plugins.discovery import backends as installed
 
-    rows = [_described(ref) | (_checked(ref.name) if check else {}) for ref in installed()]
+    rows = [_described(ref) for ref in installed()]
+    if check:
+        from weight_transfer.doctor.examining import probed
+
+        rows = [row | probed(row["name"]) for row in rows]
     if as_json:
         click.echo(json.dumps(rows, indent=2))
     elif rows:
@@ -53,27 +57,6 @@ def _described(ref: BackendRef) -> Row:
         "distribution": provider.distribution,
         "version": provider.version,
     }
-
-
-def _checked(name: str) -> Row:
-    """Load and probe one backend; what goes wrong is part of the answer."""
-    from weight_transfer.errors import WeightTransferError
-    from weight_transfer.plugins.manager import load_backend
-
-    row: Row = {"available": False, "reason": None, "fix": None, "capabilities": [], "summary": None}
-    row |= {"diagnostics": {}, "error": None}
-    try:
-        loaded = load_backend(name)
-        row["summary"] = loaded.backend.summary
-        row["capabilities"] = sorted(loaded.backend.capabilities)
-        probe = loaded.probe()
-        row |= {"available": probe.available, "reason": probe.reason, "fix": probe.fix or None}
-        row["diagnostics"] = probe.details | loaded.diagnostics()
-    except WeightTransferError as error:
-        row |= {"available": False, "error": str(error)}
-    except Exception as error:  # noqa: BLE001  (a plugin's diagnostics may raise anything; the others are shown)
-        row |= {"available": False, "error": f"Its diagnostics failed: {type(error).__name__}: {error}"}
-    return row
 
 
 def _lines(rows: list[Row], check: bool) -> list[str]:

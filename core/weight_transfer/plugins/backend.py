@@ -84,6 +84,34 @@ class Probe:
     details: dict[str, str] = attrs.field(factory=dict)
 
 
+class Verdict(StrEnum):
+    """What a check comes to."""
+
+    OK = "ok"
+    """Nothing is amiss."""
+    LIMITED = "limited"
+    """The backend works, but slower than it could, or not for everything."""
+    BROKEN = "broken"
+    """What it is about does not work."""
+
+
+@attrs.frozen(kw_only=True)
+class Check:
+    """One thing that a backend needs or is faster with, as it is on this machine; for ``weight-transfer doctor``.
+
+    Attributes:
+        title: what was looked at, such as ``"locked memory"``.
+        verdict: what it comes to.
+        found: what there is, in words.
+        fix: what to do about it, best a command; may be empty.
+    """
+
+    title: str
+    verdict: Verdict = attrs.field(default=Verdict.OK, converter=Verdict)
+    found: str
+    fix: str = ""
+
+
 def _matches(pattern: re.Pattern[str], expected: str):  # type: ignore[no-untyped-def]  # attrs validators are untyped
     def check(_instance: object, attribute: attrs.Attribute[str | None], value: str | None) -> None:
         if value is None and attribute.default is None:
@@ -107,6 +135,7 @@ class Backend:
         options: ``"module:Class"`` of the attrs class of the backend's own configuration table, or None.
         probe: ``"module:function"`` that returns a `Probe`, or None if the backend works everywhere.
         capabilities: what it can do.
+        one_device_each: whether every process needs a CUDA device of its own.
     """
 
     name: str = attrs.field(validator=_matches(_NAME, "lower case letters, digits, '-' and '_'"))
@@ -117,3 +146,4 @@ class Backend:
     options: str | None = attrs.field(default=None, validator=_matches(_REFERENCE, "'module:Class'"))
     probe: str | None = attrs.field(default=None, validator=_matches(_REFERENCE, "'module:function'"))
     capabilities: frozenset[Capability] = attrs.field(default=frozenset(), converter=_set)
+    one_device_each: bool = False

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 BACKENDS_GROUP = "weight_transfer.backends"
+CHANNELS_GROUP = "weight_transfer.channels"
 OBSERVERS_GROUP = "weight_transfer.observers"
 
 

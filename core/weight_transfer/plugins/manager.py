@@ -28,7 +28,7 @@ from weight_transfer.errors import (
     PluginError,
 )
 from weight_transfer.plugins import hookspecs
-from weight_transfer.plugins.backend import API_VERSION, Backend, Probe
+from weight_transfer.plugins.backend import API_VERSION, Backend, Check, Probe
 from weight_transfer.plugins.discovery import BACKENDS_GROUP, OBSERVERS_GROUP, BackendRef, Provider, entry_points
 
 if TYPE_CHECKING:
@@ -60,6 +60,9 @@ class LoadedBackend:
     @property
     def name(self) -> str:
         return self.backend.name
+
+    def __repr__(self) -> str:
+        return f"<LoadedBackend {self.name} of {self.provider}>"
 
     def parse_options(self, options: Any, where: str) -> Any:
         """Return the backend's options, built from a dict by its own class; an instance of it passes through.
@@ -148,6 +151,11 @@ class LoadedBackend:
         """Collect what the plugin and the observers have to say, for a human who looks for a fault."""
         answers = self.plugins.hook.weight_transfer_diagnostics()
         return {title: text for answer in reversed(answers) if answer for title, text in answer.items()}
+
+    def checks(self) -> list[Check]:
+        """Collect what the plugin and the observers have looked at on this machine."""
+        answers = self.plugins.hook.weight_transfer_checks()
+        return [check for answer in reversed(answers) if answer for check in answer]
 
     def _create(self, reference: str, base: type[Any], config: WeightTransferConfig, parallel: ParallelConfig) -> Any:
         from weight_transfer.model.info import redefined_fields

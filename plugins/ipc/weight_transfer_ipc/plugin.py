@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from weight_transfer.authoring import API_VERSION, Backend, Capability, Probe, hookimpl
+from weight_transfer.authoring import API_VERSION, Backend, Capability, Check, Probe, find_gpus, hookimpl
 
 
 @hookimpl
@@ -27,6 +27,13 @@ def weight_transfer_backend() -> Backend:
     )
 
 
+@hookimpl
+def weight_transfer_checks() -> list[Check]:
+    from weight_transfer_ipc.doctor import checks
+
+    return checks()
+
+
 def probe() -> Probe:
     """Say whether anonymous shared memory (memfd; Linux only) is there, and how far CUDA IPC reaches."""
     if sys.platform != "linux":
@@ -35,8 +42,6 @@ def probe() -> Probe:
             reason=f"shared memory without names needs Linux, this is {sys.platform}",
             fix="Use another backend, such as nccl, which moves CPU tensors over gloo.",
         )
-    from weight_transfer_ipc.nvml import describe_gpus
-
-    gpus, found = describe_gpus()
-    reason = f"anonymous shared memory for CPU tensors; {'CUDA IPC' if gpus else 'no CUDA IPC'}: {found}"
-    return Probe(available=True, reason=reason, details={"CUDA IPC": found})
+    gpus = find_gpus()
+    reason = f"anonymous shared memory for CPU tensors; {'CUDA IPC' if gpus.indices else 'no CUDA IPC'}: {gpus}"
+    return Probe(available=True, reason=reason, details={"CUDA IPC": str(gpus)})

@@ -6,7 +6,7 @@ import platform
 import sys
 from importlib.util import find_spec
 
-from weight_transfer.authoring import API_VERSION, Backend, Capability, Probe, hookimpl
+from weight_transfer.authoring import API_VERSION, Backend, Capability, Check, Probe, hookimpl
 
 _MACHINES = ("x86_64", "aarch64")
 
@@ -37,6 +37,13 @@ def weight_transfer_diagnostics() -> dict[str, str]:
     from weight_transfer_rdma.doctor import diagnose
 
     return diagnose()
+
+
+@hookimpl
+def weight_transfer_checks() -> list[Check]:
+    from weight_transfer_rdma.doctor import checks
+
+    return checks()
 
 
 def probe() -> Probe:

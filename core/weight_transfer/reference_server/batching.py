@@ -1,0 +1,160 @@
+"""Generates with transformers' continuous batching: requests join and leave a batch that never stops."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Any
+
+import attrs
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+from weight_transfer.errors import LifecycleError, WeightTransferError
+
+if TYPE_CHECKING:
+    from weight_transfer.reference_server.hosted import Hosted
+
+_PAGE = 32  # tokens of a page of the cache
+_BATCH = 512  # tokens that one forward pass takes on a CPU
+_SHARE = 0.4  # of the free memory of a GPU, for the cache of each of the two managers
+_STOP = 20.0  # seconds
+_NO_END = -1
+
+
+@attrs.frozen(kw_only=True)
+class Sampling:
+    """How tokens are chosen: the most likely one each time, or at random.
+
+    Attributes:
+        temperature: 0 for the most likely one.
+        top_p: the least part of the probability that is sampled from.
+        top_k: how many tokens are sampled from; None for all.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        """Whether nothing is left to chance."""
+        return self.temperature == 0
+
+
+class Batching:
+    """Two of transformers' managers, of which each is made when it is first needed: greedy ones and others do not mix.
+
+    Nothing that a request has computed is kept for others: after an update it would be of the old weights.
+
+    Args:
+        hosted: the model.
+        cache_tokens: how many tokens the cache of a manager has room for; None for a part of the GPU's memory.
+        patience: seconds that a request waits for its next token.
+    """
+
+    def __init__(self, hosted: Hosted, cache_tokens: int | None, patience: float) -> None:
+        self._hosted = hosted
+        self._patience = patience
+        self._cache_tokens = cache_tokens
+        self._managers: dict[bool, Any] = {}
+        self._making = threading.Lock()
+        self._count = 0
+        self._closed = False
+
+    async def generate(self, prompt: list[int], limit: int, sampling: Sampling) -> AsyncGenerator[list[int], None]:
+        """Yield all tokens so far, whenever there are more; close the iterator to end the request before its end.
+
+        Args:
+            prompt: token ids.
+            limit: number of tokens to generate, unless one ends the text before.
+            sampling: how they are chosen.
+
+        Raises:
+            WeightTransferError: generation failed.
+        """
+        manager = await asyncio.to_thread(self._manager, sampling.greedy)
+        self._count += 1
+        name = f"request {self._count}"
+        outputs: asyncio.Queue[Any] = asyncio.Queue()
+        manager.register_result_handler(name, outputs.put_nowait)
+        done = False
+        try:
+            added = manager.add_request(
+                prompt,
+                request_id=name,
+                max_new_tokens=limit,
+                streaming=True,
+                eos_token_id=[*self._hosted.ends] or [_NO_END],
+                **self._warping(sampling),
+            )
+            if added is None:
+                raise WeightTransferError("Generation has ended after an error; the log of the worker says which.")
+            while not done:
+                output = await self._next(outputs)
+                done = output.is_finished()
+                if output.error is not None:
+                    raise WeightTransferError("Generation failed.", cause=str(output.error))
+                yield list(output.generated_tokens)
+        finally:
+            if not done:
+                manager.cancel_request(name)
+                manager.output_router.result_handlers.pop(name, None)
+
+    async def _next(self, outputs: asyncio.Queue[Any]) -> Any:
+        try:
+            async with asyncio.timeout(self._patience):
+                return await outputs.get()
+        except TimeoutError as error:
+            raise WeightTransferError(f"Generation stands still: no token came for {self._patience:g} s.") from error
+
+    def close(self) -> None:
+        """End all requests and the threads that generate."""
+        with self._making:
+            self._closed = True
+            for manager in self._managers.values():
+                manager.stop(block=True, timeout=_STOP, hard_stop=True)
+
+    def _warping(self, sampling: Sampling) -> dict[str, Any]:
+        if sampling.greedy:
+            return {}
+        vocabulary = self._hosted.model.config.get_text_config().vocab_size
+        return {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or vocabulary,
+        }
+
+    def _manager(self, greedy: bool) -> Any:
+        with self._making:
+            if self._closed:
+                raise LifecycleError("The worker is closing.", method="generate", state="closed")
+            if greedy not in self._managers:
+                model = self._hosted.model
+                manager = model.init_continuous_batching(_generation(greedy), self._settings(model.device.type))
+                manager.start()
+                self._managers[greedy] = manager
+            return self._managers[greedy]
+
+    def _settings(self, device: str) -> ContinuousBatchingConfig:
+        blocks = None if self._cache_tokens is None else -(-self._cache_tokens // _PAGE)
+        return ContinuousBatchingConfig(
+            allow_block_sharing=False,
+            auto_switch_to_flash=False,  # it might look for kernels in the network
+            drop_unsupported_processors=False,
+            max_batch_tokens=_BATCH if device == "cpu" else None,
+            max_memory_percent=_SHARE,
+            num_blocks=blocks,
+            page_size=_PAGE,
+            per_request_processors=True,
+        )
+
+
+def _generation(greedy: bool) -> GenerationConfig:
+    """Return a configuration in which each request says how it is sampled, where that is not greedy.
+
+    A manager makes room for those parameters only that are not neutral here.
+    """
+    if greedy:
+        return GenerationConfig(do_sample=False, eos_token_id=_NO_END)
+    return GenerationConfig(do_sample=True, eos_token_id=_NO_END, temperature=0.5, top_k=50, top_p=0.5)

@@ -1,0 +1,83 @@
+"""The model that is served, and its tokenizer if there is one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from weight_transfer.errors import ConfigError
+
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Hosted:
+    """A causal language model.
+
+    Attributes:
+        name: how requests call it.
+        model: of transformers.
+        tokenizer: None if its folder has none; then prompts are token ids, and answers have no text.
+        trained: whether it has weights from a checkpoint; else they are random.
+        context: tokens that a prompt and its continuation may have together.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    trained: bool
+    context: int
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end a text."""
+        ends = self.model.generation_config.eos_token_id
+        return frozenset([ends] if isinstance(ends, int) else ends or [])
+
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of tokens; empty without a tokenizer."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)) if self.tokenizer is not None else ""
+
+
+def host(path: Path, device: str, name: str | None = None) -> Hosted:
+    """Load a model in the dtype of its files.
+
+    Args:
+        path: a folder with ``config.json`` and safetensors files; or a ``config.json``, for random weights.
+        device: torch device.
+        name: default is the folder's.
+
+    Raises:
+        ConfigError: transformers cannot load it, or a folder has no weights.
+    """
+    trained = path.is_dir()
+    folder = path if trained else path.parent
+    if trained and not any(folder.glob("*.safetensors")):
+        raise ConfigError(f"{folder} holds no safetensors file; name its config.json to begin with random weights.")
+    try:
+        config = AutoConfig.from_pretrained(path)
+        model: Any
+        if trained:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
+        else:
+            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+            if (folder / "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(folder)
+        has_tokenizer = any((folder / file).is_file() for file in _TOKENIZER)
+        tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConfigError(
+            f"{path}: transformers cannot load a causal language model from it.", cause=str(error)
+        ) from error
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return Hosted(
+        name=name or folder.resolve().name,
+        model=model.to(device).eval(),
+        tokenizer=tokenizer,
+        trained=trained,
+        context=context or int(1e9),
+    )
