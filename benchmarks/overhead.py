@@ -2,6 +2,7 @@
 
     python benchmarks/overhead.py [--params 1 300 10000] [--workers 1 8 64] [--channels local http] [--json FILE]
     python benchmarks/overhead.py --fleet 512 1024 [--params 300]
+    python benchmarks/overhead.py --observers report opentelemetry prometheus progress [--params 9000]
 
 Sender, receivers, channels and sessions are the real ones; the backend moves no bytes (`no_bytes`), and the source has
 none that anybody could read. Workers are receivers in two processes, each behind a server of its own (``local``: in the
@@ -10,6 +11,9 @@ costs is its own: with more workers than cores the worker's time contains waitin
 
 ``--fleet`` measures rank 0 with that many workers, which one process plays: they answer at once, over the real server,
 and have no model.
+
+``--observers report prometheus`` measures what each of these costs, with a receiver in the trainer's process: the time
+inside its hooks, of both sides, beside the ``send`` that it is a part of.
 
 Times are medians in milliseconds. *trainer* is the whole ``send`` and its phases; *worker* the time inside a receiver's
 methods, mean of the workers; *threads* and *files* are the trainer's, while workers update and at the end; *bytes* are
@@ -26,10 +30,12 @@ import socket
 import statistics
 import struct
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +67,9 @@ class Timed(wt.WeightReceiver):
         with self._timed("update"):
             return super().update_weights(update_info)
 
-    def finish_weight_update(self, weight_version: Any = None, session: str | None = None) -> None:
+    def finish_weight_update(self, weight_version: Any = None, session: Any = None, update: Any = None) -> None:
         with self._timed("finish"):
-            super().finish_weight_update(weight_version, session)
+            super().finish_weight_update(weight_version, session, update)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -201,6 +207,83 @@ def sends(to: list[Any], params: int, rounds: int) -> dict[str, Any]:
     }
 
 
+class Clocked:
+    """Takes the time of an observer's hooks."""
+
+    def __init__(self, observer: Any) -> None:
+        self._observer = observer
+        self.spent: list[float] = []
+
+    @wt.hookimpl
+    def weight_transfer_started(self, event: wt.TransferStarted) -> None:
+        self._tell("weight_transfer_started", event)
+
+    @wt.hookimpl
+    def weight_transfer_progress(self, event: wt.TransferProgress) -> None:
+        self._tell("weight_transfer_progress", event)
+
+    @wt.hookimpl
+    def weight_transfer_finished(self, event: wt.TransferFinished) -> None:
+        self._tell("weight_transfer_finished", event)
+
+    def _tell(self, hook: str, event: object) -> None:
+        since = time.perf_counter()
+        getattr(self._observer, hook, lambda event: None)(event)
+        self.spent.append(time.perf_counter() - since)
+
+
+def observed(name: str, params: int, rounds: int) -> dict[str, Any]:
+    """Return what the observer called ``name`` takes of a send of ``params`` parameters: medians of its rounds."""
+    clocked, source = Clocked(import_module(f"weight_transfer.observers.{name}")), no_bytes.Unread(params)
+    wholes, costs = [], []
+    with (
+        wt.WeightReceiver(CONFIG, no_bytes.Tiny(params), observers=(clocked,)) as receiver,
+        wt.WeightSender(CONFIG, [receiver], observers=(clocked,)) as sender,
+    ):
+        for _ in range(3 + rounds):
+            clocked.spent.clear()
+            since = time.perf_counter()
+            sender.send(source)
+            wholes.append(time.perf_counter() - since)
+            costs.append(sum(clocked.spent))
+    send, cost = statistics.median(wholes[3:]), statistics.median(costs[3:])
+    return {"observer": name, "params": params, "send": send, "observing": cost, "share": cost / send}
+
+
+def record_telemetry() -> None:
+    """Have this process keep its spans and metrics, as one does that exports them; without, observing costs nothing."""
+    from opentelemetry import metrics, trace
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    tracers = TracerProvider()
+    tracers.add_span_processor(BatchSpanProcessor(InMemorySpanExporter()))
+    trace.set_tracer_provider(tracers)
+    metrics.set_meter_provider(MeterProvider([InMemoryMetricReader()]))
+
+
+def observe(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure the observers that were asked for, print a line for each, and return what was found."""
+    print("observer        params     send  observing  of it")
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["WEIGHT_TRANSFER_REPORT"] = folder
+        if "opentelemetry" in options.observers:
+            record_telemetry()
+        for name, params in itertools.product(options.observers, options.params):
+            found = observed(name, params, options.rounds)
+            results.append(found)
+            print(
+                f"{name:13} {params:8,} {found['send'] * 1e3:8.2f} {found['observing'] * 1e3:10.3f} "
+                f"{found['share']:6.2%}",
+                flush=True,
+            )
+    return results
+
+
 def traffic() -> int:
     """Return the bytes that the present TCP connections of this process have carried, both ways."""
     total = 0
@@ -237,10 +320,19 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--channels", nargs="+", default=["local", "http"], choices=["local", "http"])
     parser.add_argument("--fleet", type=int, nargs="+", default=[], help="workers that are played; nothing else then")
+    parser.add_argument("--observers", nargs="+", default=[], help="observers by name; nothing else then")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     folder = no_bytes.install()
+    results = observe(options) if options.observers else measured(options)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+    folder.cleanup()
+
+
+def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure sends as asked for, print a line for each, and return what was found."""
     print("                           trainer                               worker                      first")
     phases = "  init   start  update  finish    start  update  finish"
     print(f"channel  params workers   send  {phases}      send threads  files     bytes")
@@ -256,9 +348,7 @@ def main() -> None:
             for params in options.params:
                 results.append(measure(channel, params, workers, options.rounds))
                 show(results[-1])
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
-    folder.cleanup()
+    return results
 
 
 if __name__ == "__main__":

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 
 import attrs
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from weight_transfer.plugins.hookspecs import hookimpl
 from weight_transfer.values.events import TransferStarted
@@ -92,8 +100,9 @@ class ProgressReporter:
             if not self._console().is_terminal:
                 return
             if self._bars is None:
-                columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-                self._bars = Progress(*columns, console=self._console(), transient=True)
+                columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+                description = TextColumn("{task.description}")
+                self._bars = Progress(description, *columns, console=self._console(), transient=True)
                 self._bars.start()
             update.task = self._bars.add_task(_title(event), total=event.nbytes, completed=update.done)
 

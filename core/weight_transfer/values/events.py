@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import attrs
 
 Version = int | str
@@ -46,8 +48,21 @@ class TransferProgress:
 class TransferFinished:
     """An update ended. ``error`` is None on success, else the sentence of the error; ``seconds`` is wall time.
 
-    ``target`` is which of the receiver's models it is about. On a worker it follows every `TransferStarted`, and may
-    also come alone, for an update that failed before it.
+    On a worker it follows every `TransferStarted`, and may also come alone, for an update that failed before it.
+
+    Attributes:
+        role: ``trainer`` or ``worker``: the side on which the event was raised.
+        backend: the backend's name.
+        version: the version that was sent; None if it is not known.
+        nbytes: bytes of one copy of what was to be sent.
+        seconds: wall time of the whole update.
+        error: the sentence of the error; None on success.
+        target: which of the receiver's models it is about.
+        error_type: in the trainer the name of the error's class; empty on success and on a worker.
+        phases: in the trainer the seconds of each phase that was entered (``init``, ``start``, ``update``, ``finish``),
+            in their order; empty on a worker.
+        workers: in the trainer the addresses of the workers that serve the version; empty on a worker.
+        lost: in the trainer ``(address, error)`` of the workers that it goes on without; empty on a worker.
     """
 
     role: str
@@ -57,3 +72,32 @@ class TransferFinished:
     seconds: float
     error: str | None = None
     target: str = "model"
+    error_type: str = ""
+    phases: Mapping[str, float] = attrs.field(factory=dict, hash=False)
+    workers: tuple[str, ...] = ()
+    lost: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Rate at which a copy came to the workers: bytes over the phase ``update``, or over all where none is told."""
+        seconds = self.phases.get("update", self.seconds)
+        return self.nbytes / seconds if seconds else 0.0
+
+
+@attrs.frozen(kw_only=True)
+class MembershipChanged:
+    """A worker has joined the trainer, for the first time or anew, or the trainer goes on without it.
+
+    Attributes:
+        backend: the backend's name.
+        worker: its address; of all workers behind one control channel.
+        joined: whether it has joined, else it was lost.
+        workers: workers that are joined now.
+        error: why it was lost, in a sentence; None if it has joined.
+    """
+
+    backend: str
+    worker: str
+    joined: bool
+    workers: int
+    error: str | None = None
