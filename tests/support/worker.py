@@ -30,6 +30,7 @@ def main(
     seed: int,
     config: dict[str, Any],
     port: int = 0,
+    listen: str = "127.0.0.1",
     in_place: bool = False,
     rows: int = 1024,
     breaks_at_init: bool = False,
@@ -57,7 +58,7 @@ def main(
             for rank, model in enumerate(models)
         ]
         channel = receivers[0] if replica == 1 else LocalChannel(*receivers)
-        server = stack.enter_context(wt.serve(channel, port=port))
+        server = stack.enter_context(wt.serve(channel, host=listen, port=port))
         sampling = stack.enter_context(ExitStack())
         stage.say(server.url)
         stage.serve(
