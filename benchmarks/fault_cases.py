@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import attrs
 from processes import children, runs, stop
 
-from weight_transfer.errors import WeightTransferError
+from weight_transfer.errors import ReplacedError, WeightTransferError
 from weight_transfer.testing.actors import Actor, eventually
 from weight_transfer.testing.models import weight
 
@@ -240,7 +240,10 @@ class _Scene:
         if self._case.phase == "before init":
             return
         stale.tell("release")
-        if self._case.phase in ("in init", "after init"):  # nothing had begun: it may join anew, and send
+        if self._case.takeover:
+            error = stale.error(_FOR_EVER)
+            assert isinstance(error, ReplacedError), f"the stale trainer was not refused: {error!r}"
+        elif self._case.phase in ("in init", "after init"):  # nothing had begun: it may join anew, and send
             with suppress(WeightTransferError):
                 stale.reply(_FOR_EVER)
         else:

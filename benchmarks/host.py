@@ -107,7 +107,19 @@ def layers(options: argparse.Namespace, case: str) -> list[str]:
 
 def kit(options: argparse.Namespace) -> Command:
     """Return the conformance kit, on CUDA tensors where there are GPUs."""
-    arguments = ["-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "-n", str(options.kit_processes), *KITS]
+    arguments = [
+        "-m",
+        "pytest",
+        "-q",
+        "-rfEs",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:benchmark",
+        "-n",
+        str(options.kit_processes),
+        *KITS,
+    ]
     return Command("kit", options.kit_seconds, arguments, stops="--session-timeout", has_figures=False)
 
 

@@ -251,7 +251,7 @@ def measure(case: str, peer: bool, rounds: int, config: dict[str, Any]) -> None:
     with wt.WeightSender(config, [PipeChannel(pipe)]) as by_pipe, wt.WeightSender(config, [url]) as by_http:
         senders = {"ours over a pipe": by_pipe, "ours over HTTP": by_http}
         schemes: dict[str, Callable[[], object]] = {
-            **{name: partial(sender.send, weights) for name, sender in senders.items()},
+            **{name: partial(sender.send, weights, allow_rollback=True) for name, sender in senders.items()},
             "packed": packed,
             "unpacked": unpacked,
         }
@@ -267,7 +267,7 @@ def measure(case: str, peer: bool, rounds: int, config: dict[str, Any]) -> None:
             if ask("digest") != digest(weights):
                 raise SystemExit(f"{case}: {scheme}: the worker's bytes differ from the trainer's")
             if scheme == "ours over a pipe" and not seed:
-                extra = [by_pipe.send(weights).extra_memory, json.loads(ask("extra"))]
+                extra = [by_pipe.send(weights, allow_rollback=True).extra_memory, json.loads(ask("extra"))]
         for _ in range(rounds + 1):
             note("limit", json.loads(ask("limit")))
             for name in senders:

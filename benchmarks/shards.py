@@ -2,7 +2,7 @@
 
     python benchmarks/shards.py --device cuda|cpu --backend ipc|nccl|rdma [--trainers 2] [--workers 2]
         [--placement colocated|apart] [--mesh fsdp|hsdp] [--replicas 1] [--case dense|moe] [--layers N]
-        [--repeat 9] [--skip-gathering] [--json FILE] [--quick]
+        [--repeat 9] [--skip-gathering] [--verify none|wire|loaded] [--json FILE] [--quick]
 
 Trainer ranks and workers are processes. The trainer's weights are sharded by FSDP2, which cuts every weight along its
 first dimension; with ``hsdp`` there are two replicas of the trainer's model, each cut into half as many shards. The
@@ -76,6 +76,7 @@ def arguments_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="of the model, all by default")
     parser.add_argument("--repeat", type=int, default=9, help="rounds, after one that does not count")
     parser.add_argument("--skip-gathering", action="store_true")
+    parser.add_argument("--verify", choices=("none", "wire", "loaded"), default="none")
     parser.add_argument("--quick", action="store_true", help="tiny weights and two rounds")
     parser.add_argument("--step", type=float, default=120, help="seconds that any one step may take")
     parser.add_argument("--life", type=float, default=600, help="seconds that the run may take")
@@ -169,6 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trainers, workers, notes = devices(options)
     parts = cut(options, trainers, workers)
     config = {"backend": options.backend, "timeout": options.step, "init_timeout": options.step}
+    config |= {"verify": options.verify}
     began, load = time.monotonic(), os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         scene = Scene(
@@ -193,6 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "torch": torch.__version__,
         "backend": options.backend,
         "case": options.case,
+        "verify": options.verify,
         "quick": options.quick,
         "devices": {"trainers": trainers, "workers": workers},
         "notes": notes,

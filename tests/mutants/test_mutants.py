@@ -132,7 +132,11 @@ MUTANTS = [
     ),
     Mutant("LeaksADescriptor", "opens a file per update", "test_nothing_accumulates_over_fifty_updates"),
     Mutant("KeepsItsPort", "never closes its listener", "test_everything_comes_back_when_both_sides_close"),
-    Mutant("StaysWithItsFirst", "goes on with the trainer that it joined first", "test_two_trainers_send_by_turns"),
+    Mutant(
+        "StaysWithItsFirst",
+        "goes on with the trainer that it joined first",
+        "test_each_new_trainer_takes_a_worker_over",
+    ),
     Mutant("SharesState", "shares connections between engines", "test_two_engines_of_one_process_share_nothing"),
     Mutant(
         "BuffersEverything",

@@ -6,6 +6,7 @@ For a backend that cannot leave its process an actor is a thread with the same c
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -22,6 +23,8 @@ from weight_transfer.errors import WeightTransferError, error_from_dict, error_t
 
 PATIENCE = 60.0
 """Seconds after which an actor that does not reply has failed; what a test expects to be quick is bounded by itself."""
+
+_ENDING = 5.0  # seconds from the end of its pipe to that of a process
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
@@ -103,7 +106,7 @@ class Actor:
         try:
             reply = json.loads(self._pipe.recv_bytes())
         except (EOFError, ConnectionError) as error:
-            raise AssertionError(f"{self._body.name} died; its stderr says why") from error
+            raise AssertionError(f"{self._body.name} died{self._how()}; its stderr says why") from error
         if "error" in reply:
             raise error_from_dict(reply["error"])
         return reply["result"]
@@ -112,6 +115,14 @@ class Actor:
         """Send a command and return its reply."""
         self.tell(command, **arguments)
         return self.reply()
+
+    def _how(self) -> str:
+        """Return how the process has ended, as a clause."""
+        self._body.join(_ENDING)
+        code = getattr(self._body, "exitcode", None)
+        if code is None:
+            return ""
+        return f" of {signal.Signals(-code).name}" if code < 0 else f" with exit code {code}"
 
     def error(self, within: float = PATIENCE) -> WeightTransferError:
         """Wait for the next reply, which must be an error."""
@@ -193,6 +204,7 @@ def eventually(holds: Callable[[], bool], within: float) -> bool:
 
 
 def _perform(role: str, spec: dict[str, Any], pipe: Connection) -> None:
+    faulthandler.enable()
     if threading.current_thread() is threading.main_thread():  # a shell's background jobs begin with Ctrl-C ignored
         signal.signal(signal.SIGINT, signal.default_int_handler)
     with pipe:

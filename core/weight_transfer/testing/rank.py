@@ -44,7 +44,7 @@ class Rank:
         workers: Sequence[str],
         layout: str,
         weights: Sequence[Weight],
-        device: str = "cpu",
+        device: str,
     ) -> None:
         self._source, places = LAYOUTS[layout](weights, ranks.rank, ranks.world_size, device)
         self._places = Places(weights, places)
@@ -64,7 +64,7 @@ class Rank:
         """
         self._places.write(seed)
         try:
-            report = self._sender.send(self._source, version=version)
+            report = self._sender.send(self._source, version=version, allow_rollback=True)
             changed = self._places.unlike(seed)
         finally:
             self._places.write(_AFTERWARDS)
@@ -96,10 +96,15 @@ def main(stage: Stage, rank: int, world_size: int, store: str, threads: int | No
     senders: dict[str, Rank] = {}
     marks: list[MemoryMark] = []
 
-    def open_(name: str, **spec: Any) -> None:
-        senders[name] = Rank(stage, ranks, **spec)
+    def open_(name: str, device: str, **spec: Any) -> None:
+        if torch.device(device).type == "cuda" and not senders:
+            torch.cuda.set_device(device)
+            dist.all_reduce(torch.zeros(1, device=device))  # connects them, which takes longer than an update may
+        senders[name] = Rank(stage, ranks, device=device, **spec)
 
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    # Gathering from GPUs over gloo crashes in torch now and then; NCCL needs one for each rank.
+    backends = "cpu:gloo,cuda:nccl" if world_size <= torch.cuda.device_count() else "gloo"
+    dist.init_process_group(backends, init_method=f"file://{store}", rank=rank, world_size=world_size)
     try:
         stage.say("ready")
         stage.serve(

@@ -48,9 +48,11 @@ class RecordingChannel(HttpChannel):
         self._before("start")
         super().start_weight_update(session)
 
-    def finish_weight_update(self, weight_version: Version | None = None, session: str | None = None) -> None:
+    def finish_weight_update(
+        self, weight_version: Version | None = None, session: str | None = None, update: str | None = None
+    ) -> None:
         self._before("finish")
-        super().finish_weight_update(weight_version, session)
+        super().finish_weight_update(weight_version, session, update)
 
     def update_weights(self, update_info: dict[str, Any]) -> dict[str, Any] | None:
         self._before("update")
@@ -114,7 +116,7 @@ class Trainer:
 
         Args:
             seed: of the bits; None to send the weights as they are.
-            version: of the weights.
+            version: of the weights; it may go back, as the seed does.
             inference: call ``send`` in torch's inference mode.
         """
         if seed is not None:
@@ -122,7 +124,7 @@ class Trainer:
         before = hashes(self.model)
         meant = before if self._served is None else hashes(cast(self.model, self._served))
         with torch.inference_mode(inference):
-            report = self.sender.send(self._source, version=version)
+            report = self.sender.send(self._source, version=version, allow_rollback=True)
         left = hashes(self.model)
         randomise(self.model, _AFTERWARDS)
         return {
@@ -137,7 +139,7 @@ class Trainer:
         """Randomise everything, send some of it, and return the hashes of all as they were then."""
         randomise(self.model, seed)
         meant = hashes(self.model)
-        self.sender.send(self._source, version=version, only=only)
+        self.sender.send(self._source, version=version, only=only, allow_rollback=True)
         randomise(self.model, _AFTERWARDS)
         return meant
 
@@ -146,7 +148,7 @@ class Trainer:
         assert self.draft is not None
         randomise(self.draft, seed)
         meant = hashes(self.draft)
-        self.sender.send(self.draft, version=version, target="draft")
+        self.sender.send(self.draft, version=version, target="draft", allow_rollback=True)
         randomise(self.draft, _AFTERWARDS)
         return meant
 

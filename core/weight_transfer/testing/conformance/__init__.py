@@ -58,7 +58,6 @@ class BackendConformance(
     Attributes:
         backend: its name.
         worker_counts: numbers of workers that the tests of bits use.
-        one_device_each: whether every process needs a CUDA device of its own.
         deadline: the ``timeout`` in seconds of updates that are meant to miss it.
         grace: seconds after the deadline in which the error must have come.
     """

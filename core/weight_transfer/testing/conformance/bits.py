@@ -161,12 +161,12 @@ class BitsTests(Kit):
 
     @loaders
     def test_verified_updates_arrive(self, cast: Cast, in_place: bool) -> None:
-        """With ``verify`` the core digests each tensor that the engine hands over, before it is loaded.
+        """With ``verify`` the core digests each tensor on both sides: here, when the engine hands it over.
 
         If this fails: the tensors that are given to ``load_weights`` do not hold the sent bytes at that moment.
         """
-        worker = cast.worker(ZOO, in_place=in_place, config={"verify": True})
-        trainer = cast.trainer([worker], ZOO, config={"verify": True})
+        worker = cast.worker(ZOO, in_place=in_place, config={"verify": "wire"})
+        trainer = cast.trainer([worker], ZOO, config={"verify": "wire"})
         for seed in (1, 2):
             assert_same(trainer.ask("send", seed=seed, version=seed)["hashes"], worker.ask("hashes"))
 

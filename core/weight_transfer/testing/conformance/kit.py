@@ -170,7 +170,6 @@ class Kit:
 
     backend: ClassVar[str]
     worker_counts: ClassVar[tuple[int, ...]] = (1, 3)
-    one_device_each: ClassVar[bool] = False
     deadline: ClassVar[float] = 2.0
     grace: ClassVar[float] = 15.0
 
@@ -186,10 +185,10 @@ class Kit:
         """Return the torch device of the member with this rank; the trainer has rank 0, workers count from 1."""
         if Capability.CUDA not in self._capabilities() or not torch.cuda.is_available():
             return "cpu"
-        devices = torch.cuda.device_count()
-        if self.one_device_each and devices < 2 and Capability.CPU in self._capabilities():
+        devices, one_each = torch.cuda.device_count(), self.loaded().backend.one_device_each
+        if one_each and devices < 2 and Capability.CPU in self._capabilities():
             return "cpu"
-        if self.one_device_each and rank >= devices:
+        if one_each and rank >= devices:
             pytest.skip(f"{self.backend} needs a device for each process, and this machine has {devices}")
         return f"cuda:{rank % devices}"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
@@ -20,6 +22,7 @@ from weight_transfer.plugins.backend import Capability
 from weight_transfer.testing.conformance.kit import Cast, Kit, assert_same, needs, within
 from weight_transfer.values.deadline import Deadline
 
+_INTERVAL = 0.2  # seconds
 _LONE = [WorkerSlot(peer="nobody", rank_offset=1, count=1, world_size=2)]
 
 
@@ -65,8 +68,7 @@ class LifecycleTests(Kit):
             trainer.open_endpoint(_LONE, Deadline(5))
 
             def interrupted() -> None:
-                timer = _Later(0.2, trainer.abort_update)
-                with suppress(TransferError), timer:
+                with suppress(TransferError), _Interrupter(trainer.abort_update):
                     trainer.join_workers(Deadline(10 * self.grace))
 
             within(self.grace, interrupted)
@@ -155,8 +157,7 @@ class LifecycleTests(Kit):
             wire = unstructure(structure({**fields, **common}, worker.init_info_cls, "init_info"))
 
             def interrupted() -> None:
-                timer = _Later(0.2, worker.abort_update)
-                with suppress(TransferError), timer:
+                with suppress(TransferError), _Interrupter(worker.abort_update):
                     worker.init_transfer_engine(worker.parse_init_info(wire))
 
             within(self.grace, interrupted)
@@ -190,17 +191,24 @@ class LifecycleTests(Kit):
             assert_same(sent, left.ask("hashes"), right.ask("hashes"))
 
 
-class _Later:
-    """Calls something from another thread while a ``with`` block runs."""
+class _Interrupter:
+    """Calls ``abort`` from another thread, again and again as the core does, while a ``with`` block runs.
 
-    def __init__(self, seconds: float, call: object) -> None:
-        import threading
+    A single call may come before there is anything to abort: a process may take seconds to set up its GPU.
+    """
 
-        self._timer = threading.Timer(seconds, call)  # type: ignore[arg-type]  # any callable
+    def __init__(self, abort: Callable[[], object]) -> None:
+        self._abort = abort
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        while not self._over.wait(_INTERVAL):
+            self._abort()
 
     def __enter__(self) -> None:
-        self._timer.start()
+        self._thread.start()
 
     def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
-        self._timer.join()
+        self._over.set()
+        self._thread.join()

@@ -94,8 +94,6 @@ class RegionFaultsTests(RegionsKit):
                 with contextlib.suppress(WeightTransferError):
                     trainer.ranks[-1].reply(self.deadline + self.grace)
             self._mend(troupe, workers)
-            trainer.send(9, 9)
-            assert_kept(workers, 9, 9)
 
     def _scene(self, troupe: Troupe, fresh: bool = False) -> tuple[list[Member], RegionTrainer]:
         """Return two workers and a trainer, after an update."""

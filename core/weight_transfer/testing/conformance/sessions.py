@@ -6,27 +6,33 @@ from contextlib import nullcontext
 
 import pytest
 
-from weight_transfer.errors import SessionError
+from weight_transfer.errors import ReplacedError
 from weight_transfer.testing.conformance.kit import Cast, Kit, Member, assert_same
 
 
 class SessionsTests(Kit):
     """Two trainers with one worker: of one that was replaced the core refuses the calls, the backend the bytes."""
 
-    def test_two_trainers_send_by_turns(self, cast: Cast) -> None:
-        """Each version has the bits of the trainer that published it; who comes back after the other joins again.
+    def test_each_new_trainer_takes_a_worker_over(self, cast: Cast) -> None:
+        """Each version has the bits of the trainer that published it; one that was replaced is refused.
 
         If this fails: an engine reads from, or writes into, a connection of the trainer before. The core makes a new
-        worker's engine for each join, and joins the trainer's engine again; keep connections in the instance.
+        worker's engine for each join; keep connections in the instance.
         """
         worker = cast.worker()
-        first, second = cast.trainer([worker]), cast.trainer([worker])
-        for version, (trainer, seed) in enumerate([(first, 1), (second, 2), (first, 3), (first, 4), (second, 5)]):
+        first = cast.trainer([worker])
+        second = cast.trainer([worker])
+        third = cast.trainer([worker], beside=first)
+        for version, (trainer, seed) in enumerate([(first, 1), (second, 2), (second, 3), (third, 4), (third, 5)]):
             sent = trainer.ask("send", seed=seed, version=version)["hashes"]
             assert_same(sent, worker.ask("hashes"))
             assert worker.ask("status")["version"] == version
+        for replaced in (first, second):
+            replaced.tell("send", seed=6, version=6)
+            self._is_refused(replaced)
+        assert_same(sent, worker.ask("hashes"))
 
-    @pytest.mark.parametrize("call", ["start", "update", "finish"])
+    @pytest.mark.parametrize("call", ["init", "start", "update", "finish"])
     def test_a_trainer_that_was_replaced_and_goes_on_changes_nothing(self, cast: Cast, call: str) -> None:
         """A trainer stands still before a call, another one takes its worker over, and then the first one goes on.
 
@@ -35,7 +41,8 @@ class SessionsTests(Kit):
         """
         worker = cast.worker(in_place=True)
         stale = cast.trainer([worker])
-        stale.ask("send", seed=1, version=1)
+        if call != "init":
+            stale.ask("send", seed=1, version=1)
         stale.ask("hold", at=call)
         stale.tell("send", seed=2, version=2)
         assert stale.reply() == "held"
@@ -43,19 +50,14 @@ class SessionsTests(Kit):
             successor = cast.trainer([worker])
             sent = successor.ask("send", seed=3, version=3)["hashes"]
             assert_same(sent, worker.ask("hashes"))
-        self._goes_on(stale, call)
-        if call == "start":  # nothing had begun: it joins again and sends what it meant to
-            assert worker.ask("status")["version"] == 2
-        else:
-            assert worker.ask("status")["version"] == 3
-            assert_same(sent, worker.ask("hashes"))
-            assert_same(successor.ask("send", seed=4, version=4)["hashes"], worker.ask("hashes"))
-        assert_same(stale.ask("send", seed=5, version=5)["hashes"], worker.ask("hashes"))
-
-    def _goes_on(self, stale: Member, call: str) -> None:
         stale.tell("release")
-        if call == "start":
-            stale.reply(self.settings()["timeout"] + self.grace)
-        else:
-            error = stale.error(self.settings()["timeout"] + self.grace)
-            assert call == "update" or isinstance(error, SessionError), repr(error)
+        self._is_refused(stale)
+        assert worker.ask("status")["version"] == 3
+        assert_same(sent, worker.ask("hashes"))
+        assert_same(successor.ask("send", seed=4, version=4)["hashes"], worker.ask("hashes"))
+        stale.tell("send", seed=5, version=5)
+        self._is_refused(stale)
+
+    def _is_refused(self, replaced: Member) -> None:
+        error = replaced.error(self.settings()["timeout"] + self.grace)
+        assert isinstance(error, ReplacedError), repr(error)

@@ -33,12 +33,12 @@ class SourcesTests(Kit):
 
     @memories
     def test_tensors_of_one_buffer_pass_verification(self, cast: Cast, memory: str) -> None:
-        """With ``verify`` the source is read twice, and each worker gets the bytes whose digests were told.
+        """With ``verify`` each tensor is digested before the engine gets it, while the source is read once.
 
         If this fails: as above.
         """
-        worker = cast.worker(config={"verify": True})
-        trainer = cast.trainer([worker], passing=True, memory=memory, config={"verify": True})
+        worker = cast.worker(config={"verify": "wire"})
+        trainer = cast.trainer([worker], passing=True, memory=memory, config={"verify": "wire"})
         assert_same(trainer.ask("send", seed=1, version=1)["hashes"], worker.ask("hashes"))
 
     @needs(Capability.CROSS_PROCESS)

@@ -1,0 +1,146 @@
+"""Cost of ``verify``: the same weights sent without it, with ``wire`` and with ``loaded``, in the same run.
+
+    python benchmarks/verify.py [--backend ipc nccl rdma] [--device cuda] [--peer] [--layers 8] [--json FILE]
+
+Trainer and worker are two processes and talk over HTTP; the worker copies by name. Rounds alternate between the three,
+medians of whole sends are compared, and the best ones, which a busy machine disturbs least. Before, the worker's bytes
+are compared with the trainer's after A, then B, then A again, for each of the three. With ``--peer`` the worker is on
+another GPU, which ``nccl`` on CUDA always needs. Shapes are Llama-3.1-8B's with ``--layers`` layers, or all 32; on the
+CPU half as wide, with a quarter of the vocabulary, 1 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import actors
+import shapes
+import torch
+
+import weight_transfer as wt
+from weight_transfer.memory.integrity import tensor_digests
+
+WAYS = ("none", "wire", "loaded")
+LIFE = 540.0  # seconds of the worker's process
+PATIENCE = 120.0  # seconds of one answer
+
+
+def model(layers: int, device: str) -> shapes.Weights:
+    wide = device != "cpu"
+    names = shapes.llama(layers, 4096, 14336, 32, 8, 128256) if wide else shapes.llama(layers, 2048, 5632, 16, 8, 32064)
+    return shapes.Weights(names, torch.bfloat16, device)
+
+
+def quiet(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+
+
+class Worker:
+    """One model, and a receiver for each sender; made inside of its process."""
+
+    def __init__(self, config: dict[str, Any], layers: int, device: str) -> None:
+        if device != "cpu":
+            torch.cuda.set_device(device)
+        self._weights = model(layers, device)
+        self._receivers = [wt.WeightReceiver(config, self._weights) for _ in WAYS]
+        self._servers = [wt.serve(receiver) for receiver in self._receivers]
+
+    def urls(self) -> list[str]:
+        return [server.url for server in self._servers]
+
+    def forget(self) -> None:
+        for parameter in self._weights.parameters():
+            parameter.data.zero_()
+
+    def digests(self) -> list[str]:
+        return tensor_digests(list(self._weights.parameters()))
+
+    def close(self) -> None:
+        for server in self._servers:
+            server.close()
+        for receiver in self._receivers:
+            receiver.close()
+
+
+def measure(backend: str, places: tuple[str, str], layers: int, rounds: int) -> dict[str, Any]:
+    """Return what sends cost over a backend."""
+    config = {"backend": backend, "timeout": 60, "init_timeout": 60}
+    worker = actors.Actor("worker", LIFE, Worker, config, layers, places[1])
+    weights = model(layers, places[0])
+    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    try:
+        (urls,) = actors.ask([worker], PATIENCE, "urls")
+        senders = {way: wt.WeightSender({**config, "verify": way}, [url]) for way, url in zip(WAYS, urls, strict=True)}
+        for way, sender in senders.items():
+            for seed in (1, 2, 1):
+                weights.randomise(seed)
+                actors.ask([worker], PATIENCE, "forget")
+                sender.send(weights)
+                if actors.ask([worker], PATIENCE, "digests") != [tensor_digests(list(weights.parameters()))]:
+                    raise SystemExit(f"{backend}, {way}: the worker has other bytes than the trainer")
+        for _ in range(rounds + 1):
+            for way, sender in senders.items():
+                quiet(places[0])
+                since = time.perf_counter()
+                report = sender.send(weights)
+                times[way].append(time.perf_counter() - since)
+        for sender in senders.values():
+            sender.close()
+    finally:
+        actors.end([worker])
+    medians = {way: statistics.median(values[1:]) for way, values in times.items()}
+    best = {way: min(values[1:]) for way, values in times.items()}
+    return {
+        "backend": backend,
+        "devices": places,
+        "device": torch.cuda.get_device_name(0) if places[0] != "cpu" else f"{torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "tensors": report.params,
+        "bytes": report.nbytes,
+        "rounds": rounds,
+        "seconds": medians,
+        "ratio": {way: medians[way] / medians["none"] for way in WAYS},
+        "best": best,
+        "ratio of the best": {way: best[way] / best["none"] for way in WAYS},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", choices=("ipc", "nccl", "rdma"), nargs="+", default=["ipc", "nccl", "rdma"])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--peer", action="store_true", help="put the worker on another GPU")
+    parser.add_argument("--layers", type=int, help="default is 32 on CUDA, 8 on the CPU")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    options = parser.parse_args()
+    layers = options.layers or (32 if options.device == "cuda" else 8)
+    results = []
+    for backend in options.backend:
+        apart = options.peer or backend == "nccl"
+        places = ("cpu", "cpu") if options.device == "cpu" else ("cuda:0", "cuda:1" if apart else "cuda:0")
+        if options.device == "cuda" and torch.cuda.device_count() <= int(places[1][-1]):
+            print(f"{backend}: left out, it needs {places[1]}", flush=True)
+            continue
+        found = measure(backend, places, layers, options.rounds)
+        results.append(found)
+        print(
+            f"{backend}, {' -> '.join(places)} ({found['device']}): {found['tensors']} tensors, "
+            f"{found['bytes'] / 1e9:.2f} GB; medians of {options.rounds} rounds",
+            flush=True,
+        )
+        for way, seconds in found["seconds"].items():
+            rate, ratios = found["bytes"] / seconds / 1e9, (found["ratio"][way], found["ratio of the best"][way])
+            print(f"  {way:8} {seconds * 1e3:9.2f} ms {rate:8.2f} GB/s {ratios[0]:8.3f} {ratios[1]:8.3f}", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
