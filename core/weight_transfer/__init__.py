@@ -12,7 +12,16 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "config.settings": ("ParallelConfig", "WeightTransferConfig"),
-    "control": ("ControlChannel", "HttpChannel", "LocalChannel", "Server", "create_app", "serve"),
+    "control": (
+        "ControlChannel",
+        "HttpChannel",
+        "HttpLimits",
+        "LocalChannel",
+        "Server",
+        "Tls",
+        "create_app",
+        "serve",
+    ),
     "engine": ("TrainerWeightTransferEngine", "WeightTransferEngine", "WorkerSlot"),
     "errors": (
         "BackendConflictError",
@@ -21,6 +30,7 @@ _MODULES = {
         "BackendNotFoundError",
         "BackendUnavailableError",
         "BackendVersionError",
+        "CommitError",
         "ConfigError",
         "HandshakeError",
         "IntegrityError",
@@ -28,7 +38,10 @@ _MODULES = {
         "ManifestMismatchError",
         "PeerLostError",
         "PluginError",
+        "ReplacedError",
+        "RollbackError",
         "SessionError",
+        "StaleCommitError",
         "TransferError",
         "TransferTimeoutError",
         "WeightTransferError",
@@ -57,10 +70,11 @@ _MODULES = {
     "plugins.hookspecs": ("hookimpl",),
     "plugins.manager": ("LoadedBackend", "load_backend"),
     "plugins.read_config": ("load_config",),
+    "session.connecting": ("connect",),
     "session.receiver": ("ReceiverState", "WeightReceiver"),
     "session.sender": ("WeightSender",),
-    "values.events": ("TransferFinished", "TransferProgress", "TransferStarted"),
-    "values.report": ("TransferReport", "WorkerReport"),
+    "values.events": ("MembershipChanged", "TransferFinished", "TransferProgress", "TransferStarted"),
+    "values.report": ("Receipt", "TransferReport", "WorkerReport"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -4,8 +4,10 @@ from weight_transfer.config.settings import ParallelConfig as ParallelConfig
 from weight_transfer.config.settings import WeightTransferConfig as WeightTransferConfig
 from weight_transfer.control import ControlChannel as ControlChannel
 from weight_transfer.control import HttpChannel as HttpChannel
+from weight_transfer.control import HttpLimits as HttpLimits
 from weight_transfer.control import LocalChannel as LocalChannel
 from weight_transfer.control import Server as Server
+from weight_transfer.control import Tls as Tls
 from weight_transfer.control import create_app as create_app
 from weight_transfer.control import serve as serve
 from weight_transfer.engine import TrainerWeightTransferEngine as TrainerWeightTransferEngine
@@ -17,6 +19,7 @@ from weight_transfer.errors import BackendLoadError as BackendLoadError
 from weight_transfer.errors import BackendNotFoundError as BackendNotFoundError
 from weight_transfer.errors import BackendUnavailableError as BackendUnavailableError
 from weight_transfer.errors import BackendVersionError as BackendVersionError
+from weight_transfer.errors import CommitError as CommitError
 from weight_transfer.errors import ConfigError as ConfigError
 from weight_transfer.errors import HandshakeError as HandshakeError
 from weight_transfer.errors import IntegrityError as IntegrityError
@@ -24,7 +27,10 @@ from weight_transfer.errors import LifecycleError as LifecycleError
 from weight_transfer.errors import ManifestMismatchError as ManifestMismatchError
 from weight_transfer.errors import PeerLostError as PeerLostError
 from weight_transfer.errors import PluginError as PluginError
+from weight_transfer.errors import ReplacedError as ReplacedError
+from weight_transfer.errors import RollbackError as RollbackError
 from weight_transfer.errors import SessionError as SessionError
+from weight_transfer.errors import StaleCommitError as StaleCommitError
 from weight_transfer.errors import TransferError as TransferError
 from weight_transfer.errors import TransferTimeoutError as TransferTimeoutError
 from weight_transfer.errors import WeightTransferError as WeightTransferError
@@ -59,12 +65,15 @@ from weight_transfer.plugins.hookspecs import hookimpl as hookimpl
 from weight_transfer.plugins.manager import LoadedBackend as LoadedBackend
 from weight_transfer.plugins.manager import load_backend as load_backend
 from weight_transfer.plugins.read_config import load_config as load_config
+from weight_transfer.session.connecting import connect as connect
 from weight_transfer.session.receiver import ReceiverState as ReceiverState
 from weight_transfer.session.receiver import WeightReceiver as WeightReceiver
 from weight_transfer.session.sender import WeightSender as WeightSender
+from weight_transfer.values.events import MembershipChanged as MembershipChanged
 from weight_transfer.values.events import TransferFinished as TransferFinished
 from weight_transfer.values.events import TransferProgress as TransferProgress
 from weight_transfer.values.events import TransferStarted as TransferStarted
+from weight_transfer.values.report import Receipt as Receipt
 from weight_transfer.values.report import TransferReport as TransferReport
 from weight_transfer.values.report import WorkerReport as WorkerReport
 

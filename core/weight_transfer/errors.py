@@ -10,13 +10,17 @@
     │   └── BackendVersionError                    name, provider, wanted, window
     ├── BackendUnavailableError(RuntimeError)      name, provider, reason, fix
     ├── LifecycleError(RuntimeError)               method, state
-    │   └── SessionError                           (a TransferError, too)
+    │   ├── SessionError                           (a TransferError, too)
+    │   │   └── ReplacedError                      lease
+    │   └── StaleCommitError                       (a TransferError, too) update
     └── TransferError                              backend, phase, version, peer
         ├── HandshakeError
         ├── TransferTimeoutError(TimeoutError)
         ├── PeerLostError(ConnectionError)         permanent
         ├── ManifestMismatchError(ValueError)
-        └── IntegrityError(ValueError)             param, expected, got
+        ├── IntegrityError(ValueError)             param, expected, got
+        ├── RollbackError(ValueError)              published
+        └── CommitError                            published, unpublished
 
 Errors are data: a sentence plus typed fields. They survive pickling by a process pool and, through
 `error_to_dict` and `error_from_dict`, a trip over JSON; through `embed` and `extract` also one through an RPC of which
@@ -182,6 +186,53 @@ class PeerLostError(TransferError, ConnectionError):
 @attrs.define(slots=False, eq=False, str=False, repr=False)
 class SessionError(LifecycleError, TransferError):
     """A worker was called by a trainer that it has not joined, or not joined last; the next ``send`` joins it again."""
+
+
+@attrs.define(slots=False, eq=False, str=False, repr=False)
+class ReplacedError(SessionError):
+    """Another trainer has taken the worker over, so that this one is refused for good; a new `WeightSender` is not.
+
+    Attributes:
+        lease: number of the other one's lease, which the worker's ``status`` shows, too.
+    """
+
+    lease: int = attrs.field(default=0, kw_only=True)
+
+
+@attrs.define(slots=False, eq=False, str=False, repr=False)
+class StaleCommitError(LifecycleError, TransferError):
+    """A worker was told to publish another update than the one that it has received: an old call, or a stranger's.
+
+    Attributes:
+        update: id of the update that was to be published.
+    """
+
+    update: str = attrs.field(default="", kw_only=True)
+
+
+@attrs.define(slots=False, eq=False, str=False, repr=False)
+class RollbackError(TransferError, ValueError):
+    """A version is lower than the last one that the worker has published, and nobody asked for that.
+
+    Attributes:
+        published: the worker's last version.
+    """
+
+    published: int | str | None = attrs.field(default=None, kw_only=True)
+
+
+@attrs.define(slots=False, eq=False, str=False, repr=False)
+class CommitError(TransferError):
+    """All workers had received the version, and some have published it, but not all.
+
+    Attributes:
+        published: addresses of the workers that serve the version.
+        unpublished: addresses of the others. They serve none until the next ``send``; or they have published, too, and
+            it is their answer that was lost.
+    """
+
+    published: tuple[str, ...] = attrs.field(default=(), kw_only=True, converter=_texts)
+    unpublished: tuple[str, ...] = attrs.field(default=(), kw_only=True, converter=_texts)
 
 
 class ManifestMismatchError(TransferError, ValueError):

@@ -16,8 +16,8 @@ optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 sampling = {"n": 16, "max_tokens": 16, "temperature": 1.0, "ignore_eos": True, "detokenize": False}
 
 with VllmChannel(url) as vllm, wt.WeightSender({"backend": "ipc"}, workers=[vllm]) as sender:
-    for version in range(int(sys.argv[2]) if len(sys.argv) > 2 else 20):
-        sender.send(model, version)
+    for _ in range(int(sys.argv[2]) if len(sys.argv) > 2 else 20):
+        version = sender.send(model).version  # goes on after the last one that this server had
         request = {"token_ids": prompt, "sampling_params": sampling}
         answer = httpx.post(f"{url}/inference/v1/generate", json=request, timeout=120).raise_for_status().json()
         samples = torch.tensor([choice["token_ids"] for choice in answer["choices"]])

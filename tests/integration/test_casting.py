@@ -43,7 +43,7 @@ def test_masters_arrive_cast(spawn: Spawn, config: dict[str, Any], in_place: boo
 
 @pytest.mark.parametrize("config", [IPC, NCCL, RDMA], ids=["ipc", "nccl", "rdma"])
 def test_digests_are_of_the_cast_bytes(spawn: Spawn, config: dict[str, Any]) -> None:
-    check(spawn, config | {"cast": MIXED, "verify": True}, ["cpu"] * 2, in_place=True)
+    check(spawn, config | {"cast": MIXED, "verify": "wire"}, ["cpu"] * 2, in_place=True)
 
 
 @pytest.mark.parametrize("config", [IPC, NCCL, RDMA], ids=["ipc", "nccl", "rdma"])
@@ -53,10 +53,10 @@ def test_workers_tell_their_dtypes_over_http(spawn: Spawn, config: dict[str, Any
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("verify", [False, True], ids=["plain", "verified"])
+@pytest.mark.parametrize("verify", ["none", "wire"])
 @pytest.mark.parametrize("in_place", [True, False], ids=["in place", "loader"])
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
-def test_masters_on_a_gpu_arrive_cast(spawn: Spawn, config: dict[str, Any], in_place: bool, verify: bool) -> None:
+def test_masters_on_a_gpu_arrive_cast(spawn: Spawn, config: dict[str, Any], in_place: bool, verify: str) -> None:
     count = torch.cuda.device_count()
     if count < 2 and config["backend"] == "nccl":
         pytest.skip("needs two CUDA devices: NCCL wants one per process")

@@ -55,13 +55,13 @@ def ranks_and_receiver(
     "ranks_and_receiver",
     [
         {},
-        {"verify": True},
+        {"verify": "wire"},
         {"backend": "nccl"},
         {"backend": "nccl", "nccl": {"direct_bytes": "1KiB"}},
         {"cast": {"*": "bfloat16"}},
-        {"cast": {"*": "receiver", "1.*": "bfloat16"}, "verify": True},
+        {"cast": {"*": "receiver", "1.*": "bfloat16"}, "verify": "wire"},
         {"told": False},
-        {"told": False, "backend": "nccl", "verify": True},
+        {"told": False, "backend": "nccl", "verify": "wire"},
     ],
     indirect=True,
     ids=[

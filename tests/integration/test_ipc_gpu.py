@@ -76,7 +76,7 @@ def test_every_bit_arrives_when_weights_go_from_a_to_b_and_back(
 
 @ALL
 def test_verified_updates_arrive(spawn: Spawn, config: dict[str, Any]) -> None:
-    config = config | {"verify": True}
+    config = config | {"verify": "wire"}
     worker = spawn("worker", seed=11, config=config, in_place=True)
     trainer = spawn("trainer", config=config, workers=[worker.hello])
     sent = trainer.ask("send", seed=1, version=1)

@@ -32,11 +32,11 @@ def _port(url: str) -> int:
     return int(url.rpartition(":")[2])
 
 
-@pytest.mark.parametrize("verify", [False, True], ids=["plain", "verified"])
+@pytest.mark.parametrize("verify", ["none", "wire"])
 @NOT_IN_A_KIT
 @pytest.mark.parametrize("in_place", [True, False], ids=["in place", "loader"])
 def test_every_bit_arrives_when_weights_go_from_a_to_b_and_back(
-    spawn: Spawn, config: dict[str, Any], verify: bool, in_place: bool
+    spawn: Spawn, config: dict[str, Any], verify: str, in_place: bool
 ) -> None:
     config = config | {"verify": verify}
     workers = [spawn("worker", seed=seed, config=config, in_place=in_place) for seed in (11, 12)]

@@ -12,7 +12,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from weight_transfer import CheckpointSource, ModuleSource, WeightReceiver, WeightSender, WeightTransferError
+from weight_transfer import (
+    CheckpointSource,
+    ModuleSource,
+    ReplacedError,
+    WeightReceiver,
+    WeightSender,
+    WeightTransferError,
+)
 from weight_transfer.testing.models import hashes
 from weight_transfer_rdma.nixl import installed
 
@@ -93,11 +100,12 @@ class Sequence:
             "backend": backend,
             "timeout": 30,
             "bucket_bytes": self.chance.choice([1024, 2**20]),
-            "verify": seed % 3 == 2,
+            "verify": "wire" if seed % 3 == 2 else "none",
             "cast": {"*": "bfloat16"} if seed % 2 else {},
         }
         self.workers = [Worker(self.config, self.dtype, own_loader) for own_loader in (False, True)]
-        self.senders = [WeightSender(self.config, [worker.receiver for worker in self.workers]) for _ in range(2)]
+        self.sender = self._new_sender()
+        self.replaced: list[WeightSender] = []
         self.sent: dict[tuple[WeightSender, str], object] = {}
         self.nets = [Net(), Net()]
         self.file = folder / "model.safetensors"
@@ -115,7 +123,7 @@ class Sequence:
 
     def close(self) -> None:
         """Close everything."""
-        for sender in self.senders:
+        for sender in (self.sender, *self.replaced):
             sender.close()
         for worker in self.workers:
             worker.receiver.close()
@@ -139,19 +147,21 @@ class Sequence:
         net.load_state_dict({name: tensor.clone() for name, tensor in net.state_dict().items()}, assign=True)
 
     def rejoin(self) -> None:
-        sender, worker = self.chance.choice(self.senders), self.chance.choice(self.workers)
-        sender.remove_worker(worker.receiver)
-        sender.add_worker(worker.receiver)
+        worker = self.chance.choice(self.workers)
+        self.sender.remove_worker(worker.receiver)
+        self.sender.add_worker(worker.receiver)
 
     def reopen(self) -> None:
-        index = self.chance.randrange(2)
-        self.senders[index].close()
-        self.senders[index] = WeightSender(self.config, [worker.receiver for worker in self.workers])
+        if self.chance.random() < 0.5:
+            self.sender.close()
+        elif self.sender._fleet.tenure.lease is not None:
+            self.replaced.append(self.sender)
+        self.sender = self._new_sender()
 
     # One update.
 
     def update(self) -> None:
-        sender, net, target = self.chance.choice(self.senders), self._net(), self.chance.choice(TARGETS)
+        sender, net, target = self.sender, self._net(), self.chance.choice(TARGETS)
         for tensor in net.state_dict().values():
             tensor.copy_(torch.randint(-99, 99, tensor.shape) / (1 if tensor.dtype is torch.int64 else 7))
         names = list(net.state_dict())
@@ -167,12 +177,13 @@ class Sequence:
         fails |= only is not None and not known
         version = self.chance.choice([1, 2, "latest"])
         try:
-            sender.send(self._source(kind, net), version, target=target, only=only)
+            sender.send(self._source(kind, net), version, target=target, only=only, allow_rollback=True)
         except WeightTransferError:
             assert fails
         else:
             assert not fails
             self.published += 1
+            self._refuse_the_replaced(net)
             self.sent[sender, target] = update = object()
             for worker in self.workers:
                 worker.whose[target] = update
@@ -185,6 +196,15 @@ class Sequence:
                 worker.check(each)
             if worker.receiver.versions[target] is None:
                 worker.whose[target] = None
+
+    def _refuse_the_replaced(self, net: Net) -> None:
+        for sender in self.replaced:
+            with sender, pytest.raises(ReplacedError):
+                sender.send(net, version=1, allow_rollback=True)
+        self.replaced.clear()
+
+    def _new_sender(self) -> WeightSender:
+        return WeightSender(self.config, [worker.receiver for worker in self.workers])
 
     def _net(self) -> Net:
         return self.chance.choice(self.nets)

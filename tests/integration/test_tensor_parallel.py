@@ -32,7 +32,7 @@ def ranks(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[list[Actor
 
 @pytest.mark.parametrize(
     "ranks",
-    [{}, {"is_checkpoint_format": False}, {"verify": True}, {"ipc": {"export": "stage"}}, {"backend": "nccl"}],
+    [{}, {"is_checkpoint_format": False}, {"verify": "wire"}, {"ipc": {"export": "stage"}}, {"backend": "nccl"}],
     indirect=True,
     ids=["ipc", "kernel format", "verified", "staged", "nccl"],
 )

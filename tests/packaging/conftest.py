@@ -19,6 +19,7 @@ PROJECTS = {
     "weight-transfer-ipc": ROOT / "plugins/ipc",
     "weight-transfer-nccl": ROOT / "plugins/nccl",
     "weight-transfer-rdma": ROOT / "plugins/rdma",
+    "weight-transfer-ray": ROOT / "integrations/ray",
     "weight-transfer-vllm": ROOT / "integrations/vllm",
     "sample-broken": ROOT / "tests/sample_backend/broken",
     "weight-transfer-sample": ROOT / "tests/sample_backend/files",

@@ -16,7 +16,8 @@ from weight_transfer import __version__
 
 ROOT = Path(__file__).parents[2]
 PLUGINS = ["ipc", "nccl", "rdma"]
-NAMES = ["weight-transfer", *(f"weight-transfer-{plugin}" for plugin in PLUGINS), "weight-transfer-vllm"]
+INTEGRATIONS = ["weight-transfer-ray", "weight-transfer-vllm"]
+NAMES = ["weight-transfer", *(f"weight-transfer-{plugin}" for plugin in PLUGINS), *INTEGRATIONS]
 
 Distribution = Callable[[str], Path]
 
@@ -86,11 +87,16 @@ def test_a_plugin_needs_the_core_and_offers_one_backend(distribution: Distributi
     assert wheel.entry_points() == {"weight_transfer.backends": {plugin: f"weight_transfer_{plugin}.plugin"}}
 
 
-def test_the_core_offers_its_command_the_reference_backend_and_the_progress_observer(
+def test_the_core_offers_its_command_the_reference_backend_and_its_observers(
     distribution: Distribution,
 ) -> None:
     assert Wheel(distribution("weight-transfer")).entry_points() == {
         "console_scripts": {"weight-transfer": "weight_transfer.cli:main"},
         "weight_transfer.backends": {"loopback": "weight_transfer.testing.loopback.plugin"},
-        "weight_transfer.observers": {"progress": "weight_transfer.observers.progress"},
+        "weight_transfer.observers": {
+            "opentelemetry": "weight_transfer.observers.opentelemetry",
+            "progress": "weight_transfer.observers.progress",
+            "prometheus": "weight_transfer.observers.prometheus",
+            "report": "weight_transfer.observers.report",
+        },
     }

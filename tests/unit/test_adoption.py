@@ -95,7 +95,7 @@ def test_the_values_of_conjugate_and_negative_views_arrive(made: object, tmp_pat
     assert torch.equal(target.weight, module.weight)
 
 
-LOOPBACK = {"backend": "loopback", "timeout": 20, "verify": True}
+LOOPBACK = {"backend": "loopback", "timeout": 20, "verify": "wire"}
 
 
 # Resizing.

@@ -9,7 +9,7 @@ from torch import nn
 from weight_transfer import WeightReceiver, WeightSender
 from weight_transfer.testing.models import hashes
 
-CONFIG = {"backend": "loopback", "timeout": 20, "verify": True}
+CONFIG = {"backend": "loopback", "timeout": 20, "verify": "wire"}
 
 
 class OfItsOwn(nn.Linear):

@@ -55,7 +55,7 @@ def test_a_toml_file_gives_every_key(write: Write) -> None:
         bucket_bytes = "64MiB"
         buckets = 3
         is_checkpoint_format = false
-        verify = true
+        verify = "wire"
         on_worker_failure = "continue"
         observers = ["progress"]
         token = "secret"
@@ -71,7 +71,7 @@ def test_a_toml_file_gives_every_key(write: Write) -> None:
         bucket_bytes=64 * 2**20,
         buckets=3,
         is_checkpoint_format=False,
-        verify=True,
+        verify="wire",
         on_worker_failure="continue",
         observers=("progress",),
         token="secret",
@@ -102,7 +102,7 @@ def test_the_environment_alone_is_enough(monkeypatch: pytest.MonkeyPatch) -> Non
         "BUCKET_BYTES": "1MiB",
         "BUCKETS": "4",
         "IS_CHECKPOINT_FORMAT": "false",
-        "VERIFY": "1",
+        "VERIFY": "wire",
         "ON_WORKER_FAILURE": "continue",
         "OBSERVERS": "progress, otel",
         "TOKEN": "12345",
@@ -115,7 +115,7 @@ def test_the_environment_alone_is_enough(monkeypatch: pytest.MonkeyPatch) -> Non
         bucket_bytes=2**20,
         buckets=4,
         is_checkpoint_format=False,
-        verify=True,
+        verify="wire",
         on_worker_failure="continue",
         observers=("progress", "otel"),
         token="12345",
@@ -218,7 +218,7 @@ def test_wrong_durations_name_the_key(key: str, given: object) -> None:
         ({"buckets": "2"}, ["buckets: ", "whole number", "'2'"]),
         ({"buckets": 1}, ["buckets must be a whole number of at least 2, got 1"]),
         ({"buckets": True}, ["buckets: ", "whole number", "True"]),
-        ({"verify": 1}, ["verify: expected true or false, got 1 (int)"]),
+        ({"verify": True}, ["verify: expected one of 'none', 'wire', 'loaded', got True (bool)"]),
         ({"is_checkpoint_format": "yes"}, ["is_checkpoint_format: expected true or false, got 'yes' (str)"]),
         (
             {"on_worker_failure": "contine"},
@@ -240,7 +240,7 @@ def test_wrong_types_and_values_name_the_key(table: dict[str, Any], words: list[
     ("wrong", "words"),
     [
         ({"backend": 5}, "backend: expected text, got 5 (int)."),
-        ({"verify": 1}, "verify: expected true or false, got 1 (int)."),
+        ({"verify": True}, "verify: expected one of 'none', 'wire', 'loaded', got True (bool)."),
         ({"is_checkpoint_format": "yes"}, "is_checkpoint_format: expected true or false, got 'yes' (str)."),
         (
             {"on_worker_failure": "contine"},
@@ -279,7 +279,7 @@ def test_an_unknown_key_without_a_near_one_lists_all() -> None:
 
 def test_every_wrong_key_is_named_at_once() -> None:
     text = message_of(lambda: load_config({"backend": "loopback", "verify": 1, "bukets": 3}))
-    assert "verify: expected true or false" in text
+    assert "verify: expected one of 'none', 'wire', 'loaded'" in text
     assert "unknown key 'bukets'; did you mean 'buckets'?" in text
 
 
@@ -288,7 +288,7 @@ def test_every_wrong_key_is_named_at_once() -> None:
     [
         ("TIMEOUT", "soon", "'soon'"),
         ("BUCKETS", "two", "'two'"),
-        ("VERIFY", "perhaps", "expected true or false, got 'perhaps'"),
+        ("IS_CHECKPOINT_FORMAT", "perhaps", "expected true or false, got 'perhaps'"),
     ],
 )
 def test_a_wrong_environment_variable_is_named(
@@ -457,7 +457,7 @@ def test_impossible_places_are_refused(fields: dict[str, Any], words: str) -> No
 
 @pytest.mark.parametrize(
     ("wrong", "right"),
-    [("TIMEUOT", "TIMEOUT"), ("VERFIY", "VERIFY"), ("STRCT", "STRICT"), ("TRACING", "TRACE"), ("CONFG", "CONFIG")],
+    [("TIMEUOT", "TIMEOUT"), ("VERFIY", "VERIFY"), ("STRCT", "STRICT"), ("TRCE", "TRACE"), ("CONFG", "CONFIG")],
 )
 def test_a_misspelt_environment_variable_is_refused(monkeypatch: pytest.MonkeyPatch, wrong: str, right: str) -> None:
     monkeypatch.setenv(f"WEIGHT_TRANSFER_{wrong}", "1")

@@ -58,7 +58,7 @@ class Half(nn.Module):
         assert torch.equal(self.norm.weight, trained.norm.weight)
 
 
-@pytest.mark.parametrize("config", [CONFIG, IPC, IPC | {"verify": True}], ids=["loopback", "ipc", "ipc, verified"])
+@pytest.mark.parametrize("config", [CONFIG, IPC, IPC | {"verify": "wire"}], ids=["loopback", "ipc", "ipc, verified"])
 @pytest.mark.parametrize("is_checkpoint_format", [True, False])
 def test_each_of_two_workers_keeps_its_part(config: dict[str, Any], is_checkpoint_format: bool) -> None:
     config = config | {"is_checkpoint_format": is_checkpoint_format}

@@ -47,6 +47,19 @@ TREE: dict[str, tuple[tuple[type, ...], dict[str, object]]] = {
         (errors.LifecycleError, errors.TransferError),
         {**TRANSFER, "method": "start_weight_update", "state": "ready"},
     ),
+    "ReplacedError": (
+        (errors.SessionError,),
+        {**TRANSFER, "method": "start_weight_update", "state": "ready", "lease": 9},
+    ),
+    "StaleCommitError": (
+        (errors.LifecycleError, errors.TransferError),
+        {**TRANSFER, "method": "finish_weight_update", "state": "ready", "update": "00ff"},
+    ),
+    "RollbackError": ((errors.TransferError, ValueError), {**TRANSFER, "published": 7}),
+    "CommitError": (
+        (errors.TransferError,),
+        {**TRANSFER, "published": ("http://a:1",), "unpublished": ("http://b:1", "http://c:1")},
+    ),
     "HandshakeError": ((errors.TransferError,), TRANSFER),
     "TransferTimeoutError": ((errors.TransferError, TimeoutError), TRANSFER),
     "PeerLostError": ((errors.TransferError, ConnectionError), {**TRANSFER, "permanent": True}),

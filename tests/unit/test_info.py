@@ -96,7 +96,7 @@ def test_an_init_info_comes_back_from_json_as_it_was() -> None:
 
 
 def test_an_update_info_comes_back_from_json_as_it_was() -> None:
-    info = update(version="step-7", is_checkpoint_format=False, digests=("00", "ff"), serial=3)
+    info = update(version="step-7", is_checkpoint_format=False, verify="wire", serial=3)
     assert ENGINE.parse_update_info(over_the_wire(unstructure(info))) == info
 
 
@@ -161,8 +161,9 @@ def test_a_wrong_init_info_names_the_engine_and_the_field(data: Any, words: list
         ({"version": 1.5}, "version: ", "expected a whole number or text, got 1.5 (float)"),
         ({"version": True}, "version: ", "expected a whole number or text, got True (bool)"),
         ({"is_checkpoint_format": 1}, "is_checkpoint_format: ", "expected true or false, got 1 (int)"),
-        ({"digests": "abc"}, "digests: ", "expected a list, got 'abc' (str)"),
-        ({"digests": ["00", 5]}, "digests[1]: ", "expected text, got 5 (int)"),
+        ({"kept": "abc"}, "kept: ", "expected a list, got 'abc' (str)"),
+        ({"kept": ["00", 5]}, "kept[1]: ", "expected text, got 5 (int)"),
+        ({"verify": "none"}, "verify: ", "expected one of 'wire', 'loaded', got 'none' (str)"),
         ({"manifest": None}, "manifest: ", "exactly the lists names, dtype_names and shapes"),
         ({"manifest": {"names": ["a"]}}, "manifest: ", "exactly the lists names, dtype_names and shapes"),
         ({"manifest": {"names": ["a"], "dtype_names": [], "shapes": [[1]]}}, "manifest: ", "equally long, got 1, 0, 1"),

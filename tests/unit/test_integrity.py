@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weight_transfer.memory.integrity import CHUNK, tensor_digest, tensor_digests
+from weight_transfer.memory.chunks import CHUNK
+from weight_transfer.memory.integrity import tensor_digest, tensor_digests
 from weight_transfer.plan.buckets import as_bytes
 
 BYTES = st.binary(min_size=1, max_size=300)

@@ -15,10 +15,14 @@ from weight_transfer import (
     ManifestMismatchError,
     ModuleSource,
     ParamMeta,
+    Region,
+    Target,
 )
 from weight_transfer.model.checkpoint_loading import loader_for
-from weight_transfer.model.loading import Weights, destinations_of
+from weight_transfer.model.declared import DeclaredLoader
+from weight_transfer.model.loading import ExpectantLoader, WeightLoader, Weights, destinations_of
 from weight_transfer.model.manifest import dtype_name
+from weight_transfer.model.whereabouts import Whereabouts
 from weight_transfer.plan.buckets import as_bytes
 
 
@@ -131,6 +135,49 @@ def test_a_parameter_that_the_worker_replaced_is_checked_again() -> None:
     loader.begin(manifest)
     loader(weights)
     assert torch.equal(model.scale, dict(weights)["scale"])
+
+
+@pytest.mark.parametrize("declares", [False, True])
+def test_a_model_that_was_looked_at_for_an_expected_update_is_not_looked_at_again(
+    declares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[Whereabouts] = []
+
+    class Watched(Whereabouts):
+        @property
+        def unchanged(self) -> bool:
+            looks.append(self)
+            return super().unchanged
+
+    for module in ("anchors", "loading", "weights"):
+        monkeypatch.setattr(f"weight_transfer.model.{module}.Whereabouts", Watched)
+    model = Model(0)
+    manifest = manifest_of(weights_of(model))
+    loader: WeightLoader = KernelFormatLoader(model)
+    if declares:
+        loader = DeclaredLoader({"scale": Target(Region.whole(()), model.scale.data)}, model, loader)
+    assert isinstance(loader, ExpectantLoader)
+
+    def looks_of(call: Callable[[], object]) -> int:
+        looks.clear()
+        call()
+        return len(looks)
+
+    loader.expect()  # nothing is known yet
+    loader.begin(manifest)
+    loader.finish()
+    plain = looks_of(lambda: loader.begin(manifest))
+    assert plain > 0
+    loader.finish()
+    assert looks_of(loader.expect) == plain
+    assert looks_of(lambda: loader.begin(manifest)) == 0
+    loader.finish()
+    assert looks_of(lambda: loader.begin(manifest)) == plain  # it counts once
+    loader.finish()
+    for module in ("declared", "loading"):
+        monkeypatch.setattr(f"weight_transfer.model.{module}.FRESH", 0.0)
+    loader.expect()
+    assert looks_of(lambda: loader.begin(manifest)) == plain  # and for a moment only
 
 
 def test_tensors_that_an_engine_wrote_in_place_are_left_alone() -> None:

@@ -17,7 +17,6 @@ from support.scripted import INIT, NAMES, STATES, Served, Worker, breaks, to_rea
 from weight_transfer import (
     ConfigError,
     HandshakeError,
-    IntegrityError,
     LifecycleError,
     Manifest,
     ManifestMismatchError,
@@ -32,7 +31,6 @@ from weight_transfer import (
     WeightReceiver,
     hookimpl,
 )
-from weight_transfer.memory.integrity import tensor_digest
 from weight_transfer.model.loading import destinations_of
 
 pytestmark = pytest.mark.timeout(30)
@@ -583,33 +581,6 @@ def test_an_engine_that_delivers_something_else_than_the_manifest_is_caught(work
     assert (worker.receiver.state, worker.receiver.version) == (ReceiverState.FAILED, None)
 
 
-@pytest.mark.parametrize(("index", "after", "version"), [(0, "created", "old"), (2, "failed", None)])
-def test_bytes_that_do_not_have_their_digest_are_an_integrity_error(
-    worker: Worker, index: int, after: str, version: str | None
-) -> None:
-    to_updating(worker)
-    digests = [tensor_digest(torch.full((4, 3), 2.0))] * 3
-
-    def receive(engine: Any, info: Any, load_weights: Any) -> None:
-        worker.script.weights[index][1].view(torch.uint8)[0, 0] ^= 1
-        worker.script.load_all(engine, info, load_weights)
-
-    worker.script.receive = receive
-    with pytest.raises(IntegrityError) as caught:
-        worker.update(2.0, "new", digests=digests)
-    error = caught.value
-    assert (error.param, error.expected) == (NAMES[index], digests[0])
-    assert error.got == tensor_digest(worker.script.weights[index][1]) != error.expected
-    assert (error.phase, error.version) == ("update", "new")
-    assert (str(worker.receiver.state), worker.receiver.version) == (after, version)
-    worker.script.receive = worker.script.load_all
-    worker.init()
-    worker.start()
-    worker.update(2.0, "good", digests=digests)
-    worker.finish()
-    assert worker.receiver.version == "good"
-
-
 # Joining.
 
 
@@ -962,9 +933,20 @@ def test_a_receiver_closes_itself_at_the_end_of_a_with_block(worker: Worker) -> 
 def test_the_status_is_json_in_every_state(worker: Worker, state: str) -> None:
     STATES[state](worker)
     status = json.loads(json.dumps(worker.receiver.status()))
-    assert set(status) == {"state", "version", "versions", "backend", "workers", "error", "id"}
+    told = {"state", "version", "versions", "published", "committed", "updates", "digests", "prepared", "lease"}
+    assert set(status) == told | {"backend", "workers", "error", "id"}
     assert (status["state"], status["backend"], status["workers"]) == (STATE_OF.get(state, state), "scripted", 1)
     assert (status["error"] is not None) is (state == "failed")
+
+
+def test_a_model_may_begin_with_a_version(new: Callable[..., Worker]) -> None:
+    worker = new(version=5)
+    with worker.receiver.serving(timeout=1) as version:
+        assert version == 5
+    assert abs(worker.receiver.status()["published"] - time.time()) < 60
+    worker.init()
+    worker.deliver(1.0, 6)
+    assert worker.receiver.version == 6
 
 
 def test_listeners_hear_of_the_start_the_bytes_and_the_end_in_this_order(new: Callable[..., Worker]) -> None:

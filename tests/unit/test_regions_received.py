@@ -424,12 +424,6 @@ def test_the_regions_have_what_is_left_of_the_deadline(trainer: Trainer, clock: 
     assert [info.timeout for info in trainer.infos] == [10, 6]
 
 
-def test_digests_of_what_comes_by_region_are_refused(trainer: Trainer) -> None:
-    digests = tuple("0" for _ in trainer.manifest.params)
-    with pytest.raises(ManifestMismatchError, match="cannot be verified"):
-        trainer.send(1, 1, digests=digests)
-
-
 # The question.
 
 

@@ -24,6 +24,7 @@ from weight_transfer import (
     ParallelConfig,
     PeerLostError,
     ReceiverState,
+    ReplacedError,
     SessionError,
     TransferError,
     WeightReceiver,
@@ -215,9 +216,11 @@ class Overtaken(LocalChannel):
         self.before.pop("update", bool)()
         return super().update_weights(update_info)
 
-    def finish_weight_update(self, weight_version: int | str | None = None, session: str | None = None) -> None:
+    def finish_weight_update(
+        self, weight_version: int | str | None = None, session: str | None = None, update: str | None = None
+    ) -> None:
         self.before.pop("finish", bool)()
-        super().finish_weight_update(weight_version, session)
+        super().finish_weight_update(weight_version, session, update)
 
 
 def test_a_channel_with_vllms_signatures_is_told_of_no_session(closing: Any) -> None:
@@ -230,38 +233,40 @@ def test_a_channel_with_vllms_signatures_is_told_of_no_session(closing: Any) -> 
     assert [("session" in info) for info in channel.infos] == [False] * 3
 
 
-def test_two_senders_send_by_turns(closing: Any) -> None:
-    served = model()
-    receiver = closing(WeightReceiver(LOOPBACK, served))
-    first, second = (closing(WeightSender(LOOPBACK, [receiver])) for _ in range(2))
-    for version, (sender, value) in enumerate([(first, 1.0), (second, 2.0), (first, 1.0), (second, 2.0)]):
-        sender.send(model(value), version=version)
-        assert (receiver.version, digest(served)) == (version, digest(model(value)))
-
-
+@pytest.mark.parametrize("config", [LOOPBACK, CONTINUE], ids=["abort", "continue"])
 @pytest.mark.parametrize("call", ["start", "update", "finish"])
-def test_a_sender_that_is_overtaken_does_not_disturb_the_other_one(closing: Any, call: str) -> None:
-    served = model()
-    receiver = closing(WeightReceiver(LOOPBACK, served))
+def test_a_sender_that_is_overtaken_ends_and_does_not_disturb_the_other_one(
+    closing: Any, call: str, config: dict[str, Any]
+) -> None:
+    served, others = model(), model()
+    receiver, other = (closing(WeightReceiver(config, own)) for own in (served, others))
     channel = Overtaken(receiver)
-    slow, fast = (
-        closing(WeightSender(LOOPBACK | {"timeout": 3}, [channel])),
-        closing(WeightSender(LOOPBACK, [receiver])),
-    )
+    slow = closing(WeightSender(config | {"timeout": 3}, [channel, other]))
+    fast = closing(WeightSender(config, [receiver, other]))
     slow.send(model(1.0), version=1)
-    channel.before[call] = lambda: fast.send(model(2.0), version=2)
-    if call == "start":
+    overtaken = threading.Event()
+
+    def overtake() -> None:
+        fast.send(model(2.0), version=3)
+        overtaken.set()
+
+    channel.before[call] = overtake
+    with pytest.raises(ReplacedError, match=r"another trainer \(lease \d+\) has taken this worker over") as caught:
         slow.send(model(3.0), version=3)
-        assert (receiver.version, digest(served)) == (3, digest(model(3.0)))
-        return
-    with pytest.raises(TransferError) as caught:
-        slow.send(model(3.0), version=3)
-    assert isinstance(caught.value, SessionError)
-    assert caught.value.peer == "worker 0"
-    assert (receiver.state, receiver.version, digest(served)) == (ReceiverState.READY, 2, digest(model(2.0)))
-    assert fast.send(model(4.0)).version == 3
-    assert slow.send(model(5.0), version=9).version == 9
-    assert digest(served) == digest(model(5.0))
+    assert str(caught.value.lease) in str(caught.value)
+    for attempt in range(2):  # it stays refused, and asks nobody
+        with pytest.raises(ReplacedError):
+            slow.send(model(3.0), version=4 + attempt)
+    assert overtaken.wait(20)
+    with pytest.raises(ReplacedError):
+        slow.connect()
+    assert [(each.state, each.version) for each in (receiver, other)] == [(ReceiverState.READY, 3)] * 2
+    assert digest(served) == digest(others) == digest(model(2.0))
+    assert fast.send(model(4.0)).version == 4
+    slow.close()
+    back = closing(WeightSender(config, [channel, other]))
+    assert back.send(model(5.0)).version == 5
+    assert digest(served) == digest(others) == digest(model(5.0))
 
 
 def test_an_update_of_the_other_one_survives_the_abort_of_the_overtaken_one(closing: Any) -> None:
@@ -284,7 +289,7 @@ def test_an_update_of_the_other_one_survives_the_abort_of_the_overtaken_one(clos
         assert inside.wait(20)
 
     first.before["update"] = overtake
-    with pytest.raises(SessionError):
+    with pytest.raises(ReplacedError):
         slow.send(model(3.0), version=3)
     assert receiver.state is ReceiverState.UPDATING, "it is the other one's update"
     leave.set()
@@ -313,11 +318,15 @@ def test_whole_numbers_of_numpy_and_torch_are_versions(closing: Any, version: An
     assert (report.version, type(report.version), receiver.version) == (7, int, 7)
 
 
-@pytest.mark.parametrize("version", [1.5, "", True, b"v1", torch.tensor(1.5), torch.tensor([1, 2]), np.float32(3), [1]])
+OTHERS = [1.5, "", True, b"v1", torch.tensor(1.5), torch.tensor([1, 2]), np.float32(3), [1]]
+TOO_MUCH = [2**63, 10**5000, "x" * 257, "\ud800", "a\n"]
+
+
+@pytest.mark.parametrize("version", [*OTHERS, *TOO_MUCH], ids=range(13))
 def test_anything_else_is_a_sentence(closing: Any, version: Any) -> None:
     receiver = closing(WeightReceiver(LOOPBACK, model()))
     sender = closing(WeightSender(LOOPBACK, [receiver]))
-    with pytest.raises(ConfigError, match="A version is a whole number, such as the trainer's step, or a name; got"):
+    with pytest.raises(ConfigError, match="A version is a whole number of 64 bits, such as"):
         sender.send(model(), version=version)
     assert receiver.state is ReceiverState.CREATED
 
@@ -372,9 +381,11 @@ class Texts(LocalChannel):
         self.infos.append(init_info)
         return super().init_weight_transfer_engine(init_info)
 
-    def finish_weight_update(self, weight_version: int | str | None = None, session: str | None = None) -> None:
+    def finish_weight_update(
+        self, weight_version: int | str | None = None, session: str | None = None, update: str | None = None
+    ) -> None:
         self.finished.append(weight_version)
-        super().finish_weight_update(weight_version, session)
+        super().finish_weight_update(weight_version, session, update)
 
     def status(self) -> dict[str, Any]:
         status = super().status()

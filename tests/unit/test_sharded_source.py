@@ -116,8 +116,8 @@ def test_complete_weights_are_sent_as_those_of_any_source() -> None:
 
 def test_its_shards_are_trusted_by_the_guard_and_cast_by_the_copy() -> None:
     source = wt.ShardedSource(rows_of(0))
-    assert GuardedSource(source, source.manifest(), 1).shards() is source.shards()
-    assert GuardedSource(source, source.manifest(), 1).whole is False
+    assert GuardedSource(source, source.manifest()).shards() is source.shards()
+    assert GuardedSource(source, source.manifest()).whole is False
     cast = wt.CastSource(source, {"a": "bfloat16"})
     assert cast.manifest().by_name["a"].dtype == "bfloat16"
     assert cast.shards()["a"][0].tensor.dtype is torch.float32

@@ -488,7 +488,7 @@ def test_a_conjugate_view_is_sent_by_its_values_and_is_not_resident() -> None:
     module.phase.data = module.phase.data.conj()
     manifest = source.manifest()
     assert not source.resident()
-    ((_, sent),) = GuardedSource(source, manifest, 1)
+    ((_, sent),) = GuardedSource(source, manifest)
     assert not sent.is_conj()
     assert sent.tolist() == [1 - 2j, 3 + 1j]
     module.phase.data = module.phase.data.conj()

@@ -27,7 +27,7 @@ from weight_transfer.errors import ConfigError
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]{0,3})\s*", re.ASCII)
-_MAX_SECONDS = 1e6
+MAX_SECONDS = 1e6
 """Of any timeout; the system's own timers end at 24 days."""
 _MAX_COUNT = 2**31 - 1
 
@@ -57,8 +57,8 @@ def parse_seconds(value: object, field: attrs.Attribute[float]) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
         raise ConfigError(f"{field.name}: expected a positive number of seconds, got {brief(value)}.")
-    if value > _MAX_SECONDS:
-        raise ConfigError(f"{field.name}: expected at most {_MAX_SECONDS:.0f} seconds, got {brief(value)}.")
+    if value > MAX_SECONDS:
+        raise ConfigError(f"{field.name}: expected at most {MAX_SECONDS:.0f} seconds, got {brief(value)}.")
     return float(value)
 
 
@@ -79,13 +79,16 @@ else:
         return tuple(value) if isinstance(value, list) else value
 
 
-def _positive(_instance: object, attribute: attrs.Attribute[int], value: int) -> None:
+def positive(_instance: object, attribute: attrs.Attribute[int], value: int) -> None:
     minimum, maximum = attribute.metadata.get("minimum", 1), attribute.metadata.get("maximum", _MAX_COUNT)
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ConfigError(f"{attribute.name} must be a whole number of at least {minimum}, got {brief(value)}.")
     if value > maximum:
         raise ConfigError(f"{attribute.name} must be a whole number of at most {maximum}, got {brief(value)}.")
 
+
+Staging = Literal["none", "host", "device"]
+"""Where a receiver keeps weights apart while they arrive; see `WeightTransferConfig`."""
 
 FLOATING = (
     "float64",
@@ -142,16 +145,28 @@ class WeightTransferConfig:
         buckets: number of staging buckets per side; extra memory is bounded by ``buckets * bucket_bytes``.
         is_checkpoint_format: True if names and shapes are the checkpoint's, to be loaded by the model's loader;
             False if they already are the worker's own (kernel format), to be copied in place.
-        verify: compare position-sensitive digests of every tensor on both sides before a version is published.
+        verify: ``"wire"``: position-sensitive digests of what was sent and of what arrived are compared before any
+            worker publishes; ``"loaded"``: and each worker reads back what lies in its model once it is loaded. The
+            trainer's counts.
+        staging: ``"host"`` or ``"device"``: the receiver keeps what arrives in memory of that kind, serves the old
+            version meanwhile, and loads when all is there and the trainer has compared it, so that an update that fails
+            before changes nothing. It takes memory for all weights during an update, and a copy. The receiver's counts.
         on_worker_failure: ``"abort"``: one failing worker fails the update on all, and none publishes it;
             ``"continue"``: the others publish, and the failed one may rejoin at the next update.
         observers: names of the installed observers to notify, such as ``["progress"]``.
-        token: bearer token of the HTTP control channel; demanded when a worker listens beyond loopback.
+        token: bearer token of the HTTP control channel; demanded when a worker listens beyond loopback. Also what the
+            ranks of a trainer know.
+        tls_cert: file of this side's certificate, in PEM: a worker that has one is served by HTTPS, a trainer shows it
+            to workers that ask.
+        tls_key: file of its private key, unencrypted, if ``tls_cert`` does not hold it.
+        tls_ca: file of the authorities that the other side's certificate has to be of. A worker that has some asks
+            trainers for a certificate; a trainer without trusts the public ones.
         cast: dtypes in which floating point weights travel, by pattern of their names, such as ``{"*": "bfloat16",
             "*.router.*": "float32"}``; the last pattern that matches counts. ``"receiver"`` is the dtype that the
             workers have. The trainer's counts.
-        rendezvous: ``"HOST:PORT"`` where rank 0 of a trainer of several ranks listens for the others; beyond loopback
-            it needs a ``token``. By default a free port, which the ranks learn from torch.distributed's store.
+        rendezvous: ``"HOST:PORT"`` where rank 0 of a trainer of several ranks listens for the others. By default a free
+            port, which the ranks learn from torch.distributed's store. They prove to each other to know the ``token``,
+            or else a secret that is kept in the user's home.
         options: the backend's own table: a dict, or an instance of its options class.
     """
 
@@ -159,14 +174,18 @@ class WeightTransferConfig:
     timeout: float = attrs.field(default=300.0, converter=to_seconds)
     init_timeout: float = attrs.field(default=60.0, converter=to_seconds)
     bucket_bytes: int = attrs.field(
-        default=256 * 2**20, converter=to_bytes, validator=_positive, metadata={"minimum": 256, "maximum": MAX_INT}
+        default=256 * 2**20, converter=to_bytes, validator=positive, metadata={"minimum": 256, "maximum": MAX_INT}
     )
-    buckets: int = attrs.field(default=2, validator=_positive, metadata={"minimum": 2})
+    buckets: int = attrs.field(default=2, validator=positive, metadata={"minimum": 2})
     is_checkpoint_format: bool = True
-    verify: bool = False
+    verify: Literal["none", "wire", "loaded"] = "none"
+    staging: Staging = "none"
     on_worker_failure: Literal["abort", "continue"] = "abort"
     observers: tuple[str, ...] = attrs.field(default=(), converter=_to_tuple)
     token: str | None = attrs.field(default=None, repr=False, validator=_visible)
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    tls_ca: str | None = None
     cast: dict[str, str] = attrs.field(factory=dict, converter=parse_cast)
     rendezvous: str | None = None
     options: Any = attrs.field(factory=dict)
@@ -190,13 +209,13 @@ class ParallelConfig:
         expert_parallel_size: processes over which experts are split.
     """
 
-    rank: int = attrs.field(default=0, validator=_positive, metadata={"minimum": 0})
-    world_size: int = attrs.field(default=1, validator=_positive)
+    rank: int = attrs.field(default=0, validator=positive, metadata={"minimum": 0})
+    world_size: int = attrs.field(default=1, validator=positive)
     device: str | None = None
-    tensor_parallel_size: int = attrs.field(default=1, validator=_positive)
-    pipeline_parallel_size: int = attrs.field(default=1, validator=_positive)
-    data_parallel_size: int = attrs.field(default=1, validator=_positive)
-    expert_parallel_size: int = attrs.field(default=1, validator=_positive)
+    tensor_parallel_size: int = attrs.field(default=1, validator=positive)
+    pipeline_parallel_size: int = attrs.field(default=1, validator=positive)
+    data_parallel_size: int = attrs.field(default=1, validator=positive)
+    expert_parallel_size: int = attrs.field(default=1, validator=positive)
 
     def __attrs_post_init__(self) -> None:
         check_types(self)

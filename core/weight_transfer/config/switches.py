@@ -1,13 +1,15 @@
-"""Switches in the environment: ``1`` or ``true`` is on; ``0``, ``false``, empty and unset are off."""
+"""Switches in the environment: ``1`` or ``true`` is on; ``0``, ``false``, empty and unset are off. And a folder."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from weight_transfer.errors import ConfigError
 
 STRICT = "WEIGHT_TRANSFER_STRICT"
 TRACE = "WEIGHT_TRANSFER_TRACE"
+REPORT = "WEIGHT_TRANSFER_REPORT"
 
 
 def strict() -> bool:
@@ -18,6 +20,11 @@ def strict() -> bool:
 def tracing() -> bool:
     """Whether to log each hook call, and what a backend's libraries print (``WEIGHT_TRANSFER_TRACE``)."""
     return _on(TRACE)
+
+
+def report_folder() -> Path:
+    """Return where the observer ``report`` writes (``WEIGHT_TRANSFER_REPORT``); the working directory by default."""
+    return Path(os.environ.get(REPORT) or ".")
 
 
 def truth(text: str) -> bool:

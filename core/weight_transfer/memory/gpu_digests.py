@@ -1,24 +1,22 @@
-"""The digests of chunks of tensors on a GPU: one launch, and what is too short for it on the host."""
+"""The digests of tensors on a GPU: one launch for their chunks, and what is too short for it on the host."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING
 
+import attrs
 import numpy as np
 import torch
 import xxhash
+from numpy.typing import NDArray
 
-from weight_transfer.memory.integrity import CHUNK, chunks_of
-from weight_transfer.plan.buckets import as_bytes, laid_out
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from weight_transfer.memory.integrity import Words
+from weight_transfer.memory.chunks import CHUNK, LAST_SHIFT, ROUNDS, Words, chunks_of, finished, keys_of, mixed
+from weight_transfer.memory.integrity import lies_plain, plain
+from weight_transfer.plan.buckets import as_bytes
 
 _SHORT = 240  # bytes up to which XXH3 is another algorithm
+_KEPT = 4 * 2**20  # chunks whose places are kept: those of 256 GiB, 24 bytes each
 _HEIGHT = 16  # blocks of a program; twice as fast on an H100 as 32
 _START = (
     0xC2B2AE3D,
@@ -38,67 +36,125 @@ _SECRET = bytes.fromhex(
 )
 
 
-class GpuDigests:
-    """Digests of chunks that a GPU computes; queued on the current stream of the device when this is made.
-
-    Args:
-        tensors: all on one GPU; they must keep their bytes until that stream has come this far.
+@attrs.frozen(eq=False)
+class Chunks:
+    """Where the chunks of some tensors lie, ready for the kernel.
 
     Attributes:
-        nbytes: of each tensor, uint64 ``[tensors]``.
+        table: address and bytes of each chunk that is long enough for the kernel, int64 ``[long, 2]``, on the GPU.
+        keys: their keys, int64 ``[long]``, on the GPU.
+        bounds: the number of the first one of each tensor, and of all, int64 ``[tensors + 1]``, on the GPU.
+        tails: number and bytes of each tensor whose last chunk is too short for it, int64 ``[short, 2]``.
+        tail_keys: the keys of those chunks, uint64 ``[short]``.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._kept = [_aligned(as_bytes(laid_out(tensor.detach()))) for tensor in tensors]
-        self.nbytes: Words = np.array([data.numel() for data in self._kept], dtype=np.uint64)
-        table = _table([data.data_ptr() for data in self._kept], self.nbytes)
-        self._sizes = table[:, 1]
-        self._long = np.flatnonzero(self._sizes > _SHORT)
-        self._short = np.flatnonzero(self._sizes <= _SHORT)
-        owners = np.repeat(np.arange(len(tensors)), chunks_of(self.nbytes))[self._short].tolist()
-        tails = [
-            self._kept[owner][-size:]
-            for owner, size in zip(owners, self._sizes[self._short].tolist(), strict=True)
-            if size
-        ]
-        with torch.cuda.device(tensors[0].device):
-            self._tails = torch.cat(tails) if tails else None
-            self._found = _launched(table[self._long], tensors[0].device) if len(self._long) else None
+    table: torch.Tensor
+    keys: torch.Tensor
+    bounds: torch.Tensor
+    tails: NDArray[np.int64]
+    tail_keys: Words
 
-    def chunks(self) -> Words:
-        """Return the digests of all chunks, tensor after tensor, uint64; waits for the GPU."""
-        digests = np.zeros(len(self._sizes), dtype=np.uint64)
-        if self._found is not None:
-            digests[self._long] = self._found.cpu().numpy().view(np.uint64)
+    @classmethod
+    def of(cls, addresses: NDArray[np.int64], nbytes: Words, device: torch.device) -> Chunks:
+        """Cut tensors, which all lie on one GPU, into chunks; waits for the current stream."""
+        counts = chunks_of(nbytes)
+        owner = np.repeat(np.arange(len(counts)), counts)
+        start = (np.arange(len(owner)) - (counts.cumsum() - counts)[owner]) * CHUNK
+        size = np.minimum(nbytes.astype(np.int64)[owner] - start, CHUNK)
+        keys = keys_of(nbytes)
+        short = size <= _SHORT
+        table = np.stack((addresses[owner] + start, size), axis=1)[~short]
+        bounds = np.searchsorted(owner[~short], np.arange(len(counts) + 1))
+        columns = table, keys[~short].view(np.int64), bounds
+        on_gpu = [torch.from_numpy(column).to(device) for column in columns]
+        return cls(on_gpu[0], on_gpu[1], on_gpu[2], np.stack((owner, size), axis=1)[short], keys[short])
+
+
+class Geometry:
+    """Keeps the chunks of tensors that are asked for again and again, as long as they lie where they lay."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[object, bytes, bytes], Chunks] = {}  # the latest last
+        self._count = 0
+
+    def chunks(self, addresses: NDArray[np.int64], nbytes: Words, device: torch.device) -> Chunks:
+        """Return what `Chunks.of` does."""
+        key = device, addresses.tobytes(), nbytes.tobytes()
+        chunks = self._kept.pop(key, None)
+        if chunks is None:
+            chunks = Chunks.of(addresses, nbytes, device)
+            self._count += len(chunks.keys)
+        self._kept[key] = chunks
+        while self._count > _KEPT:
+            self._count -= len(self._kept.pop(next(iter(self._kept))).keys)
+        return chunks
+
+
+class GpuDigests:
+    """Digests that a GPU computes; queued on the current stream of the device when this is made.
+
+    Args:
+        tensors: all on one GPU, and the dtype in which the bytes of each count. They must keep their bytes until that
+            stream has come this far.
+        geometry: see `Geometry`.
+    """
+
+    def __init__(self, tensors: Sequence[tuple[torch.Tensor, torch.dtype]], geometry: Geometry | None = None) -> None:
+        device = tensors[0][0].device
+        with torch.cuda.device(device):
+            data = [each[0] if lies_plain(*each) else _aligned(plain(*each)) for each in tensors]
+            self._nbytes: Words = np.array([each.nbytes for each in data], dtype=np.uint64)
+            addresses = np.array([each.data_ptr() for each in data], dtype=np.int64)
+            self._chunks = chunks = (geometry or Geometry()).chunks(addresses, self._nbytes, device)
+            for kept in (chunks.table, chunks.keys, chunks.bounds):  # may be forgotten before this stream has used them
+                kept.record_stream(torch.cuda.current_stream())
+            tails = [as_bytes(data[number].detach())[-size:] for number, size in chunks.tails.tolist() if size]
+            self._tails = torch.cat(tails) if tails else None
+            self._sums = _sums(chunks, _launched(chunks.table))
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def digests(self) -> Words:
+        """Return the digest of each tensor, uint64 ``[tensors]``; waits for the GPU."""
+        self._done.synchronize()  # the stream may be another one by now
+        sums = self._sums.cpu().numpy().view(np.uint64)
         data = self._tails.cpu().numpy().data if self._tails is not None else memoryview(b"")
-        end = 0
-        for place, size in zip(self._short.tolist(), self._sizes[self._short].tolist(), strict=True):
-            digests[place] = xxhash.xxh3_64_intdigest(data[end : end + size])
-            end += size
-        return digests
+        ends = self._chunks.tails[:, 1].cumsum().tolist()
+        found = [
+            xxhash.xxh3_64_intdigest(data[end - size : end])
+            for end, size in zip(ends, self._chunks.tails[:, 1].tolist(), strict=True)
+        ]
+        sums[self._chunks.tails[:, 0]] += mixed(np.array(found, dtype=np.uint64) ^ self._chunks.tail_keys)
+        return finished(sums, self._nbytes)
 
 
 def _aligned(data: torch.Tensor) -> torch.Tensor:
     return data.clone() if data.data_ptr() % 8 else data
 
 
-def _table(addresses: Sequence[int], nbytes: Words) -> NDArray[np.int64]:
-    """Return address and bytes of each chunk, int64 ``[chunks, 2]``."""
-    counts = chunks_of(nbytes)
-    which = np.repeat(np.arange(len(counts)), counts)
-    start = (np.arange(len(which)) - (counts.cumsum() - counts)[which]) * CHUNK
-    size = np.minimum(nbytes.astype(np.int64)[which] - start, CHUNK)
-    return np.stack((np.array(addresses, dtype=np.int64)[which] + start, size), axis=1)
+def _sums(chunks: Chunks, found: torch.Tensor) -> torch.Tensor:
+    """Return the sum over the chunks of each tensor, int64 ``[tensors]``, which wraps around as uint64 does."""
+    words = found ^ chunks.keys
+    for shift, factor in ROUNDS:
+        words = (words ^ _shifted(words, shift)) * (factor - 2**64)
+    words = words ^ _shifted(words, LAST_SHIFT)
+    sums: torch.Tensor = torch.cat((words.new_zeros(1), words.cumsum(0)))[chunks.bounds].diff()
+    return sums
 
 
-def _launched(table: NDArray[np.int64], device: torch.device) -> torch.Tensor:
+def _shifted(words: torch.Tensor, shift: int) -> torch.Tensor:
+    shifted: torch.Tensor = (words >> shift) & (2 ** (64 - shift) - 1)
+    return shifted
+
+
+def _launched(table: torch.Tensor) -> torch.Tensor:
     from weight_transfer.memory.digest_kernel import xxh3_blocks
 
     rows = len(table)
-    on_device = torch.from_numpy(table).pin_memory().to(device, non_blocking=True)
-    out = torch.empty(rows, dtype=torch.int64, device=device)
-    secret, start = _constants(device)
-    xxh3_blocks[(-(-rows // _HEIGHT),)](on_device, secret, start, out, rows, _HEIGHT, num_warps=8)
+    out = torch.empty(rows, dtype=torch.int64, device=table.device)
+    if rows:
+        secret, start = _constants(table.device)
+        xxh3_blocks[(-(-rows // _HEIGHT),)](table, secret, start, out, rows, _HEIGHT, num_warps=8)
     return out
 
 

@@ -9,28 +9,26 @@ change it all but certainly. It finds faults, not forgeries: it is no cryptograp
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from weight_transfer.copying.gpu import has_kernel
+from weight_transfer.memory.chunks import CHUNK, Words, joined
 from weight_transfer.plan.buckets import as_bytes, laid_out
 
 if TYPE_CHECKING:
     import torch
 
-    from weight_transfer.memory.gpu_digests import GpuDigests
+    from weight_transfer.memory.gpu_digests import Geometry, GpuDigests
 
-CHUNK = 64 * 2**10
-"""Bytes that have a digest of their own."""
-Words = NDArray[np.uint64]
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_ROUNDS = ((np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)), (np.uint64(27), np.uint64(0x94D049BB133111EB)))
-_LAST_SHIFT = np.uint64(31)
+_VIEW = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
+    ("PyMemoryView_FromMemory", ctypes.pythonapi)
+)
+_READ = 0x100  # PyBUF_READ
+_TEMPORARY = 256 * 2**20  # bytes of tensors that have to be copied for one launch
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
@@ -44,81 +42,104 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 def tensor_digests(tensors: Sequence[torch.Tensor]) -> list[str]:
     """Return the digest of each tensor. Those on GPUs take one launch for each GPU.
 
-    Temporary memory is 8 bytes per chunk, and the size of a tensor that is not contiguous.
+    Temporary memory is 32 bytes per chunk on a GPU, and the size of a tensor that is not contiguous, on a GPU up to
+    256 MiB of them.
     """
-    digests = np.zeros(len(tensors), dtype=np.uint64)
-    for numbers, found in [_group(numbers, tensors) for numbers in _by_memory(tensors)]:  # all GPUs work meanwhile
-        digests[numbers] = _joined(found.chunks(), found.nbytes)
-    return [f"{digest:016x}" for digest in digests.tolist()]
+    digester = Digester(len(tensors))
+    digester.add(range(len(tensors)), tensors)
+    return [f"{digest:016x}" for digest in digester.digests().tolist()]
 
 
-class HostDigests:
-    """Digests of chunks, computed on the CPU.
+class Digester:
+    """Digests of tensors that come one after another, or many at once, in any order.
 
     Args:
-        tensors: those on other devices are copied.
-
-    Attributes:
-        nbytes: of each tensor, uint64 ``[tensors]``.
+        count: how many there will be.
+        geometry: keeps what was worked out of the places of tensors on GPUs, for those that are asked for again.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._kept = [as_bytes(laid_out(tensor.detach().cpu())) for tensor in tensors]
-        self.nbytes: Words = np.array([data.numel() for data in self._kept], dtype=np.uint64)
+    def __init__(self, count: int, geometry: Geometry | None = None) -> None:
+        self._digests: Words = np.zeros(count, dtype=np.uint64)
+        self._geometry = geometry
+        self._queued: list[tuple[Sequence[int], GpuDigests]] = []
 
-    def chunks(self) -> Words:
-        """Return the digests of all chunks, tensor after tensor, uint64."""
-        found = (
-            xxhash.xxh3_64_intdigest(data[start : start + CHUNK])
-            for data in map(_memory, self._kept)
-            for start in range(0, max(len(data), 1), CHUNK)
-        )
-        return np.fromiter(found, dtype=np.uint64)
+    def add(
+        self,
+        numbers: Sequence[int],
+        tensors: Sequence[torch.Tensor],
+        dtypes: Sequence[torch.dtype] | None = None,
+    ) -> None:
+        """Take some tensors.
+
+        Those in host memory are read now. Those on a GPU are read in its current stream, and may be written in that
+        stream as soon as this returns.
+
+        Args:
+            numbers: of each, below ``count``.
+            tensors: with any strides.
+            dtypes: in which the bytes of each count, with the bits of ``tensor.to``; by default its own.
+        """
+        wanted = [tensor.dtype for tensor in tensors] if dtypes is None else list(dtypes)
+        for group in _groups(tensors, wanted):
+            some = [(tensors[at], wanted[at]) for at in group]
+            if some[0][0].is_cuda and has_kernel():
+                from weight_transfer.memory.gpu_digests import GpuDigests
+
+                self._queued.append(([numbers[at] for at in group], GpuDigests(some, self._geometry)))
+            else:
+                self._digests[[numbers[at] for at in group]] = _on_host(some)
+
+    def digests(self) -> Words:
+        """Return them by number, uint64 ``[count]``; waits for GPUs. Those that were never added are 0."""
+        for numbers, found in self._queued:
+            self._digests[numbers] = found.digests()
+        self._queued.clear()
+        return self._digests
 
 
-def chunks_of(nbytes: Words) -> NDArray[np.int64]:
-    """Return how many chunks tensors of these sizes have, int64 ``[tensors]``; at least one each."""
-    counts: NDArray[np.int64] = np.maximum(-(-nbytes.astype(np.int64) // CHUNK), 1)
-    return counts
+def lies_plain(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a kernel can read a tensor where it lies; thousands of views would take longer than it does."""
+    is_lazy = tensor.is_conj() or tensor.is_neg()
+    return tensor.dtype is dtype and tensor.is_contiguous() and not is_lazy and tensor.data_ptr() % 8 == 0
+
+
+def plain(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the bytes of a tensor in row-major order, uint8 ``[nbytes]``: its own memory, or a copy's."""
+    return as_bytes(laid_out(tensor.detach().to(dtype)))
+
+
+def _on_host(some: Sequence[tuple[torch.Tensor, torch.dtype]]) -> Words:
+    found: list[int] = []
+    nbytes = []
+    for tensor, dtype in some:
+        on_host = tensor.detach().cpu()
+        data = on_host if lies_plain(on_host, dtype) else plain(on_host, dtype)
+        memory = _memory(data)
+        found += map(xxhash.xxh3_64_intdigest, (memory[at : at + CHUNK] for at in range(0, max(len(memory), 1), CHUNK)))
+        nbytes.append(len(memory))
+    return joined(np.array(found, dtype=np.uint64), np.array(nbytes, dtype=np.uint64))
 
 
 def _memory(data: torch.Tensor) -> memoryview:
     """Return bytes in host memory by their address: ``numpy()`` would have the storage never be resized again."""
-    if not data.numel():
+    if not data.nbytes:
         return memoryview(b"")
-    return memoryview((ctypes.c_char * data.numel()).from_address(data.data_ptr())).cast("B")
+    memory: memoryview = _VIEW(data.data_ptr(), data.nbytes, _READ)
+    return memory
 
 
-def _by_memory(tensors: Sequence[torch.Tensor]) -> Iterable[list[int]]:
-    """Return the numbers of those whose digests are computed together."""
-    groups: dict[object, list[int]] = {}
-    for number, tensor in enumerate(tensors):
-        groups.setdefault(tensor.device if tensor.is_cuda and has_kernel() else None, []).append(number)
-    return groups.values()
-
-
-def _group(numbers: list[int], tensors: Sequence[torch.Tensor]) -> tuple[list[int], HostDigests | GpuDigests]:
-    own = [tensors[number] for number in numbers]
-    if own[0].is_cuda and has_kernel():
-        from weight_transfer.memory.gpu_digests import GpuDigests
-
-        return numbers, GpuDigests(own)
-    return numbers, HostDigests(own)
-
-
-def _joined(chunks: Words, nbytes: Words) -> Words:
-    """Join the digests of chunks, tensor after tensor: ``sum(mix(chunk ^ c[place]))``, and the size mixed in.
-
-    ``mix`` is the finaliser of splitmix64, a bijection: a chunk whose digest changes alone changes the sum for sure.
-    """
-    counts = chunks_of(nbytes)
-    first = counts.cumsum() - counts
-    place = (np.arange(len(chunks)) - np.repeat(first, counts)).astype(np.uint64)
-    sums = np.add.reduceat(_mixed(chunks ^ ((place + np.uint64(1)) * _GOLDEN)), first)
-    return _mixed(sums ^ (nbytes * _GOLDEN))
-
-
-def _mixed(words: Words) -> Words:
-    for shift, factor in _ROUNDS:
-        words = (words ^ (words >> shift)) * factor
-    return words ^ (words >> _LAST_SHIFT)
+def _groups(tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> Iterator[list[int]]:
+    """Yield the numbers of those whose digests are computed together: of one device, and with bounded copies."""
+    open_groups: dict[object, tuple[list[int], int]] = {}
+    for number, (tensor, dtype) in enumerate(zip(tensors, dtypes, strict=True)):
+        device = tensor.device if tensor.is_cuda else None
+        group, temporary = open_groups.get(device, ([], 0))
+        if device is not None and not lies_plain(tensor, dtype):
+            copied = tensor.numel() * dtype.itemsize
+            if group and temporary + copied > _TEMPORARY:
+                yield group
+                group, temporary = [], 0
+            temporary += copied
+        group.append(number)
+        open_groups[device] = group, temporary
+    yield from (group for group, _ in open_groups.values())

@@ -116,6 +116,10 @@ class CheckpointFormatLoader:
         """Return those that the given loader offers; none if layers are processed, which takes whole ones."""
         return self._given.targets(manifest) if self._process is None else NO_TARGETS
 
+    def landed(self, manifest: Manifest) -> Targets:
+        """Return the given loader's targets: what else it does with weights cannot be seen."""
+        return self.targets(manifest)
+
     def destinations(self) -> Mapping[str, Tensor] | None:
         """Return those that the given loader offers; see `targets`."""
         return self._given.destinations() if self._process is None else None

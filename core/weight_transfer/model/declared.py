@@ -9,12 +9,13 @@ from weight_transfer.config.structuring import nearest
 from weight_transfer.errors import ConfigError, ManifestMismatchError
 from weight_transfer.model.anchors import Anchors
 from weight_transfer.model.checkpoint_loading import CheckpointFormatLoader
-from weight_transfer.model.loading import InPlaceLoader, KernelFormatLoader
+from weight_transfer.model.loading import FRESH, ExpectantLoader, InPlaceLoader, KernelFormatLoader, ReadableLoader
 from weight_transfer.model.manifest import Manifest, ParamMeta, cast_hint, dtype_name
 from weight_transfer.model.overlap import Memory, overlapping
 from weight_transfer.model.shards import Target
 from weight_transfer.model.state import is_dense, is_lazy, lack_of_memory, local_part
 from weight_transfer.model.targets import NO_TARGETS, RegionLoader, scatter
+from weight_transfer.values.deadline import Deadline
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -49,6 +50,7 @@ class DeclaredLoader:
         self._targets: Targets = {}
         self._made_of: tuple[object, object] = (None, None)
         self._looks = 0
+        self._seen = Deadline(0.0)
         if not callable(needs) and not isinstance(needs, Mapping):
             raise ConfigError(
                 "needs: expected targets by name, such as {'layers.0.weight': Target(region, tensor)}, or a function "
@@ -63,6 +65,14 @@ class DeclaredLoader:
     @property
     def warnings(self) -> tuple[str, ...]:
         return self._rest.warnings
+
+    def expect(self) -> None:
+        self._seen = Deadline(0.0)
+        seen = Deadline(FRESH)
+        if self._manifest is not None and self._anchors.hold:
+            self._seen = seen
+        if isinstance(self._rest, ExpectantLoader):
+            self._rest.expect()
 
     def begin(self, manifest: Manifest) -> None:
         self._begun = None
@@ -82,6 +92,10 @@ class DeclaredLoader:
 
     def destinations(self) -> Mapping[str, Tensor] | None:
         return self._rest.destinations() if isinstance(self._rest, InPlaceLoader) else None
+
+    def landed(self, manifest: Manifest) -> Targets:
+        rest = self._rest.landed(self._other) if isinstance(self._rest, ReadableLoader) else NO_TARGETS
+        return {**rest, **self._declared}
 
     def dtypes(self) -> Mapping[str, str] | None:
         """Return the dtypes of what is copied by name, and of the targets as far as they are known."""
@@ -119,7 +133,8 @@ class DeclaredLoader:
         return result
 
     def _resolve(self, manifest: Manifest) -> None:
-        if manifest is self._manifest and self._anchors.hold:
+        seen, self._seen = self._seen, Deadline(0.0)
+        if manifest is self._manifest and (not seen.expired or self._anchors.hold):
             return
         self._manifest = None
         if callable(self._needs):

@@ -18,8 +18,8 @@ _SEPARATOR = " and "
 class TypedLoader(Protocol):
     """A loader that knows the dtypes of what it loads into."""
 
-    def dtypes(self) -> Mapping[str, str]:
-        """Return the dtype's name of each of the worker's weights, under each of its names."""
+    def dtypes(self) -> Mapping[str, str] | None:
+        """Return the dtype's name of each of the worker's weights, under each of its names; None if it knows none."""
 
 
 def dtypes_answer(info: WeightTransferInitInfo, loaders: Mapping[bool, WeightLoader]) -> dict[str, Any] | None:
@@ -30,10 +30,11 @@ def dtypes_answer(info: WeightTransferInitInfo, loaders: Mapping[bool, WeightLoa
         loaders: for checkpoint format (True) and kernel format (False).
     """
     loader = loaders[info.report_dtypes == "checkpoint"]
-    if info.report_dtypes is None or not isinstance(loader, TypedLoader):
+    dtypes = loader.dtypes() if info.report_dtypes is not None and isinstance(loader, TypedLoader) else None
+    if dtypes is None:
         return None
     names: dict[str, list[str]] = {}
-    for name, dtype in loader.dtypes().items():
+    for name, dtype in dtypes.items():
         names.setdefault(dtype, []).append(name)
     return {"dtypes": names}
 

@@ -15,6 +15,7 @@ from weight_transfer.config.settings import to_seconds
 from weight_transfer.config.structuring import brief, register, structure, unstructure
 from weight_transfer.errors import ManifestMismatchError
 from weight_transfer.model.manifest import Manifest, digest_json
+from weight_transfer.values.lease import Lease
 
 _ONCE = "weight_transfer_sent_once"
 
@@ -53,6 +54,8 @@ class WeightTransferInitInfo:
         ranks: of the trainer ranks 1 and higher, what their engines said to be joined.
         text_versions: whether the control channel turns versions into text, so that ``finish_weight_update`` names 7 as
             ``"7"``; not sent at all otherwise.
+        lease: the trainer's, which a worker refuses once it has seen a newer one; sent to workers whose status tells
+            theirs.
     """
 
     rank_offset: int
@@ -63,6 +66,7 @@ class WeightTransferInitInfo:
     trainer_ranks: int = 1
     ranks: tuple[dict[str, Any], ...] = ()
     text_versions: bool = False
+    lease: Lease | None = None
 
     def of_ranks(self) -> list[Self]:
         """Return the init info of each trainer rank: this one, which is rank 0's, and the others'.
@@ -87,8 +91,9 @@ class WeightTransferUpdateInfo:
         is_checkpoint_format: see `WeightTransferConfig`.
         target: which of the receiver's models they are for.
         update: an id of these weights. A version may be used again for others, and by another trainer.
+        allow_rollback: whether the version may be lower than the last one that the worker has published.
         base: if they are some of the weights (``manifest.partial``): the id of those whose others are kept.
-        digests: digest of each parameter in the manifest's order, if the config says ``verify``.
+        verify: see `WeightTransferConfig`; not sent at all if nothing is compared.
         session: that of the init info.
         layout: of the weights that go by region, a `Layout`'s `to_wire`; None if all go whole.
         shares: by trainer rank, what its engine said of its shards.
@@ -101,8 +106,9 @@ class WeightTransferUpdateInfo:
     is_checkpoint_format: bool = True
     target: str = MODEL
     update: str | None = None
+    allow_rollback: bool = False
     base: str | None = None
-    digests: tuple[str, ...] | None = None
+    verify: Literal["wire", "loaded"] | None = None
     session: str | None = None
     layout: dict[str, Any] | None = sent_once(default=None)
     shares: tuple[dict[str, Any], ...] | None = sent_once(default=None)
@@ -169,6 +175,7 @@ class WeightTransferFinishRequest:
 
     weight_version: int | str | None = None
     session: str | None = None
+    update: str | None = None
 
 
 @attrs.frozen

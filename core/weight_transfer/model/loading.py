@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import compress
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -18,6 +18,7 @@ from weight_transfer.model.source import is_sharded
 from weight_transfer.model.targets import as_bits, local_of, own_targets, scatter
 from weight_transfer.model.weights import ModuleWeights
 from weight_transfer.model.whereabouts import Whereabouts
+from weight_transfer.values.deadline import Deadline
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -70,6 +71,33 @@ class InPlaceLoader(Protocol):
 
 
 @runtime_checkable
+class ExpectantLoader(Protocol):
+    """A loader that can do a part of what `WeightLoader.begin` does in advance."""
+
+    def expect(self) -> None:
+        """Look whether the model is as it was when the last update began; ``begin`` counts on it for `FRESH` seconds.
+
+        Changes nothing, and may run while somebody samples.
+        """
+
+
+FRESH = 0.1
+"""Seconds for which a look at a model counts: an update that is expected begins within some milliseconds."""
+
+
+@runtime_checkable
+class ReadableLoader(Protocol):
+    """A loader after which the bytes of weights can be read where they were loaded."""
+
+    def landed(self, manifest: Manifest) -> Targets:
+        """Return where the bytes of weights lie after `finish`, by name, of the manifest that began.
+
+        Those of a weight that is not among them cannot be read: they were loaded in another form. Two targets of the
+        same region of a weight hold the same bytes.
+        """
+
+
+@runtime_checkable
 class InPlaceTarget(Protocol):
     """What a receiver's ``load_weights`` offers beside being called; see `destinations_of`."""
 
@@ -82,8 +110,13 @@ class InPlaceTarget(Protocol):
     def write_in_place(self) -> None:
         """Say that bytes are about to be written there; raises after the deadline or an abort."""
 
-    def written(self, nbytes: int) -> None:
-        """Say that so many bytes have been written there, instead of handing over the tensors they belong to."""
+    def written(self, nbytes: int, names: Iterable[str] = ()) -> None:
+        """Say that so many bytes have been written there, instead of handing over the tensors they belong to.
+
+        Args:
+            nbytes: their number.
+            names: weights that are whole now, if the engine tells; then digests are taken while others arrive.
+        """
 
 
 def destinations_of(load_weights: Callable[[Weights], object]) -> Mapping[str, Tensor] | None:
@@ -112,13 +145,14 @@ class KernelFormatLoader:
         self._read: Mapping[str, Tensor] = {}
         self._whole: dict[str, Tensor] = {}
         self._parts: dict[str, list[Target]] = {}
-        self._twins: list[tuple[Tensor, Tensor]] = []
+        self._twins: dict[str, list[Tensor]] = {}
         self._targets: Targets | None = None
         self._shards = _LocalParts(())
         self._left: Collection[str] = ()
         self._checked: Manifest | None = None
         self._begun: Manifest | None = None
         self._looks = 0
+        self._seen = Deadline(0.0)
         self.takers: Mapping[str, tuple[str, ...]] = {}
         """Names in the model by names in the manifest: several for weights that are tied on the trainer alone."""
 
@@ -133,18 +167,30 @@ class KernelFormatLoader:
         """How often the model was looked at anew: whenever a weight was moved, among other reasons."""
         return self._weights.looks
 
+    def expect(self) -> None:
+        self._seen = Deadline(0.0)
+        seen = Deadline(FRESH)
+        if self._checked is not None and self._weights.are_unchanged and self._shards.unchanged:
+            self._seen = seen
+
     def begin(self, manifest: Manifest) -> None:
         self._begun = None
-        self._check(manifest)
+        if self._seen.expired or manifest is not self._checked:
+            self._check(manifest)
+        self._seen = Deadline(0.0)
         self._begun = manifest
 
     def targets(self, manifest: Manifest) -> Targets:
         if self._begun is not manifest:
             self._check(manifest)
         if self._targets is None:
-            whole = {name: [Target(Region.whole(tensor.shape), tensor)] for name, tensor in self._whole.items()}
+            whole = {name: [_whole_target(tensor)] for name, tensor in self._whole.items()}
             self._targets = whole | self._parts
         return self._targets
+
+    def landed(self, manifest: Manifest) -> Targets:
+        twins = {name: [_whole_target(twin) for twin in twins] for name, twins in self._twins.items()}
+        return {name: [*some, *twins.get(name, ())] for name, some in self.targets(manifest).items()}
 
     def leave(self, names: Collection[str]) -> None:
         """Leave some of the model's weights to somebody else from now on; they are missing from no update."""
@@ -175,7 +221,7 @@ class KernelFormatLoader:
         metas = (ParamMeta(name, dtype_name(tensor.dtype), tensor.shape) for name, tensor in own.items())
         aliases = {alias: name for alias, name in self._weights.aliases.items() if name in own}
         self.takers = manifest.require(metas, "the worker's model", aliases)
-        self._whole, self._parts, self._twins = {}, {}, []
+        self._whole, self._parts, self._twins = {}, {}, {}
         sharded: list[Tensor] = []
         for name, takers in self.takers.items():
             tensors = [read[taker] for taker in takers]
@@ -184,7 +230,7 @@ class KernelFormatLoader:
                 sharded += filter(is_sharded, tensors)
             else:
                 self._whole[name] = tensors[0]
-                self._twins += [(tensors[0], other) for other in tensors[1:]]
+                self._twins[name] = tensors[1:]
         self._shards = _LocalParts(sharded)
         self._targets = None
         self._read, self._checked = read, manifest
@@ -220,8 +266,9 @@ class KernelFormatLoader:
     def finish(self) -> None:
         """Copy what is one weight on the trainer, but two here."""
         with torch.no_grad():
-            for source, target in self._twins:
-                target.copy_(source)
+            for name, twins in self._twins.items():
+                for twin in twins:
+                    twin.copy_(self._whole[name])
         self._begun = None
 
     def abort(self, reason: str, touched: bool) -> None:
@@ -248,6 +295,10 @@ class _LocalParts:
 
 
 _spec = operator.attrgetter("_spec")
+
+
+def _whole_target(tensor: Tensor) -> Target:
+    return Target(Region.whole(tensor.shape), tensor)
 
 
 def _parts_of(names: Sequence[str], tensors: Sequence[Tensor]) -> list[Target]:

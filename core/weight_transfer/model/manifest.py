@@ -15,6 +15,7 @@ import attrs
 from weight_transfer.config.structuring import MAX_INT, brief, require_text
 from weight_transfer.errors import ManifestMismatchError
 from weight_transfer.model.naming import suggested_rename
+from weight_transfer.values.report import sized
 
 if TYPE_CHECKING:
     import torch
@@ -130,6 +131,10 @@ class Manifest:
     params: tuple[ParamMeta, ...] = attrs.field(converter=_params, validator=_unique)
     aliases: Mapping[str, str] = attrs.field(factory=dict, converter=_names, validator=_known, hash=False)
     partial: bool = attrs.field(default=False, validator=attrs.validators.instance_of(bool))
+
+    def __repr__(self) -> str:
+        part = ", partial" if self.partial else ""
+        return f"<Manifest of {len(self.params)} weights, {sized(self.nbytes)}{part}>"
 
     @cached_property
     def digest(self) -> str:

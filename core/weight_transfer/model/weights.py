@@ -77,6 +77,11 @@ class ModuleWeights:
             self._look()
         return self._state.weights
 
+    @property
+    def are_unchanged(self) -> bool:
+        """Whether `read` would return what it has returned last, as far as a look tells that changes nothing."""
+        return self._unchanged() and self._whereabouts.unchanged
+
     def require_writable(self) -> None:
         """Refuse what cannot be written tensor by tensor, in place.
 

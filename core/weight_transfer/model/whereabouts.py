@@ -18,14 +18,16 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 class Whereabouts:
     """Where some tensors lie, and their shapes, strides, dtypes and devices.
 
-    Of one that wraps others, such as a ``DTensor``, the memory is not looked at: give what it holds, too.
+    Of one that wraps others, such as a ``DTensor``, nothing is looked at, which takes ten times as long as of another:
+    give what it holds.
 
     Args:
         tensors: they are kept.
     """
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
-        self._tensors = list({id(tensor): tensor for tensor in tensors}.values())
+        unwrapped = (tensor for tensor in tensors if not is_traceable_wrapper_subclass(tensor))
+        self._tensors = list({id(tensor): tensor for tensor in unwrapped}.values())
         self._placed = list(filter(_has_address, self._tensors))
         self._addresses = _of(_address, self._placed)
         self._forms = self._formed()
@@ -69,4 +71,4 @@ def _of(way: Callable[[Any], Any], tensors: list[torch.Tensor]) -> list[Any]:
 
 
 def _has_address(tensor: torch.Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_meta and not is_traceable_wrapper_subclass(tensor)
+    return tensor.layout is torch.strided and not tensor.is_meta

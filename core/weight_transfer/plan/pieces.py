@@ -59,6 +59,11 @@ class Pieces:
         """Bytes of all pieces."""
         return int(self.sizes.sum())
 
+    @cached_property
+    def names(self) -> int:
+        """How many parameters they are of."""
+        return len(np.unique(self.param))
+
     def by_rank(self, ranks: int) -> Integers:
         """Return the bytes that come from each of the trainer's ranks, int64 ``[ranks]``."""
         return np.bincount(self.rank, weights=self.sizes, minlength=ranks).astype(np.int64)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from weight_transfer.plugins.backend import Backend
-    from weight_transfer.values.events import TransferFinished, TransferProgress, TransferStarted
+    from weight_transfer.plugins.backend import Backend, Check
+    from weight_transfer.values.events import MembershipChanged, TransferFinished, TransferProgress, TransferStarted
 
 PROJECT = "weight_transfer"
 
@@ -33,6 +33,14 @@ def weight_transfer_diagnostics() -> dict[str, str] | None:
     """Return facts that help to find a fault, as ``{title: text}``.
 
     Called by ``weight-transfer backends --check``. May import and query the transport.
+    """
+
+
+@hookspec
+def weight_transfer_checks() -> list[Check] | None:
+    """Look at what this backend needs here, or is faster with.
+
+    Called by ``weight-transfer doctor``. May import and query the transport.
     """
 
 
@@ -60,4 +68,13 @@ def weight_transfer_finished(event: TransferFinished) -> None:
 
     Args:
         event: bytes, seconds and the error, if any.
+    """
+
+
+@hookspec
+def weight_transfer_membership(event: MembershipChanged) -> None:
+    """Be told, in the trainer, that a worker has joined or was lost.
+
+    Args:
+        event: who, and why.
     """

@@ -15,7 +15,7 @@ import attrs
 
 from weight_transfer.config.settings import WeightTransferConfig
 from weight_transfer.config.structuring import brief, nearest, structure
-from weight_transfer.config.switches import STRICT, TRACE, truth
+from weight_transfer.config.switches import REPORT, STRICT, TRACE, truth
 from weight_transfer.errors import ConfigError
 from weight_transfer.plugins.discovery import backends
 from weight_transfer.plugins.manager import PUBLISHED, load_backend
@@ -142,7 +142,7 @@ def _environment() -> dict[str, Any]:
 
 def _check_names() -> None:
     """Refuse variables that look like a misspelt one; warn of others, which may be meant for another program."""
-    known = (*ENVIRONMENT.values(), _FILE, STRICT, TRACE)
+    known = (*ENVIRONMENT.values(), _FILE, REPORT, STRICT, TRACE)
     for variable in sorted(os.environ):
         if variable.startswith(ENV_PREFIX) and variable not in known and not _FROM_KUBERNETES.fullmatch(variable):
             words = [name.removeprefix(ENV_PREFIX) for name in known]
@@ -158,7 +158,7 @@ def _from_text(name: str, text: str) -> Any:
         return float(text)
     if name == "buckets":
         return int(text)
-    if name in ("is_checkpoint_format", "verify"):
+    if name == "is_checkpoint_format":
         return truth(text)
     if name == "observers":
         return [part.strip() for part in text.split(",") if part.strip()]

@@ -14,6 +14,7 @@ from weight_transfer.control.kept_threads import KeptThreads
 from weight_transfer.errors import (
     LifecycleError,
     PeerLostError,
+    ReplacedError,
     TransferError,
     TransferTimeoutError,
     WeightTransferError,
@@ -40,19 +41,28 @@ ECHOES = (PeerLostError, TransferTimeoutError)
 
 
 def cause_of(failures: Mapping[Peer, WeightTransferError]) -> WeightTransferError | None:
-    """Return the failure that the others follow from: when one member fails, others lose it, or wait in vain."""
+    """Return the failure that the others follow from: when one member fails, others lose it, or wait in vain.
+
+    That another trainer has taken a worker over comes before all.
+    """
+    replaced = (error for error in failures.values() if isinstance(error, ReplacedError))
     own = (error for error in failures.values() if not isinstance(error, ECHOES))
-    return next(own, next(iter(failures.values()), None))
+    return next(itertools.chain(replaced, own, failures.values()), None)
 
 
 def gone_in(failures: Lost) -> Lost:
-    """Return those that are not there any more, or have joined another trainer: they may join again."""
-    return {peer: error for peer, error in failures.items() if isinstance(error, (LifecycleError, PeerLostError))}
+    """Return those that are not there any more, or have left: they may join again, unless another trainer has them."""
+    gone = (LifecycleError, PeerLostError)
+    return {
+        peer: error
+        for peer, error in failures.items()
+        if isinstance(error, gone) and not isinstance(error, ReplacedError)
+    }
 
 
 def refused_in(failures: Lost) -> LifecycleError | None:
     """Return the refusal of one that was to begin an update, and may join again; None if none was."""
-    own = (error for error in failures.values() if isinstance(error, LifecycleError))
+    own = (error for error in gone_in(failures).values() if isinstance(error, LifecycleError))
     return next((error for error in own if error.method == "start_weight_update"), None)
 
 

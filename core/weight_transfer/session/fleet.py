@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import logging
-import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any
 
 from weight_transfer.config.settings import RECEIVER
 from weight_transfer.config.structuring import structure, unstructure
 from weight_transfer.errors import (
+    CommitError,
     ConfigError,
+    ReplacedError,
     SessionError,
     TransferError,
     WeightTransferError,
@@ -23,8 +25,11 @@ from weight_transfer.session.calls import ABORT_TIMEOUT, Calls, Lost, cause_of, 
 from weight_transfer.session.engines import Engines
 from weight_transfer.session.greeting import Greeting, require_distinct
 from weight_transfer.session.peers import Peer, make_peer, make_slots
+from weight_transfer.session.tenure import Tenure
 from weight_transfer.session.waiting import logged_wait
 from weight_transfer.values.deadline import Deadline
+from weight_transfer.values.events import MembershipChanged
+from weight_transfer.values.versions import require_forward
 
 if TYPE_CHECKING:
     from weight_transfer.config.settings import ParallelConfig, WeightTransferConfig
@@ -32,10 +37,12 @@ if TYPE_CHECKING:
     from weight_transfer.plugins.manager import LoadedBackend
     from weight_transfer.session.crew import Crew
     from weight_transfer.values.events import Version
+    from weight_transfer.values.lease import Lease
 
 logger = logging.getLogger(__name__)
 
 _ABORT_GRACE = 0.3  # seconds that they get though the deadline has passed
+_SAYING = 0.01  # seconds
 _PATIENCE = 1.0  # seconds that a worker's earlier call may still take if the others need not wait for it
 
 _ASKED: dict[str, object] = {
@@ -44,6 +51,7 @@ _ASKED: dict[str, object] = {
     "trainer_ranks": 1,
     "ranks": [],
     "text_versions": False,
+    "lease": None,
 }
 """Keys of the init info that are left out unless they say something else: other systems' workers do not know them."""
 
@@ -53,8 +61,10 @@ def _says_nothing(key: str, value: object) -> bool:
 
 
 def _version_in(status: dict[str, Any], target: str) -> object:
-    versions = status.get("versions")
-    return versions.get(target, status.get("version")) if isinstance(versions, dict) else status.get("version")
+    """Return the last version of a target: published, or else served, as far as the status tells."""
+    tables = [table for table in (status.get("committed"), status.get("versions")) if isinstance(table, dict)]
+    found = (table[target] for table in tables if table.get(target) is not None)
+    return next(found, None if tables else status.get("version"))
 
 
 class Fleet:
@@ -66,6 +76,7 @@ class Fleet:
         peers: all workers, lost ones included: they may come back; none after `close`.
         engines: the trainer's; rank 0 has none before the first join, and after a failure of a backend without
             ``REJOIN``.
+        tenure: the trainer's hold on them.
         failed: what has ended the present update from outside: it was cancelled, or another trainer rank failed.
         failed_after_others: whether that may follow from a worker's failure.
     """
@@ -84,8 +95,8 @@ class Fleet:
         if RECEIVER in config.cast.values():
             self._report_dtypes["report_dtypes"] = "checkpoint" if config.is_checkpoint_format else "kernel"
         self._rejoins = Capability.REJOIN in backend.backend.capabilities
-        self._session = secrets.token_hex(8)
-        self._joins = itertools.count(1)
+        self._notify = backend.notify
+        self.tenure = Tenure()
         self.failed: WeightTransferError | None = None
         self.failed_after_others = False
         self._calls: Calls | None = None
@@ -111,6 +122,7 @@ class Fleet:
     def add(self, worker: str | ControlChannel, count: int) -> None:
         """Take in a control channel with ``count`` workers behind it; they join before the next update."""
         peer = make_peer(worker, next(self._numbers), count, self._config)
+        peer.added = self.tenure.lease is not None
         for other in self.peers:
             if peer.address == other.address or peer.channel is other.channel:
                 peer.close()
@@ -150,6 +162,7 @@ class Fleet:
             return {}
         deadline = Deadline(self._config.init_timeout)
         lost = self.greet(deadline)
+        lease = self._take_lease(deadline, lost)
         present = [peer for peer in self.peers if peer not in lost]
         if not self._rejoins:
             self.drop_engines()
@@ -168,9 +181,9 @@ class Fleet:
             common |= {"timeout": max(deadline.remaining(), 1e-3), "text_versions": peer.text_versions}
             info = structure({**own, **common, **self._report_dtypes}, kind, "init_info")
             infos[peer] = {key: value for key, value in unstructure(info).items() if not _says_nothing(key, value)}
-        session = f"{self._session}.{next(self._joins)}"
+        session = self.tenure.next_session()
         method = "init_weight_transfer_engine"
-        calls = self.call(joining, lambda peer: peer.join(infos[peer], session), method, deadline, self.react)
+        calls = self.call(joining, lambda peer: peer.join(infos[peer], session, lease), method, deadline, self.react)
         self.require_going_on()
         try:
             with logged_wait(lambda: f"waiting for {calls.silent or 'the engine'} in phase init"):
@@ -185,7 +198,17 @@ class Fleet:
         for peer in joining:
             peer.joined = peer not in lost
             peer.dtypes = dtypes_by_name(calls.results.get(peer), peer.address)
+            if peer.joined:
+                self._tell(peer, None)
         return lost
+
+    def _take_lease(self, deadline: Deadline, lost: Lost) -> Lease:
+        """Return this trainer's lease; if a worker was added that a newer one has used, all join under a new lease."""
+        anew = self.tenure.ends_for(self.peers)
+        if anew:
+            self.drop_engines()
+            lost |= self.greet(deadline)
+        return self.tenure.take(self.peers, anew)
 
     def connect(self) -> None:
         """Join all workers, or leave none half joined."""
@@ -193,10 +216,18 @@ class Fleet:
             self.require_one(self.join())
         except BaseException as error:
             self.abort(str(error) or type(error).__name__)
-            raise
+            cause = self.tenure.cause(error)
+            if cause is error:
+                raise
+            raise cause from error
 
     def greet(self, deadline: Deadline) -> Lost:
-        """Wait until the workers answer that have not, and learn from their status what they are."""
+        """Wait until the workers answer that have not, and learn from their status what they are.
+
+        Raises:
+            ReplacedError: another trainer has taken a worker over.
+        """
+        self.tenure.require()
         strangers = [peer for peer in self.peers if not (peer.joined or peer.greeted)]
         busy = all(peer.turns.busy for peer in self.peers)
         patience = Deadline(_PATIENCE) if self._may_lose and not busy else deadline
@@ -234,6 +265,15 @@ class Fleet:
         """Whether all workers take the start of an update and its weights in one call."""
         return all(peer.begins for peer in self.peers if peer.joined)
 
+    def expect(self) -> None:
+        """Let those that have joined prepare for an update while the trainer does.
+
+        Whoever says that to them gets the interpreter for a moment: the trainer's look at its weights may not let go of
+        it until it is over.
+        """
+        said = [peer.expect() for peer in self.peers]
+        wait([each for each in said if each is not None], _SAYING)
+
     def begin(self) -> None:
         """Leave it to the call that brings the weights to open the update."""
         for peer in self.peers:
@@ -266,26 +306,75 @@ class Fleet:
             peer.started = peer not in failures
         return failures
 
-    def finish(self, version: Version, deadline: Deadline) -> Lost:
-        """Have the version published."""
+    def require_forward(self, target: str, version: Version) -> None:
+        """Refuse a version that another trainer has brought a worker beyond, before any of them is touched.
+
+        Raises:
+            RollbackError: it has published a higher one.
+        """
+        for peer in self.peers:
+            if peer.joined:
+                require_forward(version, peer.committed.get(target), phase="init", peer=peer.address)
+
+    def finish(self, version: Version, target: str, update: str | None, deadline: Deadline) -> Lost:
+        """Have the version of ``target`` published that an update has brought: all workers have it now.
+
+        Raises:
+            CommitError: some have published it, and one failure is too many.
+        """
         peers = self.started
-        calls = self.call(peers, lambda peer: peer.finish(version), "finish_weight_update", deadline)
-        failures = calls.wait(deadline)
-        for peer in peers:
-            peer.started = False
-        return self.settle(failures)
+        calls = self.call(peers, lambda peer: peer.finish(version, update), "finish_weight_update", deadline)
+        try:
+            lost = self.settle(calls.wait(deadline))
+        except WeightTransferError as error:
+            published = [peer.address for peer in peers if peer in calls.results]
+            if not published or isinstance(error, ReplacedError):
+                raise
+            unpublished = [peer.address for peer in peers if peer not in calls.results]
+            raise CommitError(
+                f"Version {version!r} is served by {', '.join(published)}, but was not published by "
+                f"{', '.join(unpublished)}; send again: that brings all to one version.",
+                backend=self._config.backend,
+                phase="finish",
+                version=version,
+                peer=getattr(error, "peer", None),
+                cause=str(error),
+                published=published,
+                unpublished=unpublished,
+            ) from error
+        finally:
+            for peer in peers:
+                peer.started = False
+                peer.committed.pop(target, None)
+        return lost
 
     def settle(self, failures: Lost) -> Lost:
-        """Decide about workers that failed: raise the first error, or go on without them, as the config says."""
+        """Decide about workers that failed: raise the first error, or go on without them, as the config says.
+
+        A trainer that was replaced never goes on.
+        """
         others = any(peer.joined for peer in self.peers) or len(failures) < len(self.peers)
         cause = cause_of(failures)
-        if cause is not None and (self._config.on_worker_failure == "abort" or not others):
+        if cause is not None and (not self._may_lose or not others or isinstance(cause, ReplacedError)):
             raise cause
         for peer, error in failures.items():
             peer.forget()
             self.engines.lose(peer.address)
             logger.warning("going on without worker %s: %s", peer.address, error)
+            self._tell(peer, error)
         return failures
+
+    def _tell(self, peer: Peer, error: WeightTransferError | None) -> None:
+        """Tell the listeners of a worker that has joined, or was lost."""
+        workers = sum(peer.count for peer in self.peers if peer.joined)
+        event = MembershipChanged(
+            backend=self._config.backend,
+            worker=peer.address,
+            joined=peer.joined,
+            workers=workers,
+            error=None if error is None else str(error),
+        )
+        self._notify("weight_transfer_membership", event)
 
     def react(self, peer: Peer) -> None:
         """Tell the engine at once of a worker that failed to join or to update; callable from any thread."""
@@ -313,7 +402,9 @@ class Fleet:
         calls = Calls(called, lambda peer: peer.abort(reason), "abort_weight_update")
         patience = max(min(ABORT_TIMEOUT, self._deadline.remaining()), _ABORT_GRACE)
         for peer, error in calls.wait(Deadline(patience)).items():
-            if not isinstance(error, SessionError):  # then it is another trainer's by now
+            if isinstance(error, ReplacedError):
+                self.tenure.replaced = error
+            elif not isinstance(error, SessionError):  # then it is another trainer's by now
                 logger.warning("worker %s did not confirm the abort: %s", peer.address, error)
         if self.engines.own is not None:
             self.engines.own.release_source()

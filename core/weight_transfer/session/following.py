@@ -109,10 +109,11 @@ class Follower:
         if self._line is None or self._line.ended.is_set():
             self._told.clear()
             config = self._config
-            self._address = self._address or find_leader(self._key, config.rendezvous, config.token, deadline)
+            self._address = self._address or find_leader(self._key, config.rendezvous, deadline)
             self._orders = queue.SimpleQueue()
             size = self._ranks.world_size
-            self._line = meet_leader(self._ranks.rank, size, self._address, self._hearing(self._orders), deadline)
+            hear = self._hearing(self._orders)
+            self._line = meet_leader(self._ranks.rank, size, self._address, config.token, hear, deadline)
         return self._line
 
     def _hearing(self, orders: queue.SimpleQueue[Message | None]) -> Callable[[Message | None], None]:
@@ -237,13 +238,15 @@ class Follower:
     def _do_send(self, order: Message, part: Part, deadline: Deadline) -> Message:
         """Run the collectives of what goes whole in lockstep with rank 0, then give what goes by region."""
         sharing = self._sharing(part)
-        GuardedSource(part.whole(sharing.layout), part.whole(sharing.layout).manifest(), order["passes"]).drain()
+        GuardedSource(part.whole(sharing.layout), part.whole(sharing.layout).manifest()).drain()
         self._require_going_on()
         outgoing = sharing.outgoing(part.shards)
         if outgoing is not None:
             assert self._engine is not None
             self._engine.send_regions(outgoing, deadline, lambda _nbytes: None)
-        return {"done": "send"}
+        if outgoing is None or self._config.verify == "none":
+            return {"done": "send"}
+        return {"done": "send", "digests": sharing.digests(outgoing)}
 
     def _do_drop(self, _order: Message, _part: Part, _deadline: Deadline) -> None:
         self._drop()

@@ -87,6 +87,8 @@ class Greeting:
                 phase="init",
             )
         peer.count = count
+        committed = peer.status.get("committed")
+        peer.committed = dict(committed) if isinstance(committed, dict) else {}
         peer.greeted = True
 
 

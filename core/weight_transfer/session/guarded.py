@@ -25,6 +25,7 @@ from weight_transfer.values.deadline import LONG
 
 if TYPE_CHECKING:
     from weight_transfer.model.manifest import Manifest, ParamMeta
+    from weight_transfer.session.sent import Sent
     from weight_transfer.values.events import Version
 
 
@@ -37,24 +38,25 @@ class GuardedSource(WeightSource):
     """Wraps a source for one update.
 
     Name, dtype and shape of each tensor are compared with the manifest before an engine sees it, so that no source can
-    send one weight under the name of another. Passes are always finished, so that the other trainer ranks are never
+    send one weight under the name of another. The pass is always finished, so that the other trainer ranks are never
     left in a collective.
 
     Args:
         source: what is sent.
         manifest: the manifest of this update.
-        passes: how often every rank iterates the source in this update.
+        sent: takes note of what passes; None if nothing is compared.
 
     Attributes:
         update: an id of the weights of this update.
         error: what the source raised, if it failed; engines may take it for something else.
     """
 
-    def __init__(self, source: WeightSource, manifest: Manifest, passes: int) -> None:
+    def __init__(self, source: WeightSource, manifest: Manifest, sent: Sent | None = None) -> None:
         self.update = secrets.token_hex(8)
         self._source = source
         self._manifest = manifest
-        self._passes = passes
+        self._sent = sent
+        self._begun = False
         self._stream: Iterator[tuple[str, torch.Tensor]] = iter(())
         self._current: Iterator[tuple[str, torch.Tensor]] = iter(())
         self._left = 0
@@ -65,7 +67,7 @@ class GuardedSource(WeightSource):
         return self._manifest
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        self._passes -= 1
+        self._begun = True
         self._current = self._checked()
         return self._current
 
@@ -151,14 +153,18 @@ class GuardedSource(WeightSource):
                 pass
 
     def drain(self) -> None:
-        """Finish the pass that is under way and run those that are left, if the source runs collectives."""
+        """Finish the pass, or run it if it has not begun, if the source runs collectives.
+
+        Raises:
+            ManifestMismatchError: the pass that it runs is not of the manifest's weights; it has ended all the same.
+        """
         if not self.collective:
             return
-        for _ in self._stream:
-            pass
-        while self._passes > 0:
-            self._passes -= 1
-            for _ in self._source:
+        try:
+            for _ in () if self._begun else self:
+                pass
+        finally:
+            for _ in self._stream:
                 pass
 
     def named(self, error: BaseException, backend: str, version: Version | None) -> BaseException:
@@ -177,7 +183,10 @@ class GuardedSource(WeightSource):
                     raise _mismatch(f"yielded {name!r} after the last weight of its manifest")
                 _require(params[-self._left], name, tensor, "yielded")
                 self._left -= 1
-                yield name, tensor.resolve_conj().resolve_neg()
+                bits = tensor.resolve_conj().resolve_neg()
+                if self._sent is not None:
+                    self._sent.passes(name, bits)
+                yield name, bits
                 self._asked = time.monotonic()
             self._asked = None
             if self._left:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -16,6 +17,7 @@ from weight_transfer.model.loading import KernelFormatLoader
 from weight_transfer.model.targets import RegionLoader, tensors_of
 from weight_transfer.plan.layout import NONE, Layout, Place, Regions, itemsizes
 from weight_transfer.plan.pieces import Pieces, plan_pieces
+from weight_transfer.plan.views import targets_of
 
 if TYPE_CHECKING:
     from weight_transfer.model.info import WeightTransferUpdateInfo
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from weight_transfer.model.targets import Targets
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, slots=False)
 class Arrivals:
     """What a worker receives by region.
 
@@ -44,6 +46,11 @@ class Arrivals:
     def nbytes(self) -> int:
         """Bytes of all pieces."""
         return sum(self.planned)
+
+    @cached_property
+    def views(self) -> list[torch.Tensor]:
+        """The part of its target that each piece fills."""
+        return targets_of(self.pieces, self.targets)
 
 
 class Keeping:
@@ -119,8 +126,6 @@ class Keeping:
             raise ManifestMismatchError(
                 "What this worker keeps of the weights has changed since it was asked; send again.", phase="update"
             )
-        if info.digests is not None:
-            raise ManifestMismatchError("Weights that come by region cannot be verified by digests.", phase="update")
         if self._plan is None or not self._plan.is_of(info.layout, kept):
             layout = Layout.from_wire(info.layout, info.manifest)
             pieces = plan_pieces(layout, kept, self._worker)

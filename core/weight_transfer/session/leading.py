@@ -6,18 +6,20 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from weight_transfer.config.settings import RECEIVER
 from weight_transfer.config.structuring import unstructure
 from weight_transfer.errors import LifecycleError, TransferTimeoutError, WeightTransferError
-from weight_transfer.memory.integrity import tensor_digest, tensor_digests
+from weight_transfer.memory.gpu_digests import Geometry
 from weight_transfer.session.asking import Asking
 from weight_transfer.session.calls import ECHOES, refused_in
-from weight_transfer.session.guarded import GuardedSource, named
+from weight_transfer.session.guarded import named
 from weight_transfer.session.part import Part, require_alike
 from weight_transfer.session.progress import Progress, timed
 from weight_transfer.session.region_plan import RegionPlan
+from weight_transfer.session.running import Running
 from weight_transfer.values.deadline import Deadline
 from weight_transfer.values.events import TransferFinished, TransferStarted
 from weight_transfer.values.report import TransferReport, WorkerReport
@@ -26,12 +28,13 @@ if TYPE_CHECKING:
     from weight_transfer.config.settings import WeightTransferConfig
     from weight_transfer.engine import TrainerWeightTransferEngine
     from weight_transfer.model.info import WeightTransferUpdateInfo
-    from weight_transfer.model.manifest import Manifest
     from weight_transfer.plan.exchange import OutgoingRegions
     from weight_transfer.plugins.manager import LoadedBackend
     from weight_transfer.session.calls import Calls, Lost
+    from weight_transfer.session.comparing import SentTables
     from weight_transfer.session.crew import Crew
     from weight_transfer.session.fleet import Fleet
+    from weight_transfer.session.guarded import GuardedSource
     from weight_transfer.session.lines import Message
     from weight_transfer.session.outgoing import Outgoing
     from weight_transfer.session.peers import Peer
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_MANY = 500  # weights: fewer are looked at in less time than it takes to say that an update is about to start
 _GRACE = 1.0  # seconds in which a rank that was stopped by an abort says so
 _LATE = 1.0  # seconds in which the other ranks may call send, to learn of an error that came before
 
@@ -59,6 +63,7 @@ class Leader:
         self._fleet = fleet
         self._crew = crew
         self._plans: dict[str, RegionPlan] = {}
+        self._geometry = Geometry()
 
     def send(self, prepare: Callable[[], Part], outgoing: Outgoing, choose: Callable[[], Version]) -> TransferReport:
         """Bring all workers to this rank's and the others' weights.
@@ -74,6 +79,8 @@ class Leader:
         met = False
         self._fleet.serve_with(self._crew)
         try:
+            if outgoing.params >= _MANY:
+                self._fleet.expect()
             asks = RECEIVER in self._config.cast.values()  # then workers join while it prepares, on every rank
             early = None if asks else prepare()
             readies = self._crew.meet(Deadline(self._config.timeout))
@@ -95,12 +102,13 @@ class Leader:
                 raise
             raise known from error
         self._crew.end(unstructure(report), None)
-        outgoing.version = report.version
+        outgoing.params = report.params
         return report
 
     def forget(self) -> None:
         """Let go of the weights."""
         self._plans.clear()
+        self._geometry = Geometry()
 
     def close(self) -> None:
         """Let go of the other ranks."""
@@ -117,41 +125,51 @@ class Leader:
         common |= {"nbytes": part.manifest.nbytes, "target": part.target}
         started = TransferStarted(**common, params=len(part.manifest.params), workers=len(self._fleet.peers))
         self._backend.notify("weight_transfer_started", started)
-        since, message = time.monotonic(), None
-        update = _Running(part, outgoing, version)
+        since = time.monotonic()
+        ended: dict[str, Any] = {"phases": {}}
+        update = Running(part, outgoing, version)
         try:
             try:
-                return self._send(update, readies, self._fleet.may_begin and self._crew.size == 1)
+                report = self._send(update, readies, ended["phases"], self._fleet.may_begin and self._crew.size == 1)
             except _Refused as refusal:
                 logger.info("joining all workers anew, since one has refused the update: %s", refusal.error)
                 self._fleet.abort(str(refusal.error))
-                return self._send(update, readies, begins=False)
+                ended["phases"].clear()
+                report = self._send(update, readies, ended["phases"], begins=False)
+            ended |= {"workers": report.workers, "lost": report.lost}
+            return report
         except BaseException as error:
             known = update.named(error, self._config.backend)
-            message = str(known) or type(known).__name__  # Ctrl-C says nothing
-            self._fleet.abort(message)
+            self._fleet.abort(str(known) or type(known).__name__)  # Ctrl-C says nothing
+            known = self._fleet.tenure.cause(known)
+            ended |= {"error": str(known) or type(known).__name__, "error_type": type(known).__name__}
             if known is error:
                 raise
             raise known from error
         finally:
-            with suppress(Exception) if message is not None else nullcontext():  # a collective that broke does so again
+            with suppress(Exception) if "error" in ended else nullcontext():  # a collective that broke does so again
                 update.drain()
-            event = TransferFinished(**common, seconds=time.monotonic() - since, error=message)
+            event = TransferFinished(**common, seconds=time.monotonic() - since, **ended)
             self._backend.notify("weight_transfer_finished", event)
 
-    def _send(self, update: _Running, readies: Sequence[Message], begins: bool) -> TransferReport:
+    def _send(
+        self, update: Running, readies: Sequence[Message], seconds: dict[str, float], begins: bool
+    ) -> TransferReport:
         """Run the update; if it ``begins`` with one call, workers hear of its start and of its weights at once.
+
+        ``seconds`` takes in what each phase takes.
 
         Raises:
             _Refused: a worker has refused to begin; it may join again.
         """
-        seconds: dict[str, float] = {}
         lost: Lost = {}
         fleet, part = self._fleet, update.part
         fleet.place(part.device)
         with timed(seconds, "init"):
             lost |= fleet.join()
             fleet.require_one(lost)
+            if not part.allow_rollback:
+                fleet.require_forward(part.target, update.version)
             plan = self._plan(part, readies, lost)
         deadline = Deadline(self._config.timeout)
         with timed(seconds, "start"):
@@ -168,7 +186,7 @@ class Leader:
             lost |= failures
             fleet.require_one(lost)
         with timed(seconds, "finish"):
-            lost |= fleet.finish(update.version, deadline)
+            lost |= fleet.finish(update.version, part.target, update.outgoing.update, deadline)
             fleet.require_one(lost)
         return self._report(update, plan, seconds, lost, noticed)
 
@@ -181,19 +199,19 @@ class Leader:
         return plan
 
     def _update(
-        self, update: _Running, plan: RegionPlan, deadline: Deadline, begins: bool
+        self, update: Running, plan: RegionPlan, deadline: Deadline, begins: bool
     ) -> tuple[Lost, dict[Peer, WorkerReport]]:
         """Move the bytes; return the workers that were lost, and what each has noticed."""
         engine, fleet, crew = self._fleet.engines.own, self._fleet, self._crew
         assert engine is not None
-        source = update.begin(plan, self._config.verify)
+        source = update.begin(plan, self._geometry if self._verifies else None)
         manifest = source.manifest()
         fields = engine.describe_update(source, manifest, deadline)
         outgoing = plan.outgoing(update.part)
         shares = self._shares(engine, plan, outgoing, deadline) if outgoing is not None else None
         if crew.size > 1:
             update.in_lockstep = True
-            crew.order("send", deadline, passes=update.passes)
+            crew.order("send", deadline)
         info: WeightTransferUpdateInfo = engine.update_info_cls(
             manifest=plan.manifest,
             timeout=max(deadline.remaining(), 1e-3),
@@ -201,8 +219,9 @@ class Leader:
             is_checkpoint_format=self._config.is_checkpoint_format,
             target=update.part.target,
             update=source.update,
+            allow_rollback=update.part.allow_rollback,
             base=update.outgoing.update if plan.manifest.partial else None,
-            digests=self._digests(source, manifest) if self._config.verify else None,
+            verify=None if self._config.verify == "none" else self._config.verify,
             layout=plan.wire,
             shares=shares,
             kept=plan.kept,
@@ -218,12 +237,13 @@ class Leader:
         progress = Progress(self._backend.notify, info, self._config.backend)
         try:
             if manifest.params:
-                with source.watched():
+                with source.watched(), update.noting(partial(self._go_on, deadline)):
                     engine.send_weights(source, manifest, deadline, progress)
-                source.finish()
+                    source.finish()
             if outgoing is not None:
                 engine.send_regions(outgoing, deadline, progress)
-            crew.answers("to give their weights", deadline)
+            regions = [plan.digests(outgoing)] if outgoing is not None and self._verifies else []
+            answers = crew.answers("to give their weights", deadline)
             failures = calls.wait(deadline)
         except Exception as error:
             cause = self._lost_in(source) or source.error or self._cause(error, calls)
@@ -236,23 +256,41 @@ class Leader:
         refusal = refused_in(failures) if begins else None
         if refusal is not None:
             raise _Refused(refusal)
+        noticed = {peer: WorkerReport.of(calls.results.get(peer)) for peer in messages}
+        if self._verifies:
+            regions += [answer.get("digests", {}) for answer in answers] if regions else []
+            answered = {peer: report for peer, report in noticed.items() if peer not in failures}
+            failures |= self._unlike(update.tables(plan, regions), answered, deadline)
         update.outgoing.remember(info, list(messages), failures)
         lost = fleet.settle(failures)
         progress(progress.left)
         engine.release_source()
         update.outgoing.update = source.update
-        noticed = {peer: WorkerReport.of(calls.results.get(peer)) for peer in messages}
         for peer, report in noticed.items():
             if report.asks_again:
                 peer.kept.pop(update.part.target, None)
         return lost, noticed
 
-    def _digests(self, source: GuardedSource, manifest: Manifest) -> tuple[str, ...]:
-        """Return the digest of each weight, in the manifest's order: all at once, if all keep their memory."""
-        resident = source.resident() if self._crew.size == 1 else {}  # else the other ranks gather them now
-        if len(resident) == len(manifest.params):
-            return tuple(tensor_digests([*resident.values()]))
-        return tuple(tensor_digest(tensor) for _, tensor in source)
+    @property
+    def _verifies(self) -> bool:
+        return self._config.verify != "none"
+
+    def _unlike(self, sent: SentTables, answered: dict[Peer, WorkerReport], deadline: Deadline) -> Lost:
+        """Return the workers that have received something else than was sent; they give up what they have."""
+        refusals = ((peer, sent.refusal(peer, report.receipts)) for peer, report in answered.items())
+        unlike: Lost = {peer: refusal for peer, refusal in refusals if refusal is not None}
+        if unlike and self._config.on_worker_failure == "continue":  # else all workers are to give up
+            aborting = list(unlike)
+            calls = self._fleet.call(
+                aborting, lambda peer: peer.abort(str(unlike[peer])), "abort_weight_update", deadline
+            )
+            calls.wait(deadline)
+        return unlike
+
+    def _go_on(self, deadline: Deadline) -> None:
+        """Raise if this rank need not go on with its own work on an update."""
+        deadline.check("taking digests of the weights", backend=self._config.backend, phase="update")
+        self._fleet.require_going_on()
 
     def _shares(
         self,
@@ -293,7 +331,7 @@ class Leader:
 
     def _report(
         self,
-        update: _Running,
+        update: Running,
         plan: RegionPlan,
         seconds: dict[str, float],
         lost: Lost,
@@ -317,6 +355,7 @@ class Leader:
             given=tuple(map(sum, zip(*moved, strict=True))),
             gathered=update.gathered,
             gathered_because=plan.reason if update.gathered else "",
+            receipts={peer.address: report.receipts for peer, report in noticed.items() if report.receipts},
         )
 
 
@@ -326,44 +365,3 @@ class _Refused(Exception):  # noqa: N818  (the update may still succeed)
     def __init__(self, error: LifecycleError) -> None:
         super().__init__(str(error))
         self.error = error
-
-
-class _Running:
-    """One update: what it sends whole, and in which state that is.
-
-    Attributes:
-        in_lockstep: whether the other ranks have been told to run the source's collectives.
-    """
-
-    def __init__(self, part: Part, outgoing: Outgoing, version: Version) -> None:
-        self.part = part
-        self.outgoing = outgoing
-        self.version = version
-        self.passes = 1
-        self.in_lockstep = False
-        self._source: GuardedSource | None = None
-
-    def begin(self, plan: RegionPlan, verify: bool) -> GuardedSource:
-        """Return the guarded source of what goes whole."""
-        whole, manifest = self.part.whole(plan.layout), self.part.manifest
-        self.passes = 2 if verify else 1
-        self._source = GuardedSource(whole, manifest if whole is self.part.source else whole.manifest(), self.passes)
-        return self._source
-
-    @property
-    def gathered(self) -> int:
-        """Bytes of the weights that were gathered from several ranks."""
-        source = self._source
-        if source is None or not source.collective:
-            return 0
-        here = source.resident().keys() | source.masters().keys()
-        return sum(param.nbytes for param in source.manifest().params if param.name not in here)
-
-    def drain(self) -> None:
-        """Finish the source's collectives, if other ranks run them."""
-        if self._source is not None and self.in_lockstep:
-            self._source.drain()
-
-    def named(self, error: BaseException, backend: str) -> BaseException:
-        """Give an error its place in the tree."""
-        return self._source.named(error, backend, self.version) if self._source else named(error, backend, self.version)

@@ -31,6 +31,7 @@ class Outgoing:
     Attributes:
         target: its name.
         version: the last one that was sent; None before the first.
+        params: how many weights it had.
         update: the id of its weights.
         encoder: of its update infos.
     """
@@ -38,6 +39,7 @@ class Outgoing:
     def __init__(self, target: str) -> None:
         self.target = target
         self.version: Version | None = None
+        self.params = 0
         self.update: str | None = None
         self.encoder = WireEncoder()
         self._module: ModuleSource | None = None

@@ -30,6 +30,7 @@ class Part:
         target: which of the receivers' models it is for.
         version: that ``send`` was given; None if it was given none.
         only: patterns of names, if some of the weights are sent.
+        allow_rollback: whether the version may be lower than what the workers have published.
         read: the manifest of the weights before any cast.
         source: what is sent, cast.
         manifest: of ``source``.
@@ -41,6 +42,7 @@ class Part:
     target: str
     version: Version | None
     only: tuple[str, ...] | None
+    allow_rollback: bool
     read: Manifest
     source: WeightSource
     manifest: Manifest
@@ -58,7 +60,8 @@ class Part:
         """What all ranks must have said alike, JSON-safe."""
         shared = {name: getattr(self.config, name) for name in _SHARED}
         only = list(self.only) if self.only is not None else None
-        return {"version": self.version, "target": self.target, "only": only, **shared}
+        asked = {"version": self.version, "target": self.target, "only": only, "allow_rollback": self.allow_rollback}
+        return asked | shared
 
     def whole(self, layout: Layout | None) -> WeightSource:
         """Return what does not go by region; the same object for the same layout."""

@@ -8,20 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from weight_transfer.control.channel import ControlChannel, takes_session
+from weight_transfer.control.channel import ControlChannel, takes_session, takes_update
 from weight_transfer.engine import WorkerSlot
 from weight_transfer.errors import ConfigError, HandshakeError
 from weight_transfer.model.manifest import Manifest
 from weight_transfer.plan.layout import Regions
 from weight_transfer.session.sharing import Keeper
 from weight_transfer.session.turns import Turns
+from weight_transfer.values.events import Version
+from weight_transfer.values.lease import Lease
 
 if TYPE_CHECKING:
     from weight_transfer.config.settings import WeightTransferConfig
     from weight_transfer.control.message import Message
-    from weight_transfer.values.events import Version
 
 _METHODS = ("init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update")
+_NAMED = ("session", "update")  # arguments that a channel's methods have under these names, wherever they stand
 
 
 @attrs.define(eq=False)
@@ -33,12 +35,15 @@ class Peer:
         channel: the channel.
         count: workers behind it.
         owned: whether the sender made the channel, and closes it.
+        added: whether they were added after the first join, and have not been greeted since.
         joined: whether they have joined the engine's current group.
         called: whether they were told of this trainer since they were last forgotten: then they must hear of an abort.
         started: whether an update is open on them.
         greeted: whether they have answered.
         status: what they answered; empty for a channel, or a server, without ``status``.
+        committed: by target, the version that they had published last when they joined, until this trainer's is.
         session: by what they know this trainer, if the channel carries sessions.
+        names_updates: whether they are told which update they are to publish.
         init_info: what they were sent to join.
         dtypes: of their weights by name, if they were asked and know.
         known: digest by field name of what they have been sent once, by target.
@@ -51,12 +56,15 @@ class Peer:
     channel: ControlChannel
     count: int
     owned: bool = False
+    added: bool = False
     joined: bool = False
     called: bool = False
     started: bool = False
     greeted: bool = False
     status: dict[str, Any] = attrs.field(factory=dict)
+    committed: dict[str, Version] = attrs.field(factory=dict)
     session: str | None = None
+    names_updates: bool = False
     init_info: dict[str, Any] = attrs.field(factory=dict)
     dtypes: dict[str, str] | None = None
     known: dict[str, dict[str, str]] = attrs.field(factory=dict)
@@ -93,11 +101,18 @@ class Peer:
         status_of: Callable[[], object] | None = getattr(self.channel, "status", None)
         return status_of() if status_of is not None else {}
 
-    def join(self, init_info: dict[str, Any], session: str) -> object:
+    @property
+    def lease(self) -> Lease | None:
+        """The newest that they have told of."""
+        return Lease.told(self.status)
+
+    def join(self, init_info: dict[str, Any], session: str, lease: Lease) -> object:
         """Have them join; from then on the session goes with each call, if the channel carries sessions."""
         self.session = session if takes_session(self.channel) else None
+        knows_leases = self.session is not None and "lease" in self.status
+        self.names_updates = knows_leases and takes_update(self.channel)
         self.called = True
-        self.init_info = init_info | self._session
+        self.init_info = init_info | self._session | ({"lease": attrs.asdict(lease)} if knows_leases else {})
         return self._call("init_weight_transfer_engine", init_info=self.init_info)
 
     def needs(self, request: dict[str, Any], manifest: Manifest) -> object:
@@ -129,6 +144,12 @@ class Peer:
         if answer is not None:
             self.known.setdefault(target, {})["manifest"] = manifest.digest
 
+    def expect(self) -> Future[None] | None:
+        """Say that an update is about to start, if they take that; return what is done once that has been said."""
+        expect = getattr(self.channel, "expect_weight_update", None)
+        said = expect(**self._session) if self.joined and expect is not None else None
+        return said if isinstance(said, Future) else None
+
     def start(self) -> object:
         """Open an update."""
         self.called = True
@@ -143,10 +164,11 @@ class Peer:
         self.called = True
         return self._call("begin_weight_update", update_info=info)
 
-    def finish(self, version: Version) -> object:
-        """Have them publish."""
+    def finish(self, version: Version, update: str | None) -> object:
+        """Have them publish a version, which an update has brought."""
         text = str(version) if self.text_versions else version
-        return self._call("finish_weight_update", weight_version=text, **self._session)
+        named = {"update": update} if self.names_updates else {}
+        return self._call("finish_weight_update", weight_version=text, **self._session, **named)
 
     def abort(self, reason: str) -> object:
         """Have them give up."""
@@ -158,7 +180,8 @@ class Peer:
             future: Future[Any] = self.channel.submit(method, **arguments)  # type: ignore[attr-defined]
             return future
         call: Callable[..., object] = getattr(self.channel, method)
-        return call(*(value for name, value in arguments.items() if name != "session"), **_only_session(arguments))
+        named = {name: value for name, value in arguments.items() if name in _NAMED}
+        return call(*(value for name, value in arguments.items() if name not in _NAMED), **named)
 
     @property
     def _session(self) -> dict[str, Any]:
@@ -180,10 +203,6 @@ class Peer:
         self.known, self.kept = {}, {}
 
 
-def _only_session(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {"session": arguments["session"]} if "session" in arguments else {}
-
-
 def make_peer(worker: str | ControlChannel, index: int, count: int, config: WeightTransferConfig) -> Peer:
     """Return the peer of a worker; a URL becomes an HTTP channel.
 
@@ -191,7 +210,7 @@ def make_peer(worker: str | ControlChannel, index: int, count: int, config: Weig
         worker: a URL or a control channel.
         index: its number, the name of a channel without an address.
         count: workers behind it, unless its attribute ``workers`` says otherwise.
-        config: token and timeouts of an HTTP channel.
+        config: token, certificates and timeouts of an HTTP channel.
 
     Raises:
         ConfigError: it is neither, or there is no worker behind it.
@@ -199,6 +218,7 @@ def make_peer(worker: str | ControlChannel, index: int, count: int, config: Weig
     channel: ControlChannel
     if isinstance(worker, str):
         from weight_transfer.control.http_client import HttpChannel
+        from weight_transfer.control.tls import Tls
 
         channel = HttpChannel(
             worker,
@@ -206,6 +226,7 @@ def make_peer(worker: str | ControlChannel, index: int, count: int, config: Weig
             timeout=config.timeout,
             status_timeout=min(config.timeout, config.init_timeout),
             connect_timeout=min(5.0, config.init_timeout / 2),
+            tls=Tls.of(config),
         )
     elif all(callable(getattr(worker, method, None)) for method in _METHODS):
         channel = worker

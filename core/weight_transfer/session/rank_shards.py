@@ -43,7 +43,7 @@ class RankShards:
         """
         shards = source.shards()
         if shards is not self._shards or manifest is not self._manifest or self._regions is None:
-            fitting = GuardedSource(source, manifest, passes=0).shards()
+            fitting = GuardedSource(source, manifest).shards()
             self._own = {
                 name: [shard for shard in some if not shard.common or self.rank == 0] for name, some in fitting.items()
             }

@@ -6,9 +6,8 @@ Its states are drawn in `weight_transfer.session.lifecycle`.
 from __future__ import annotations
 
 import secrets
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -18,8 +17,9 @@ from weight_transfer.model.dtypes import dtypes_answer
 from weight_transfer.model.info import MODEL
 from weight_transfer.plugins.manager import add_observers, load_backend
 from weight_transfer.plugins.read_config import load_config
-from weight_transfer.session.lifecycle import ANYONE, Anyone, Lifecycle, ReceiverState
-from weight_transfer.session.serving import Served, Signal, Watch
+from weight_transfer.session.lifecycle import ANYONE, ReceiverState
+from weight_transfer.session.occupied import Occupied, lease_in
+from weight_transfer.session.serving import Watch
 from weight_transfer.session.update import Update
 from weight_transfer.session.updating import Joined, device_of, further_target, targets_of
 from weight_transfer.values.deadline import Deadline
@@ -34,15 +34,12 @@ if TYPE_CHECKING:
 
 __all__ = ["ReceiverState", "WeightReceiver"]
 
-_ABORT_INTERVAL = 0.2  # seconds
-
-
 _IDLE = (ReceiverState.CREATED, ReceiverState.READY, ReceiverState.FAILED)
 _ANSWER = 0.9
 """Part of ``timeout`` after which samplers are given up, so that their names reach the trainer in time."""
 
 
-class WeightReceiver:
+class WeightReceiver(Occupied):
     """Receives weight versions into a model of this process. Its methods may be called from any thread.
 
     Give it to `serve`, to a `WeightSender` of the same process, or call
@@ -64,6 +61,8 @@ class WeightReceiver:
             empty list keeps nothing. Or a function that takes the `Manifest` and returns such a mapping; it is called
             once for each new manifest, and again when the model's tensors have moved. These weights never go to
             ``load_weights`` nor are copied by name; all others do, or are.
+        version: of the weights that ``model`` has already, which is served at once; by default nothing is served before
+            the first update.
 
     Raises:
         ConfigError: a config key is wrong, or ``model`` is no module; or what is needed is declared wrongly: two
@@ -82,21 +81,21 @@ class WeightReceiver:
         targets: Mapping[str, nn.Module] | None = None,
         ignore: Sequence[str] = (),
         needs: Needs | None = None,
+        version: Version | None = None,
     ) -> None:
         self.config: WeightTransferConfig = load_config(config)
-        self._targets = targets_of(model, load_weights, process_weights_after_loading, targets or {}, ignore, needs)
+        super().__init__(self.config)
+        self._targets = targets_of(
+            model, load_weights, process_weights_after_loading, targets or {}, ignore, needs, self.config.staging
+        )
         self._ignore = ignore
         parallel = parallel_config or ParallelConfig()
         self.parallel_config = attrs.evolve(parallel, device=parallel.device or device_of(model))
         self._id = secrets.token_hex(8)
         self._backend = load_backend(self.config.backend)
         add_observers(self._backend, self.config.observers, observers)
-        self._changed = Signal()
-        self._served = Served(self._changed)
-        self._lifecycle = Lifecycle(self._changed, self.config.timeout, self.config.backend)
-        self._joined: Joined | None = None
-        self._update: Update | None = None
-        self._last_error: str | None = None
+        if version is not None:
+            self._served.publish(MODEL, as_version(version), None)
 
     @property
     def state(self) -> ReceiverState:
@@ -179,7 +178,7 @@ class WeightReceiver:
             ConfigError: it is no module, or the name is the first model's.
             LifecycleError: an update is under way, or the receiver is closed.
         """
-        added = further_target(name, model, load_weights, self._ignore)
+        added = further_target(name, model, load_weights, self._ignore, self.config.staging)
         with self._operation("add_target", ANYONE, *_IDLE):
             with self._changed:
                 self._targets = {**self._targets, name: added}
@@ -199,13 +198,15 @@ class WeightReceiver:
         Raises:
             ConfigError: ``init_info`` is wrong; the sentence names the key.
             BackendUnavailableError: this machine lacks what the backend needs.
+            ReplacedError: the trainer's lease is older than another's that was here.
             HandshakeError, PeerLostError, TransferTimeoutError: joining failed.
         """
-        self._make_way(init_info)
+        lease = lease_in(init_info)
+        self._make_way(init_info, lease)
         with self._operation("init_weight_transfer_engine", ANYONE):
+            self._lifecycle.hand_to(init_info.get("session"), lease)
             self._leave("a trainer initialised this worker anew")
             self._lifecycle.set(ReceiverState.CREATED)
-            self._lifecycle.hand_to(init_info.get("session"))
             self._joined = Joined(self._backend.create_worker_engine(self.config, self.parallel_config), self._backend)
             try:
                 info = self._joined.join(init_info)
@@ -217,8 +218,21 @@ class WeightReceiver:
             self._lifecycle.set(ReceiverState.READY)
             return dtypes_answer(info, self._targets[MODEL].loaders)
 
+    def expect_weight_update(self, session: str | None = None) -> None:
+        """Do what can be done before an update that is about to start; it changes nothing that anybody sees.
+
+        Args:
+            session: see `start_weight_update`. What another trainer expects does not matter.
+        """
+        with self._changed:
+            joined = self._joined if session in (None, self._lifecycle.session) else None
+        if joined is not None:
+            joined.expect()
+
     def start_weight_update(self, session: str | None = None) -> None:
         """Begin an update: wait until nobody samples any more, and serve no version until it is over.
+
+        With ``staging`` the old version is served until `finish_weight_update`, which waits in its turn.
 
         Args:
             session: that of the init info, if it had one; also in the calls below.
@@ -230,12 +244,18 @@ class WeightReceiver:
         """
         with self._operation("start_weight_update", session, ReceiverState.READY), self._changed:
             self._update = update = Update(self.config.timeout)
-            self._served.held_back = True
             self._lifecycle.set(ReceiverState.UPDATING)
+            if self.config.staging == "none":
+                self._hold_samplers(update, "start")
+
+    def _hold_samplers(self, update: Update, phase: str) -> None:
+        """Let nobody begin to sample, and wait until nobody samples; end the update if that takes too long."""
+        with self._changed:
+            self._served.held_back = True
             answer = Deadline(_ANSWER * self.config.timeout)  # the trainer's deadline comes a moment later
 
             def check(what: str) -> None:
-                answer.check(what, backend=self.config.backend, phase="start")
+                answer.check(what, backend=self.config.backend, phase=phase)
                 update.check(what)
 
             try:
@@ -305,37 +325,54 @@ class WeightReceiver:
         finally:
             self._served.resume()
 
-    def finish_weight_update(self, weight_version: Version | None = None, session: str | None = None) -> None:
+    def finish_weight_update(
+        self, weight_version: Version | None = None, session: str | None = None, update: str | None = None
+    ) -> None:
         """Publish the version.
 
         Args:
             weight_version: its name, if none came with the update; else the same one (as text, if the trainer's channel
                 turns versions into text), or None.
             session: see `start_weight_update`.
+            update: id of the update that is to be published, if the trainer names it: ``update`` of the update info.
 
         Raises:
+            StaleCommitError: it is not the one that has arrived here.
             LifecycleError: the update has not received its weights, or was announced as another version.
             SessionError: another trainer has joined since.
         """
-        with self._operation("finish_weight_update", session, ReceiverState.UPDATING):
-            update = self._update
-            if self._joined is None or update is None or not update.complete:
-                raise self._lifecycle.refusal(
-                    "finish_weight_update", "its weights have not arrived; call update_weights first"
-                )
-            version = update.version if weight_version is None else as_version(weight_version)
+        method = "finish_weight_update"
+        with self._operation(method, session, *(() if update is not None else (ReceiverState.UPDATING,))):
+            arrived = self._update
+            if update is not None and (arrived is None or arrived.id != update):
+                raise self._lifecycle.stale_commit(update, None if arrived is None else arrived.id)
+            if self._joined is None or arrived is None or not arrived.complete:
+                raise self._lifecycle.refusal(method, "its weights have not arrived; call update_weights first")
+            version = arrived.version if weight_version is None else as_version(weight_version)
             if version is None:
-                raise self._lifecycle.refusal("finish_weight_update", "the update has no version; name one")
-            if update.version is not None:
-                if not is_same(version, update.version, as_text=self._joined.text_versions):
-                    why = f"these weights were announced as version {update.version!r}, not {version!r}"
-                    raise self._lifecycle.refusal("finish_weight_update", why)
-                version = update.version
-            self._joined.tell_end(update, version, None)
+                raise self._lifecycle.refusal(method, "the update has no version; name one")
+            if arrived.version is not None:
+                if not is_same(version, arrived.version, as_text=self._joined.text_versions):
+                    why = f"these weights were announced as version {arrived.version!r}, not {version!r}"
+                    raise self._lifecycle.refusal(method, why)
+                version = arrived.version
+            if arrived.staged is not None:
+                self._swap_in(arrived)
+            self._joined.tell_end(arrived, version, None)
             with self._changed:
                 self._update, self._last_error = None, None
-                self._served.publish(update.target, version, update.id)
+                self._served.publish(arrived.target, version, arrived.id, arrived.digest)
                 self._lifecycle.set(ReceiverState.READY)
+
+    def _swap_in(self, update: Update) -> None:
+        """Load what was kept apart, while nobody samples."""
+        assert self._joined is not None
+        self._hold_samplers(update, "finish")
+        try:
+            self._joined.commit(update, self._targets)
+        except BaseException as error:
+            self._end_update(str(error))
+            raise
 
     def abort_weight_update(self, reason: str = "the trainer aborted the update", session: str | None = None) -> None:
         """Give up the running update or join, also from another thread, and leave the trainer: it has to join anew.
@@ -368,21 +405,52 @@ class WeightReceiver:
         """
         self._abort("leave", reason, ANYONE)
 
-    def status(self) -> dict[str, Any]:
-        """Return ``state``, ``version``, ``versions`` by target, ``backend``, ``workers`` (1), ``error`` and ``id``.
+    @property
+    def failed(self) -> bool:
+        """Whether a failed update has spoiled the weights: then nothing is served until a good one."""
+        self._give_up_if_abandoned()
+        return bool(self._served.torn)
 
-        The error is of the time since the last good update. The id is this receiver's own, by which a trainer knows a
-        worker that it was given under two addresses.
+    def status(self) -> dict[str, Any]:
+        """Return how this receiver stands, JSON-safe.
+
+        | key | |
+        |---|---|
+        | ``state`` | see `ReceiverState` |
+        | ``version`` | that is served; None as long as none is |
+        | ``versions`` | by target, of those whose weights are whole |
+        | ``published`` | when the model's version was, in seconds since 1970; None if none is served |
+        | ``committed`` | by target, the last that was published, whether or not its weights are still whole |
+        | ``updates`` | by target, the id of the update that brought the weights |
+        | ``digests`` | by target, the digest of its receipt, if bytes were compared |
+        | ``prepared`` | ``target``, ``version`` and ``update`` of what has arrived and is not published yet, or None |
+        | ``lease`` | ``number`` and ``holder`` of the newest trainer; None if none has come with a lease |
+        | ``backend`` | its name |
+        | ``workers`` | 1 |
+        | ``error`` | of the time since the last good update, or None |
+        | ``id`` | this receiver's own, by which a trainer knows a worker that it was given under two addresses |
         """
-        return {
-            "state": str(self.state),
-            "version": self.version,
-            "versions": self.versions,
-            "backend": self.config.backend,
-            "workers": 1,
-            "error": self._last_error,
-            "id": self._id,
-        }
+        version = self.version
+        with self._changed:
+            update, lease = self._update, self._lifecycle.lease
+            prepared = update if update is not None and update.complete else None
+            return {
+                "state": str(self._lifecycle.state),
+                "version": version,
+                "versions": self.versions,
+                "published": None if version is None else self._served.published,
+                "committed": dict(self._served.committed),
+                "updates": dict(self._served.updates),
+                "digests": dict(self._served.digests),
+                "prepared": None
+                if prepared is None
+                else {"target": prepared.target, "version": prepared.version, "update": prepared.id},
+                "lease": None if lease is None else attrs.asdict(lease),
+                "backend": self.config.backend,
+                "workers": 1,
+                "error": self._last_error,
+                "id": self._id,
+            }
 
     def close(self) -> None:
         """Abort a running update and shut the engine down. The model keeps its weights, and nothing here keeps it."""
@@ -400,105 +468,6 @@ class WeightReceiver:
     def __repr__(self) -> str:
         return f"<WeightReceiver {self.config.backend}: {self._lifecycle.state}, version {self._served.current!r}>"
 
-    def _make_way(self, init_info: dict[str, Any]) -> None:
-        """End what is under way of another trainer than the one that joins."""
-        session, seconds = init_info.get("session"), init_info.get("timeout")
-        with self._changed:
-            another = session is not None and session != self._lifecycle.session
-            held_up = self._lifecycle.busy is not None
-        if another and held_up:
-            patience = min(self.config.timeout, seconds) if isinstance(seconds, (int, float)) else self.config.timeout
-            reason = "another trainer has taken this worker over"
-            self._abort("init_weight_transfer_engine", reason, ANYONE, Deadline(patience))
-
     def _watch(self, look: Callable[[], None], timeout: float | None) -> Watch:
         deadline = Deadline(self.config.timeout if timeout is None else timeout)
         return Watch(look, deadline, lambda: self._lifecycle.state, self.config.backend)
-
-    def _abort(self, method: str, reason: str, session: str | Anyone | None, deadline: Deadline | None = None) -> None:
-        """Give up what is under way, and leave the trainer; by default wait ``config.timeout`` seconds for that."""
-        deadline = deadline or Deadline(self.config.timeout)
-        while True:
-            with self._changed:
-                self._lifecycle.require_session(method, session)
-                update, joined, busy = self._update, self._joined, self._lifecycle.busy
-                if update is not None:
-                    update.abort(reason)
-                self._changed.notify_all()
-            if busy not in ("init_weight_transfer_engine", "update_weights") or deadline.expired:
-                break
-            if joined is not None:  # else its engine is being made; it may also not have come to what is to be aborted
-                joined.engine.abort_update()
-            with self._changed:
-                self._changed.wait_for(lambda: self._lifecycle.busy != busy, _ABORT_INTERVAL)  # noqa: B023  (called here)
-        with self._operation(method, session, waits=deadline):
-            if self._joined is joined:  # else the operation that was under way has let go of it
-                self._leave(reason)
-
-    def _leave(self, reason: str) -> None:
-        """End what is open with the present trainer, and let go of its engine."""
-        self._end_update(reason)
-        self._drop_engine()
-        if self._lifecycle.state is ReceiverState.READY:
-            self._lifecycle.set(ReceiverState.CREATED)
-
-    def _end_update(self, reason: str) -> None:
-        """Leave the updating state after a failure: served as before if untouched, else no version."""
-        update, joined = self._update, self._joined
-        if update is None:
-            return
-        self._last_error = reason
-        if update.begun and joined is not None:
-            joined.tell_end(update, update.version, reason)
-            self._drop_engine()
-        update.give_up(reason)
-        with self._changed:  # an abort that still sees the update waits for this
-            self._update = None
-            if update.touched:
-                self._served.tear(update.target)
-                self._lifecycle.set(ReceiverState.FAILED)
-            else:
-                self._served.resume()
-                self._lifecycle.set(ReceiverState.CREATED if self._joined is None else ReceiverState.READY)
-
-    def _drop_engine(self) -> None:
-        joined, self._joined = self._joined, None
-        if joined is not None:
-            joined.engine.shutdown()
-
-    @contextmanager
-    def _operation(
-        self, method: str, session: str | Anyone | None, *states: ReceiverState, waits: Deadline | None = None
-    ) -> Iterator[None]:
-        self._give_up_if_abandoned()
-        with self._lifecycle.operation(method, session, *states, waits=waits):
-            yield
-
-    def _abandoned(self) -> str | None:
-        """Return why the present trainer will not go on, if that is so; None while it may."""
-        with self._changed:
-            if self._lifecycle.busy or self._joined is None:
-                return None
-            if self._joined.engine.lost:
-                return "the trainer has closed its connection or died"
-            if self._update is not None and self._update.deadline.expired:
-                return "the trainer did not go on with the update within its deadline"
-        return None
-
-    def _give_up_on_thread(self) -> None:
-        """Have it done for somebody who waits with a deadline: closing an engine may take a moment."""
-        if self._abandoned():
-            threading.Thread(target=self._give_up_if_abandoned, daemon=True).start()
-
-    def _give_up_if_abandoned(self) -> None:
-        """A trainer that died between two calls leaves an update open; the engine's notice or its deadline ends it."""
-        with ExitStack() as stack:
-            with self._changed:
-                reason = self._abandoned()
-                if reason is None or self._joined is None:
-                    return
-                stack.enter_context(self._lifecycle.giving_up())
-            lost = self._joined.engine.lost
-            self._end_update(reason)
-            if lost:
-                self._leave(reason)

@@ -11,6 +11,7 @@ from weight_transfer.errors import ConfigError
 from weight_transfer.model.manifest import Manifest
 from weight_transfer.plan.layout import NONE, Layout, Regions
 from weight_transfer.plan.merging import merged_manifest
+from weight_transfer.plan.pieces import plan_pieces
 from weight_transfer.session.sharing import Keeper, Sharing, layout_for
 
 if TYPE_CHECKING:
@@ -82,6 +83,17 @@ class RegionPlan:
         """Return what rank 0 gives by region; None if nothing goes that way."""
         return self._sharing.outgoing(part.shards)
 
+    def digests(self, outgoing: OutgoingRegions) -> dict[str, str]:
+        """Return the digests of what rank 0 gives by region; see `Sharing.digests`."""
+        return self._sharing.digests(outgoing)
+
+    def names_of(self, worker: int, rank: int, numbers: Sequence[int]) -> list[str]:
+        """Return the names of the weights that some pieces are of, which a worker takes of a rank."""
+        keeper = next(keeper for keeper in self._keepers if keeper.worker == worker)
+        assert self.layout is not None and keeper.kept is not None
+        pieces = plan_pieces(self.layout, keeper.kept, worker).of_rank(rank)
+        return [self.layout.manifest.params[number].name for number in pieces.param[list(numbers)].tolist()]
+
     def shares(self, said: Sequence[dict[str, Any] | None]) -> tuple[dict[str, Any], ...]:
         """Put together what the ranks' engines say; None stands for what a rank said last.
 
@@ -142,7 +154,7 @@ class RegionPlan:
     def _reason(self, part: Part, ranks: Sequence[Regions] | None, keepers: Sequence[Keeper]) -> str:
         """Say why what lies on several ranks is gathered; the first reason that holds."""
         if ranks is None:
-            return "verify compares whole weights" if part.config.verify else "the backend does not move regions"
+            return "the backend does not move regions"
         whole = self.manifest if self.layout is None else self.layout.whole
         for param in whole.params:
             number = self.manifest.numbers[param.name]
@@ -161,7 +173,7 @@ class RegionPlan:
             name = (lacking or whole.params)[0].name
             raise ConfigError(
                 f"{name!r} lies on several trainer ranks that cannot gather it, so it must go by region: that needs "
-                "a backend that moves regions (ipc, nccl, rdma), verify = false, and workers that have targets."
+                "a backend that moves regions (ipc, nccl, rdma), and workers that have targets."
             )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from weight_transfer.errors import ConfigError, LifecycleError
+from weight_transfer.errors import CommitError, ConfigError, LifecycleError
 from weight_transfer.model.autograd_modes import reading
 from weight_transfer.model.info import MODEL
 from weight_transfer.plugins.manager import add_observers, load_backend
@@ -107,6 +107,7 @@ class WeightSender:
         *,
         target: str = MODEL,
         only: Sequence[str] | None = None,
+        allow_rollback: bool = False,
     ) -> TransferReport:
         """Bring all workers to these weights. The weights may change as soon as this returns.
 
@@ -117,6 +118,8 @@ class WeightSender:
             target: which of the receivers' models these weights are for; see ``targets`` of `WeightReceiver`.
             only: names or glob patterns of the weights to send; the workers keep the others, of the version that this
                 sender has sent before, and the new version covers all of them.
+            allow_rollback: whether ``version`` may be a lower number than the last one that a worker has published; the
+                same on all ranks.
 
         Returns:
             What was sent, to whom and how fast; the same on every trainer rank.
@@ -125,6 +128,12 @@ class WeightSender:
             TransferError: the update failed; ``peer`` names the worker or the trainer rank. No worker publishes the
                 version, and the next ``send`` joins all of them again. All trainer ranks raise the same. With
                 ``on_worker_failure = "continue"`` only if it failed on all.
+            CommitError: all workers had received the version, which decides it, but not all have published it. Those in
+                ``published`` serve it, and `version` is the new one. Not with ``"continue"``: then the others are in
+                the report's ``lost``.
+            RollbackError: a worker has published a higher version; nothing was changed.
+            ReplacedError: a newer sender has taken a worker over, whatever ``on_worker_failure`` says. This one is
+                refused from now on; a new one takes the workers back.
         """
         with self._operation("send"):
             outgoing = self._targets.setdefault(target, Outgoing(target))
@@ -146,13 +155,18 @@ class WeightSender:
                 regions = shards.read(source, manifest) if self._by_region else None
                 called = as_version(version) if version is not None else None
                 some = tuple(only) if only is not None else None
-                return Part(self.config, target, called, some, read, source, manifest, shards, regions)
+                return Part(self.config, target, called, some, allow_rollback, read, source, manifest, shards, regions)
 
-            if isinstance(role, Follower):
-                report = role.send(prepare)
-                outgoing.version = report.version
-                return report
-            return role.send(prepare, outgoing, lambda: self._next(version, outgoing))
+            try:
+                if isinstance(role, Follower):
+                    report = role.send(prepare)
+                else:
+                    report = role.send(prepare, outgoing, lambda: self._next(version, outgoing))
+            except CommitError as error:
+                outgoing.version = error.version
+                raise
+            outgoing.version = report.version
+            return report
 
     async def asend(
         self,
@@ -161,6 +175,7 @@ class WeightSender:
         *,
         target: str = MODEL,
         only: Sequence[str] | None = None,
+        allow_rollback: bool = False,
     ) -> TransferReport:
         """`send` for asyncio: the event loop goes on meanwhile.
 
@@ -168,7 +183,8 @@ class WeightSender:
         more.
         """
         sending = background.start(
-            lambda: self.send(weights, version, target=target, only=only), "weight-transfer send"
+            lambda: self.send(weights, version, target=target, only=only, allow_rollback=allow_rollback),
+            "weight-transfer send",
         )
         try:
             return await asyncio.shield(sending)
@@ -180,6 +196,9 @@ class WeightSender:
 
     def add_worker(self, worker: str | ControlChannel) -> None:
         """Send to one more worker or replica, from the next `send` on.
+
+        If another trainer has used it since this one began, that `send` takes it over, as a new sender would; then all
+        workers join again.
 
         Raises:
             ConfigError: a worker of that address is there already.
@@ -239,7 +258,7 @@ class WeightSender:
 
     @property
     def _by_region(self) -> bool:
-        return self._fleet.engines.by_region and not self.config.verify
+        return self._fleet.engines.by_region
 
     def _role_of(self, ranks: ParallelConfig) -> Leader | Follower:
         """Return what this process is among the trainer's ranks; the same object while there are as many."""

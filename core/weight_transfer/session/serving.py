@@ -99,15 +99,21 @@ class Served:
     Attributes:
         versions: by target, of those whose weights are whole.
         updates: the ids of these weights, by target, as far as the trainers have told them.
+        digests: the digests of their receipts, by target, as far as bytes were compared.
+        committed: the last versions that were published, by target, whether or not their weights are still whole.
         torn: targets that an update has spoiled; while there is one, nothing is served.
         held_back: whether an update is open, so that nobody may begin to sample.
+        published: when the model's version was published, in seconds since 1970; None before the first.
     """
 
     def __init__(self, changed: Signal) -> None:
         self.versions: dict[str, Version] = {}
         self.updates: dict[str, str | None] = {}
+        self.digests: dict[str, str] = {}
+        self.committed: dict[str, Version] = {}
         self.torn: set[str] = set()
         self.held_back = False
+        self.published: float | None = None
         self._changed = changed
         self._holds: set[_Hold] = set()
         self._sampled = False
@@ -152,10 +158,16 @@ class Served:
 
         return forget
 
-    def publish(self, target: str, version: Version, update: str | None) -> None:
+    def publish(self, target: str, version: Version, update: str | None, digest: str = "") -> None:
         """Let samplers in, to new weights."""
         with self._changed:
+            self.digests.pop(target, None)
+            if digest:
+                self.digests[target] = digest
             self.versions[target], self.updates[target] = version, update
+            self.committed[target] = version
+            if target == MODEL:
+                self.published = time.time()  # noqa: TID251  (the time of day)
             self.torn.discard(target)
             self.resume()
 
@@ -164,6 +176,7 @@ class Served:
         with self._changed:
             self.versions.pop(target, None)
             self.updates.pop(target, None)
+            self.digests.pop(target, None)
             self.torn.add(target)
             self.resume()
 
@@ -172,6 +185,8 @@ class Served:
         with self._changed:
             self.versions.pop(target, None)
             self.updates.pop(target, None)
+            self.digests.pop(target, None)
+            self.committed.pop(target, None)
             self.torn.discard(target)
             self._changed.notify_all()
 

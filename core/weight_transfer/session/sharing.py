@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import numpy as np
 
+from weight_transfer.memory.gpu_digests import Geometry
 from weight_transfer.plan.exchange import OutgoingRegions, Taker
 from weight_transfer.plan.layout import NONE, Layout, Regions
 from weight_transfer.plan.pieces import Pieces, plan_pieces
+from weight_transfer.session.sent_pieces import SentPieces
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,6 +92,8 @@ class Sharing:
         self._layout: Layout | None = None
         self._keepers: Sequence[Keeper] = ()
         self._outgoing: OutgoingRegions | None = None
+        self._sent: SentPieces | None = None
+        self._geometry = Geometry()
 
     @property
     def layout(self) -> Layout | None:
@@ -99,7 +103,7 @@ class Sharing:
     def plan(self, layout: Layout | None, keepers: Sequence[Keeper]) -> None:
         """Take the present layout and workers; the same objects while they are unchanged."""
         if layout is not self._layout or keepers is not self._keepers:
-            self._layout, self._keepers, self._outgoing = layout, keepers, None
+            self._layout, self._keepers, self._outgoing, self._sent = layout, keepers, None, None
 
     def outgoing(self, shards: RankShards) -> OutgoingRegions | None:
         """Return what this rank gives; the same object while nothing changed, and None if nothing goes by region."""
@@ -114,6 +118,15 @@ class Sharing:
             ]
             self._outgoing = OutgoingRegions(rank=self._rank, layout=layout, tensors=tensors, takers=takers)
         return self._outgoing
+
+    def digests(self, outgoing: OutgoingRegions) -> dict[str, str]:
+        """Return the `DigestTable` of the pieces that each worker takes, as text by its number as text.
+
+        Workers that take nothing are absent. What several take is digested once.
+        """
+        if self._sent is None or self._sent.outgoing is not outgoing:
+            self._sent = SentPieces(outgoing, self._geometry)
+        return self._sent.tables()
 
     def _pieces(self, layout: Layout, keeper: Keeper) -> Pieces:
         assert keeper.kept is not None

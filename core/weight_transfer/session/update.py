@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import operator
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from weight_transfer.errors import IntegrityError, ManifestMismatchError, PeerLostError, TransferError
+from weight_transfer.errors import ManifestMismatchError, PeerLostError, TransferError
 from weight_transfer.model.info import MODEL, TRAINER_LEFT
 from weight_transfer.model.loading import InPlaceLoader
 from weight_transfer.model.manifest import torch_dtype
+from weight_transfer.model.staged_loading import StagedLoader
 from weight_transfer.values.deadline import Deadline
 from weight_transfer.values.events import TransferProgress
 
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
     from weight_transfer.model.info import WeightTransferUpdateInfo
     from weight_transfer.model.loading import WeightLoader, Weights
     from weight_transfer.model.manifest import Manifest, ParamMeta
+    from weight_transfer.session.arrived import Arrived
     from weight_transfer.session.keeping import Arrivals
     from weight_transfer.values.events import Version
+    from weight_transfer.values.report import Receipt
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +37,7 @@ class Update:
     """The ``load_weights`` that an engine is given: it lets weights through to the loader, and nothing else.
 
     It refuses weights after the deadline or an abort, names that are not in the manifest or come twice, wrong shapes
-    and dtypes, and, if digests came along, wrong bytes.
+    and dtypes. If the trainer is to compare bytes, it has their digests taken.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -50,6 +53,8 @@ class Update:
         self.complete = False
         self.abort_reason: str | None = None
         self.loader: WeightLoader | None = None
+        self.receipt: Receipt | None = None
+        self.staged: StagedLoader | None = None
         self._backend = ""
         self._done = 0
         self._told = 0.0
@@ -61,6 +66,7 @@ class Update:
         backend: str,
         arrivals: Arrivals | None = None,
         in_place: InPlace | None = None,
+        arrived: Arrived | None = None,
     ) -> None:
         """Take the typed info; from here on the engine may load.
 
@@ -70,13 +76,14 @@ class Update:
             backend: for errors.
             arrivals: what comes by region; None if all comes whole.
             in_place: what the loader's last update of this model has found.
+            arrived: notes what arrives; None if nothing is compared.
         """
         self.deadline = Deadline(info.timeout)
         self.version, self.id = info.version, info.update
         self.nbytes = info.manifest.nbytes
         self.params = len(info.manifest.params)
         self.begun = True
-        self._manifest = info.manifest
+        self.manifest = info.manifest
         self._progress = progress
         self._backend = backend
         whole = info.manifest if arrivals is None else arrivals.layout.whole
@@ -87,7 +94,13 @@ class Update:
         self._whole = whole.nbytes
         self._total = whole.nbytes + (0 if arrivals is None else arrivals.nbytes)
         self._destinations = (in_place or InPlace()).of(self._begun_loader, whole)
-        self._digests = dict(zip(whole.by_name, info.digests, strict=True)) if info.digests else {}
+        self._arrived = arrived
+        self.staged = self.loader if isinstance(self.loader, StagedLoader) else None
+
+    @property
+    def digest(self) -> str:
+        """The digest of its receipt; empty if nothing was compared."""
+        return self.receipt.digest if self.receipt is not None else ""
 
     def abort(self, reason: str) -> None:
         """Let no further weights through."""
@@ -137,9 +150,11 @@ class Update:
         self.check()
         self.touched = True
 
-    def written(self, nbytes: int) -> None:
-        """Say that bytes of `destinations` have been written; `finish` counts them."""
+    def written(self, nbytes: int, names: Iterable[str] = ()) -> None:
+        """Say that bytes of `destinations` have been written; `finish` counts them. ``names`` are whole now."""
         self.check()
+        if self._arrived is not None and self._destinations is not None:
+            self._arrived.take_written(names, self._destinations)
         self._written = (self._written or 0) + nbytes
         self.moved(nbytes)
 
@@ -159,8 +174,9 @@ class Update:
         if not in_place:
             for name, tensor in weights:
                 self._accept(name, tensor)
-            self._verify(weights)
-        self.touched = True
+        if self._arrived is not None:
+            self._arrived.take(weights)
+        self.touched = self.touched or self.staged is None
         if not in_place:
             self._begun_loader(weights)
         self._tell()
@@ -177,8 +193,23 @@ class Update:
                 phase="update",
                 version=self.version,
             )
+        if self._arrived is not None:
+            self._arrived.end()
         self._begun_loader.finish()
+        if self.staged is None:
+            self._read_back()
         self.complete = True
+
+    def commit(self) -> None:
+        """Load what was kept apart, if it was; nobody samples."""
+        if self.staged is not None:
+            self.touched = True
+            self.staged.commit()
+            self._read_back()
+
+    def _read_back(self) -> None:
+        if self._arrived is not None:
+            self._arrived.read_back()
 
     def _count_written(self, written: int) -> None:
         """See that what was written in place are the bytes of all that was not handed over."""
@@ -190,9 +221,9 @@ class Update:
                 phase="update",
                 version=self.version,
             )
-        if self._digests:
+        if self._arrived is not None:
             assert self._destinations is not None
-            self._verify([(name, self._destinations[name]) for name in self._missing])
+            self._arrived.take_left(self._destinations)
         self._unaccepted = {}
 
     @property
@@ -207,7 +238,7 @@ class Update:
 
         Thousands of tensors cost less than one by one, and there is nothing left to load.
         """
-        destinations = None if self._digests else self.destinations()
+        destinations = self.destinations()
         if destinations is None or len(weights) < _MANY:
             return False
         by_name = dict(weights)
@@ -230,24 +261,6 @@ class Update:
             got = f"{tensor.dtype} {list(tensor.shape)}"
             raise ManifestMismatchError(f"Parameter {meta} arrived as {got}.", phase="update", version=self.version)
         self._done += meta.nbytes
-
-    def _verify(self, weights: Weights) -> None:
-        """Compare digests, if any came along."""
-        if not self._digests:
-            return
-        from weight_transfer.memory.integrity import tensor_digests
-
-        for (name, _), got in zip(weights, tensor_digests([tensor for _, tensor in weights]), strict=True):
-            expected = self._digests[name]
-            if expected != got:
-                raise IntegrityError(
-                    f"Parameter {name!r} arrived with other bytes than were sent; send the update again.",
-                    phase="update",
-                    version=self.version,
-                    param=name,
-                    expected=expected,
-                    got=got,
-                )
 
     def _tell(self) -> None:
         now = time.monotonic()

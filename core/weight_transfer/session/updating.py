@@ -19,23 +19,30 @@ from weight_transfer.errors import (
     TransferTimeoutError,
     WeightTransferError,
 )
+from weight_transfer.memory.gpu_digests import Geometry
 from weight_transfer.memory.place import place_of
 from weight_transfer.model.autograd_modes import Writing, reading
 from weight_transfer.model.checkpoint_loading import loader_for
 from weight_transfer.model.declared import declared_for
 from weight_transfer.model.info import MODEL, WeightNeeds, WeightTransferInitInfo, WireDecoder
+from weight_transfer.model.loading import ExpectantLoader
+from weight_transfer.model.manifest import digest_json
+from weight_transfer.model.staged_loading import StagedLoader
+from weight_transfer.session.arrived import Arrived
 from weight_transfer.session.incoming import Incoming
 from weight_transfer.session.keeping import Keeping
 from weight_transfer.session.update import InPlace
 from weight_transfer.values.events import TransferFinished, TransferStarted
-from weight_transfer.values.report import WorkerReport
+from weight_transfer.values.report import Receipt, WorkerReport
+from weight_transfer.values.versions import require_forward
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from weight_transfer.config.settings import Staging
     from weight_transfer.engine import WeightTransferEngine
     from weight_transfer.model.info import WeightTransferUpdateInfo
-    from weight_transfer.model.loading import Weights
+    from weight_transfer.model.loading import WeightLoader, Weights
     from weight_transfer.model.targets import Needs
     from weight_transfer.plugins.manager import LoadedBackend
     from weight_transfer.session.keeping import Arrivals
@@ -53,6 +60,7 @@ class ServedModel:
         process_weights_after_loading: see there.
         ignore: see there.
         needs: see there.
+        staging: see `WeightTransferConfig`.
 
     Attributes:
         loaders: by whether they take checkpoint format.
@@ -67,10 +75,13 @@ class ServedModel:
         process_weights_after_loading: Callable[[nn.Module], object] | None,
         ignore: Sequence[str],
         needs: Needs | None = None,
+        staging: Staging = "none",
     ) -> None:
         self.loaders = loader_for(model, load_weights, process_weights_after_loading, ignore)
         if needs is not None:
             self.loaders = declared_for(needs, model, self.loaders, process_weights_after_loading)
+        if staging != "none":
+            self.loaders = {format_: StagedLoader(loader, staging) for format_, loader in self.loaders.items()}
         self.writing = Writing(model)
         self.in_place = InPlace()
 
@@ -82,8 +93,9 @@ def targets_of(
     others: Mapping[str, nn.Module],
     ignore: Sequence[str],
     needs: Needs | None,
+    staging: Staging,
 ) -> dict[str, ServedModel]:
-    """Return a receiver's targets by name; the arguments are those of `WeightReceiver`.
+    """Return a receiver's targets by name; the arguments are those of `WeightReceiver`, and of its configuration.
 
     Raises:
         ConfigError: one is no module, or has no name of its own; or what is needed is declared wrongly.
@@ -91,12 +103,16 @@ def targets_of(
     if not isinstance(others, Mapping):
         raise ConfigError(f'targets: expected models by name, such as {{"draft": draft_model}}, got {others!r}.')
     first = _module("model", model)
-    targets = {MODEL: ServedModel(first, load_weights, process_weights_after_loading, ignore, needs)}
-    return targets | {name: further_target(name, other, None, ignore) for name, other in others.items()}
+    targets = {MODEL: ServedModel(first, load_weights, process_weights_after_loading, ignore, needs, staging)}
+    return targets | {name: further_target(name, other, None, ignore, staging) for name, other in others.items()}
 
 
 def further_target(
-    name: str, model: nn.Module, load_weights: Callable[[Weights], object] | None, ignore: Sequence[str]
+    name: str,
+    model: nn.Module,
+    load_weights: Callable[[Weights], object] | None,
+    ignore: Sequence[str],
+    staging: Staging,
 ) -> ServedModel:
     """Return a target beside the first one.
 
@@ -105,7 +121,7 @@ def further_target(
     """
     if not isinstance(name, str) or not name or name == MODEL:
         raise ConfigError(f"targets: {name!r} is no name for a further model; {MODEL!r} is the first one's.")
-    return ServedModel(_module(f"targets: {name}", model), load_weights, None, ignore)
+    return ServedModel(_module(f"targets: {name}", model), load_weights, None, ignore, staging=staging)
 
 
 def device_of(model: nn.Module) -> str:
@@ -140,6 +156,9 @@ class Joined:
         self._decoders: dict[str, WireDecoder] = {}
         self._kept: dict[tuple[str, bool], Keeping] = {}
         self._worker = 0
+        self._latest: WeightLoader | None = None
+        self._looking = threading.Lock()
+        self._geometry = Geometry()
 
     def join(self, init_info: dict[str, Any]) -> WeightTransferInitInfo:
         """Let the engine join the trainer; return what that has said."""
@@ -153,6 +172,7 @@ class Joined:
 
     def forget(self, target: str) -> None:
         """Another model has taken a target's place: of what was worked out for the old one nothing holds."""
+        self._latest = None
         for key in [key for key in self._kept if key[0] == target]:
             del self._kept[key]
 
@@ -171,12 +191,21 @@ class Joined:
             targets: by name.
             served: what the targets have.
         """
-        with _naming(self._name, "update", update):
+        with _naming(self._name, "update", update), self._looking:
             return self._receive(update, update_info, targets, served).to_dict()
+
+    def expect(self) -> None:
+        """Do what can be done before the next update, as far as that is like the last one."""
+        if self._looking.acquire(blocking=False):
+            try:
+                if isinstance(self._latest, ExpectantLoader):
+                    self._latest.expect()
+            finally:
+                self._looking.release()
 
     def needs(self, request: dict[str, Any], targets: Mapping[str, ServedModel]) -> dict[str, Any]:
         """Say which regions of some weights this worker keeps; see `WeightReceiver.weight_needs`."""
-        with _naming(self._name, "weight_needs", None):
+        with _naming(self._name, "weight_needs", None), self._looking:
             name, target = _chosen(request, targets)
             decoder = self._decoders.setdefault(name, WireDecoder())
             asked = structure(decoder.decode(request, WeightNeeds), WeightNeeds, "request of weight_needs")
@@ -199,6 +228,8 @@ class Joined:
         decoder = self._decoders.setdefault(name, WireDecoder())
         info = engine.parse_update_info(decoder.decode(update_info, engine.update_info_cls))
         info = decoder.restored(update_info, info)
+        if not info.allow_rollback:
+            require_forward(info.version, served.committed.get(name), phase="update")
         if info.manifest.partial and (info.base is None or served.updates.get(name) != info.base):
             raise ManifestMismatchError(
                 "Some weights came, to be put to others that this trainer has sent before, but this worker has "
@@ -214,7 +245,8 @@ class Joined:
         def progress(event: TransferProgress) -> None:
             self._backend.notify("weight_transfer_progress", event)
 
-        update.begin(info, progress, self._name, arrivals, target.in_place)
+        arrived = Arrived(info, arrivals, loader, self._geometry) if info.verify is not None else None
+        update.begin(info, progress, self._name, arrivals, target.in_place, arrived)
         self._backend.notify("weight_transfer_started", self._started(update))
         moved: list[int] = []
         with target.writing(loader, info.manifest):
@@ -225,9 +257,30 @@ class Joined:
             update.finish()
         _synchronize(engine.parallel_config.device)
         decoder.remember(update_info, info)
+        self._latest = loader
         kept = arrivals.nbytes if arrivals is not None else 0
         again = keeping.asks_again(info.manifest, loader)
-        return WorkerReport(engine.transport, (*engine.warnings, *loader.warnings), kept, tuple(moved), again)
+        update.receipt = self._receipt(info, arrivals, arrived)
+        warnings = (*engine.warnings, *loader.warnings)
+        return WorkerReport(engine.transport, warnings, kept, tuple(moved), again, (update.receipt,))
+
+    def _receipt(self, info: WeightTransferUpdateInfo, arrivals: Arrivals | None, arrived: Arrived | None) -> Receipt:
+        whole = info.manifest if arrivals is None else arrivals.layout.whole
+        names = len(whole.params) + (arrivals.pieces.names if arrivals is not None else 0)
+        nbytes = whole.nbytes + (arrivals.nbytes if arrivals is not None else 0)
+        tables = arrived.tables if arrived is not None else ()
+        digest = digest_json([info.manifest.digest, tables]) if tables else ""
+        return Receipt(worker=self._worker, names=names, nbytes=nbytes, digest=digest, tables=tables)
+
+    def commit(self, update: Update, targets: Mapping[str, ServedModel]) -> None:
+        """Load what an update has kept apart."""
+        assert update.staged is not None
+        with (
+            _naming(self._name, "finish", update),
+            targets[update.target].writing(update.staged.loader, update.manifest),
+        ):
+            update.commit()
+        _synchronize(self.engine.parallel_config.device)
 
     def _receive_both(self, info: WeightTransferUpdateInfo, update: Update, arrivals: Arrivals) -> list[int]:
         """Receive what goes whole, then what goes by region; return the bytes that came by region, by trainer rank."""

@@ -3,11 +3,50 @@
 from __future__ import annotations
 
 from itertools import zip_longest
-from typing import Any, TypeGuard
+from typing import Any, Self, TypeGuard
 
 import attrs
 
 from weight_transfer.values.events import Version
+
+
+@attrs.frozen(kw_only=True)
+class Receipt:
+    """What one worker has received in an update.
+
+    Attributes:
+        worker: its number among all workers, from 0.
+        names: how many weights it has received, or parts of.
+        nbytes: bytes of these.
+        digest: 128 bits over all names, dtypes, shapes and bytes as hexadecimal digits; empty if nothing was compared.
+            Workers that received the same have the same one. Of weights that go by region it is of what the worker
+            keeps, piece by piece.
+        tables: what the digest is made of: the `DigestTable` of what came whole, then of what came from each trainer
+            rank by region, as text; empty where nothing did.
+    """
+
+    worker: int
+    names: int
+    nbytes: int
+    digest: str = ""
+    tables: tuple[str, ...] = attrs.field(default=(), repr=False)
+
+    @classmethod
+    def of(cls, answer: object) -> Self | None:
+        """Read what `to_dict` gave; None if it is something else."""
+        fields = answer if isinstance(answer, dict) else {}
+        worker, names, nbytes = fields.get("worker"), fields.get("names"), fields.get("nbytes")
+        digest, tables = fields.get("digest", ""), fields.get("tables", [])
+        if not (_is_count(worker) and _is_count(names) and _is_count(nbytes) and isinstance(digest, str)):
+            return None
+        if not isinstance(tables, list) or not all(isinstance(table, str) for table in tables):
+            return None
+        return cls(worker=worker, names=names, nbytes=nbytes, digest=digest, tables=tuple(tables))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it JSON-safe."""
+        compared = {"digest": self.digest, "tables": list(self.tables)} if self.digest else {}
+        return {"worker": self.worker, "names": self.names, "nbytes": self.nbytes, **compared}
 
 
 @attrs.frozen
@@ -21,6 +60,7 @@ class WorkerReport:
         moved: bytes that came by region, by trainer rank; empty if all went whole.
         asks_again: whether it keeps other regions from now on than it has said, so that the trainer has to ask again
             before the next update.
+        receipts: what each worker has received; empty if nobody tells.
     """
 
     transport: str = ""
@@ -28,6 +68,7 @@ class WorkerReport:
     kept: int = 0
     moved: tuple[int, ...] = ()
     asks_again: bool = False
+    receipts: tuple[Receipt, ...] = ()
 
     @classmethod
     def of(cls, answer: object) -> WorkerReport:
@@ -36,12 +77,15 @@ class WorkerReport:
         transport, warnings = fields.get("transport"), fields.get("warnings")
         kept, moved = fields.get("kept"), fields.get("moved")
         counts = tuple(moved) if isinstance(moved, (list, tuple)) else ()
+        said = fields.get("receipts")
+        receipts = map(Receipt.of, said if isinstance(said, (list, tuple)) else ())
         return cls(
             transport if isinstance(transport, str) else "",
             tuple(map(str, warnings)) if isinstance(warnings, (list, tuple)) else (),
             kept if _is_count(kept) else 0,
             counts if all(map(_is_count, counts)) else (),
             fields.get("asks_again") is True,
+            tuple(receipt for receipt in receipts if receipt is not None),
         )
 
     @classmethod
@@ -51,13 +95,15 @@ class WorkerReport:
         warnings = dict.fromkeys(warning for report in reports for warning in report.warnings)
         moved = map(sum, zip_longest(*(report.moved for report in reports), fillvalue=0))
         kept, again = sum(report.kept for report in reports), any(report.asks_again for report in reports)
-        return cls(", ".join(transports), tuple(warnings), kept, tuple(moved), again)
+        receipts = tuple(receipt for report in reports for receipt in report.receipts)
+        return cls(", ".join(transports), tuple(warnings), kept, tuple(moved), again, receipts)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it JSON-safe."""
         counts = {"kept": self.kept, "moved": list(self.moved)} if self.moved else {}
         again = {"asks_again": True} if self.asks_again else {}
-        return {"transport": self.transport, "warnings": list(self.warnings), **counts, **again}
+        receipts = {"receipts": [receipt.to_dict() for receipt in self.receipts]} if self.receipts else {}
+        return {"transport": self.transport, "warnings": list(self.warnings), **counts, **again, **receipts}
 
 
 def _is_count(value: object) -> TypeGuard[int]:
@@ -85,6 +131,7 @@ class TransferReport:
         given: bytes that each trainer rank gave by region, to all workers together.
         gathered: bytes of the weights that lie on several trainer ranks and were gathered, to go whole.
         gathered_because: why they were, in words.
+        receipts: what each of the workers behind an address has received, as far as they tell.
     """
 
     backend: str
@@ -102,6 +149,7 @@ class TransferReport:
     given: tuple[int, ...] = ()
     gathered: int = 0
     gathered_because: str = ""
+    receipts: dict[str, tuple[Receipt, ...]] = attrs.field(factory=dict)
 
     @property
     def imbalance(self) -> float:

@@ -4,28 +4,39 @@ from __future__ import annotations
 
 import operator
 import re
+import reprlib
 from typing import TYPE_CHECKING, Any
 
-from weight_transfer.errors import ConfigError
+from weight_transfer.errors import ConfigError, RollbackError
 
 if TYPE_CHECKING:
     from weight_transfer.values.events import Version
+
+_LONGEST = 256  # characters of a name
+_MAX = 2**63 - 1
 
 
 def as_version(value: Any) -> Version:
     """Return a version as a plain number or text; integers of numpy and torch are taken by their value.
 
     Raises:
-        ConfigError: it is neither a whole number nor text, or empty.
+        ConfigError: it is neither a whole number of 64 bits nor a name, which has at most 256 printable characters.
     """
-    if isinstance(value, str) and value:
+    huge = isinstance(value, int) and not -_MAX <= value <= _MAX
+    given = f"a number of {value.bit_length()} bits" if huge else reprlib.repr(value)
+    if isinstance(value, str) and 0 < len(value) <= _LONGEST and value.isprintable():
         return str(value)
     if not isinstance(value, (bool, str)):
         try:
-            return operator.index(value)
+            number = operator.index(value)
+            if -_MAX <= number <= _MAX:
+                return number
         except (RuntimeError, TypeError, ValueError):
             pass  # the sentence below says it
-    raise ConfigError(f"A version is a whole number, such as the trainer's step, or a name; got {value!r}.")
+    raise ConfigError(
+        "A version is a whole number of 64 bits, such as the trainer's step, or a name of at most "
+        f"{_LONGEST} printable characters; got {given}."
+    )
 
 
 def is_same(version: Version, other: Version, *, as_text: bool) -> bool:
@@ -38,6 +49,27 @@ def is_same(version: Version, other: Version, *, as_text: bool) -> bool:
             is another name.
     """
     return repr(version) == repr(other) or (as_text and str(version) == str(other))
+
+
+def require_forward(version: Version | None, last: Version | None, **where: Any) -> None:
+    """Refuse a number that is lower than that of the last version; names have no order.
+
+    Args:
+        version: the new one; None if it has no name yet.
+        last: the one that a worker has published last; None if it has published none.
+        where: fields of the error.
+
+    Raises:
+        RollbackError: it is lower.
+    """
+    if isinstance(version, int) and isinstance(last, int) and version < last:
+        raise RollbackError(
+            f"Version {version} is older than {last}, which this worker has published; if it is to go back, say so: "
+            "send(..., allow_rollback=True).",
+            version=version,
+            published=last,
+            **where,
+        )
 
 
 def following(served: list[Version]) -> Version:

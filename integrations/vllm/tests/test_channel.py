@@ -263,11 +263,19 @@ def test_a_replica_that_is_left_behind_serves_on_if_it_is_untouched(
         assert serves(vllm, B, "3")
 
 
-def test_two_trainers_may_send_by_turns(vllm: FakeVllm, open_channel: Open, config: wt.WeightTransferConfig) -> None:
+def test_a_new_trainer_takes_vllm_over_and_the_old_one_is_refused(
+    vllm: FakeVllm, open_channel: Open, config: wt.WeightTransferConfig
+) -> None:
     with wt.WeightSender(config, [open_channel()]) as one, wt.WeightSender(config, [open_channel("llm")]) as other:
-        for version, (sender, model) in enumerate([(one, A), (other, B), (one, B), (other, A)]):
+        for version, (sender, model) in enumerate([(one, A), (other, B), (other, A)]):
             sender.send(model, version=version)
             assert serves(vllm, model, str(version))
+        with pytest.raises(wt.ReplacedError):
+            one.send(B, version=3)
+        assert serves(vllm, A, "2")
+    with wt.WeightSender(config, [open_channel()]) as back:
+        assert back.send(B).version == 3
+        assert serves(vllm, B, "3")
 
 
 def test_a_trainer_that_was_replaced_can_neither_publish_nor_abort_nor_pause(

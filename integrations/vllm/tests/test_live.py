@@ -24,6 +24,7 @@ from live import MODELS, Live, Setup
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import weight_transfer as wt
+from weight_transfer.session.sent import Sent
 from weight_transfer_vllm import VllmChannel
 
 SETUPS = [
@@ -161,8 +162,6 @@ class Odd(wt.WeightSource):
         self._drop: str | None = amiss.get("drop")
         self._swap: tuple[str, str] | None = amiss.get("swap")
         self._fail_at: str | None = amiss.get("fail_at")
-        self._damage: str | None = amiss.get("damage")
-        self._passes = 0
         params = [self._renamed(param) for param in self._inner.manifest().params if param.name != self._drop]
         self._manifest = wt.Manifest(params)
 
@@ -176,7 +175,6 @@ class Odd(wt.WeightSource):
         return self._manifest
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        self._passes += 1
         for name, tensor in self._inner:
             if name == self._drop:
                 continue
@@ -184,8 +182,6 @@ class Odd(wt.WeightSource):
                 raise RuntimeError("the trainer's source is broken")
             if self._swap and name in self._swap:
                 name = self._swap[1 - self._swap.index(name)]  # noqa: PLW2901
-            if name == self._damage and self._passes > 1:
-                tensor = tensor + 1  # noqa: PLW2901
             yield name, tensor
 
 
@@ -259,11 +255,20 @@ def test_weights_that_no_rank_uses_are_told(company: Company) -> None:
 
 
 @where_all_fails
-def test_damaged_weights_are_refused_and_the_next_update_heals(company: Company) -> None:
+def test_damaged_weights_are_refused_and_the_next_update_heals(
+    company: Company, monkeypatch: pytest.MonkeyPatch
+) -> None:
     company.send("a")
-    with wt.WeightSender({**CONFIG, "verify": True}, [company.channel]) as sender:
-        with pytest.raises(wt.IntegrityError, match="down_proj"):
-            sender.send(Odd(company.trainer.become("b"), damage="model.layers.1.mlp.down_proj.weight"))
+    honest = Sent.passes
+
+    def passes(sent: Sent, name: str, tensor: torch.Tensor) -> None:
+        honest(sent, name, tensor + 1 if name == "model.layers.1.mlp.down_proj.weight" else tensor)
+
+    with wt.WeightSender({**CONFIG, "verify": "wire"}, [company.channel]) as sender:
+        with monkeypatch.context() as wire:
+            wire.setattr(Sent, "passes", passes)  # as if the bytes had changed after they were digested
+            with pytest.raises(wt.IntegrityError, match="down_proj"):
+                sender.send(Odd(company.trainer.become("b")))
         sender.send(company.trainer.become("b"))
         company.require("b")
     company.send("a")

@@ -15,6 +15,7 @@ from weight_transfer.copying.table import ELEMENTS, joined, rows_of
 from weight_transfer.model.manifest import torch_dtype
 from weight_transfer.plan.layout import Layout
 from weight_transfer.plan.pieces import plan_pieces
+from weight_transfer.plan.views import sources_of, targets_of
 from weight_transfer.values.deadline import Deadline
 from weight_transfer_ipc import cuda_regions, piece_views
 from weight_transfer_ipc.blocks import Blocks
@@ -128,5 +129,5 @@ def test_blocks_fit_their_buckets_and_bring_every_piece(bucket_bytes: int) -> No
         pieces = plan_pieces(layout, own, 1).of_rank(rank)
         cut = blocks.cut(pieces)
         assert cut.nbytes == pieces.nbytes
-        piece_views.copy(piece_views.targets_of(cut, into), piece_views.sources_of(cut, sent))
+        piece_views.copy(targets_of(cut, into), sources_of(cut, sent))
     assert all(map(cases.same_bits, into, cases.expected(own, weights)))

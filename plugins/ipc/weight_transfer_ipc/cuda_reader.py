@@ -213,7 +213,8 @@ class CudaReader:
         assert lane is not None
         if work is None or work.destinations is not destinations:
             work = self._in_place = self._plan_in_place(destinations)
-        load_weights.write_in_place()  # type: ignore[attr-defined]  # whoever has destinations has this too
+        if work.parts:  # else all comes by the ring, which may bring nothing
+            load_weights.write_in_place()  # type: ignore[attr-defined]  # whoever has destinations has this too
         while True:
             for part in work.parts:
                 if not part.unchanged:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from weight_transfer.authoring import Boxes, Pieces, Tensors, boxes_of, has_kernel
+from weight_transfer.authoring import Boxes, Pieces, Tensors, boxes_of, has_kernel, sources_of, targets_of
 from weight_transfer_ipc import cuda, piece_views
 from weight_transfer_ipc.copies import OWN, PEER_BESIDE, Copies, Side
 from weight_transfer_ipc.cuda_export import layouts
@@ -54,7 +54,7 @@ class _Others:
     sources: list[Tensor]
 
     def copy(self, targets: Sequence[Tensor]) -> None:
-        piece_views.copy(piece_views.targets_of(self.pieces, targets), self.sources)
+        piece_views.copy(targets_of(self.pieces, targets), self.sources)
 
 
 class _Mover:
@@ -101,7 +101,7 @@ class _Mover:
         """Return the copies of the other pieces, in batches of a bounded size."""
         batch = pieces.sizes.cumsum() // _BATCH
         own = (pieces.where(np.flatnonzero(batch == number)) for number in np.unique(batch).tolist())
-        return [_Others(some, piece_views.sources_of(some, self._sources)) for some in own]
+        return [_Others(some, sources_of(some, self._sources)) for some in own]
 
 
 @attrs.frozen(eq=False)

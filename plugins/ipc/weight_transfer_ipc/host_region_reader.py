@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from weight_transfer.authoring import HostCopies
+from weight_transfer.authoring import HostCopies, sources_of, targets_of
 from weight_transfer.errors import ManifestMismatchError
 from weight_transfer_ipc import piece_views
 from weight_transfer_ipc.host_segments import receive_segments
@@ -121,5 +121,5 @@ def _load(buckets: Sequence[_Batch], incoming: IncomingRegions, index: int) -> N
 
 
 def _batch(rank: int, pieces: Pieces, shards: Sequence[Tensor | None], targets: Sequence[Tensor]) -> _Batch:
-    copies = HostCopies(piece_views.targets_of(pieces, targets), piece_views.sources_of(pieces, shards))
+    copies = HostCopies(targets_of(pieces, targets), sources_of(pieces, shards))
     return _Batch(rank, pieces.nbytes, copies)

@@ -1,4 +1,4 @@
-"""Pieces as pairs of tensors, for torch's own copies: on the CPU, and wherever the kernel cannot go."""
+"""Copies between the views that pieces are, by torch: on the CPU, and wherever the kernel cannot go."""
 
 from __future__ import annotations
 
@@ -10,25 +10,9 @@ import torch
 from weight_transfer_ipc.device_memory import bytes_at
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import Tensor
 
-    from weight_transfer.authoring import Pieces
-
-    Integers = NDArray[np.int64]
-
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def sources_of(pieces: Pieces, shards: Sequence[Tensor | None]) -> list[Tensor]:
-    """Return the part of its shard that each piece is; None stands for shards that no piece is of."""
-    return _parts(shards, pieces.shard.tolist(), pieces.source_start, pieces.shape)
-
-
-def targets_of(pieces: Pieces, targets: Sequence[Tensor]) -> list[Tensor]:
-    """Return the part of its target that each piece fills."""
-    return _parts(targets, pieces.target.tolist(), pieces.target_start, pieces.shape)
 
 
 def unowned(tensor: Tensor) -> Tensor:
@@ -56,18 +40,3 @@ def _bits(tensor: Tensor, other: Tensor) -> Tensor:
         return tensor
     bits = _BITS.get(tensor.itemsize)
     return tensor.view(bits) if tensor.dtype is other.dtype and bits is not None else tensor
-
-
-def _parts(tensors: Sequence[Tensor | None], numbers: list[int], start: Integers, shape: Integers) -> list[Tensor]:
-    parts = []
-    for number, begin, size in zip(numbers, start.tolist(), shape.tolist(), strict=True):
-        tensor = tensors[number]
-        assert tensor is not None
-        part = tensor.detach()
-        own = size[: part.dim()]
-        if part.shape != torch.Size(own):
-            stride = part.stride()
-            offset = sum(step * first for step, first in zip(stride, begin, strict=False))
-            part = part.as_strided(own, stride, part.storage_offset() + offset)
-        parts.append(part)
-    return parts

@@ -72,9 +72,10 @@ class Planner:
                     located.padding[chunk],
                 )
                 nbytes = int(self._sizes[chunk].sum())
-                jobs.append(Job(self._prepare(rows), 0, nbytes, _telling(nbytes), in_place=True))
+                names = [self._params[index].name for index in chunk.tolist()]
+                jobs.append(Job(self._prepare(rows), 0, nbytes, _telling(nbytes, names), in_place=True))
         if not self._sizes.all():
-            jobs.append(Job(None, 0, 0, _telling(0)))  # there is nothing to read of what is empty
+            jobs.append(Job(None, 0, 0, _telling(0, [])))  # there is nothing to read of what is empty
         self.left -= {*order.tolist(), *np.flatnonzero(self._sizes == 0).tolist()}
         return jobs
 
@@ -135,8 +136,8 @@ class Planner:
         return self._agent.prepare("READ", endpoint.agent, rows, self._place, endpoint.place, self._deadline)
 
 
-def _telling(nbytes: int) -> Callable[[LoadWeights], None]:
-    return lambda load_weights: load_weights.written(nbytes)  # type: ignore[attr-defined]  # it has destinations
+def _telling(nbytes: int, names: list[str]) -> Callable[[LoadWeights], None]:
+    return lambda load_weights: load_weights.written(nbytes, names)  # type: ignore[attr-defined]  # it has destinations
 
 
 def _unpacking(unpacker: Unpacker, number: int) -> Callable[[LoadWeights], None]:

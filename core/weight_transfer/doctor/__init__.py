@@ -1,0 +1,1 @@
+"""What ``weight-transfer doctor`` does: it examines backends, and measures them between two processes."""

@@ -1,0 +1,103 @@
+"""Measures a backend between two processes of this machine, with real updates whose bytes are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from weight_transfer.config.structuring import unstructure
+from weight_transfer.errors import WeightTransferError
+from weight_transfer.machine.nvml import find_gpus
+from weight_transfer.plugins.backend import Capability
+from weight_transfer.plugins.manager import load_backend
+from weight_transfer.testing.actors import Actor
+
+if TYPE_CHECKING:
+    from weight_transfer.config.settings import WeightTransferConfig
+
+_ROLE = "weight_transfer.doctor.ends"
+_SEEDS = (1, 2, 1)  # there and back: what arrives is never what was there
+_START = 120.0  # seconds in which two processes import torch and allocate
+
+
+@attrs.frozen(kw_only=True)
+class Link:
+    """What was measured between a trainer and a worker.
+
+    Attributes:
+        backend: its name.
+        trainer: device of the trainer's weights.
+        worker: device of the worker's.
+        gbps: GB/s (10**9 bytes) of the fastest update; 0 if none was right.
+        transport: how the bytes travelled, as far as the backend tells.
+        warnings: of the reports.
+        error: a sentence if an update failed, or other bytes arrived.
+    """
+
+    backend: str
+    trainer: str
+    worker: str
+    gbps: float = 0.0
+    transport: str = ""
+    warnings: Sequence[str] = ()
+    error: str | None = None
+
+
+def links(backend: str) -> Iterator[tuple[str, str]]:
+    """Yield the devices of trainer and worker of each link that the backend has on this machine.
+
+    That is host memory, one GPU, and each two GPUs that torch sees, in one direction.
+    """
+    descriptor = load_backend(backend).backend
+    capabilities = descriptor.capabilities
+    if Capability.CROSS_PROCESS not in capabilities:
+        return
+    if Capability.CPU in capabilities:
+        yield "cpu", "cpu"
+    if Capability.CUDA in capabilities and find_gpus().indices:
+        import torch
+
+        gpus = range(torch.cuda.device_count())
+        if gpus and not descriptor.one_device_each:
+            yield "cuda:0", "cuda:0"
+        for first in gpus:
+            for second in gpus[first + 1 :]:
+                yield f"cuda:{first}", f"cuda:{second}"
+
+
+def measure(config: WeightTransferConfig, trainer: str, worker: str, nbytes: int) -> Link:
+    """Start two processes, send updates from one to the other, and compare the bytes of each.
+
+    Args:
+        config: of both sides.
+        trainer: device of the trainer's weights.
+        worker: device of the worker's.
+        nbytes: of one update, about.
+    """
+    link = Link(backend=config.backend, trainer=trainer, worker=worker)
+    spec: dict[str, Any] = {"config": unstructure(config), "nbytes": nbytes}
+    try:
+        with ExitStack() as stack:
+            serving = Actor(_ROLE, device=worker, **spec)
+            stack.callback(serving.stop)
+            url = serving.reply(_START)
+            sending = Actor(_ROLE, device=trainer, worker=url, **spec)
+            stack.callback(sending.stop)
+            sending.reply(_START)
+            for seed in _SEEDS:
+                sending.tell("send", seed=seed)
+                told = sending.reply(_START)
+                if serving.ask("digest") != told["digest"]:
+                    return attrs.evolve(link, gbps=0.0, error="other bytes arrived than were sent")
+                link = attrs.evolve(
+                    link,
+                    gbps=max(link.gbps, told["gbps"]),
+                    transport=", ".join(told["transports"]),
+                    warnings=told["warnings"],
+                )
+    except (WeightTransferError, AssertionError) as error:  # an actor that dies or hangs is an AssertionError
+        return attrs.evolve(link, gbps=0.0, error=str(error))
+    return link
