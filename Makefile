@@ -5,10 +5,11 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 LAB := .venv/rdma-lab
 VLLM := .venv/vllm-lab
-PLUGINS := $(wildcard plugins/*/pyproject.toml integrations/*/pyproject.toml) examples/backend_zeromq/pyproject.toml tests/sample_backend/files/pyproject.toml
+RAY := .venv/ray-lab
+PLUGINS := $(wildcard plugins/*/pyproject.toml) integrations/vllm/pyproject.toml examples/backend_zeromq/pyproject.toml tests/sample_backend/files/pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-verbs test-vllm check format docs clean
+.PHONY: help install demo test test-slow test-hosts test-verbs test-vllm test-ray check format docs clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +32,9 @@ test: $(INSTALLED) ## Run the tests, four at a time: eleven minutes on two cores
 test-slow: $(INSTALLED) ## Run the tests that are too slow for each change, one at a time
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
+test-hosts: $(INSTALLED) ## Test nccl and rdma between three hosts, as network namespaces (root): 50 seconds
+	$(BIN)/python -m pytest tests/hosts $(ARGS)
+
 test-verbs: $(INSTALLED) ## Test rdma over Soft-RoCE in a virtual machine (Debian, root: installs QEMU; 89 MB)
 	test -f $(LAB)/vmlinuz || bash tests/verbs/rdma-lab setup $(LAB)
 	RDMA_LAB=$(LAB) $(BIN)/python -m pytest tests/verbs $(ARGS)
@@ -38,6 +42,10 @@ test-verbs: $(INSTALLED) ## Test rdma over Soft-RoCE in a virtual machine (Debia
 test-vllm: ## Test against a real vLLM on the CPU: 15 minutes, and 3 GB that it downloads and installs
 	test -f $(VLLM)/.ready || bash integrations/vllm/lab/setup.sh $(VLLM)
 	$(VLLM)/bin/python -m pytest -c integrations/vllm/lab/pytest.ini integrations/vllm/tests $(ARGS)
+
+test-ray: ## Test on a local Ray cluster of three nodes: three minutes, and an environment of its own
+	test -f $(RAY)/.ready || bash integrations/ray/lab/setup.sh $(RAY)
+	$(RAY)/bin/python -m pytest -c integrations/ray/lab/pytest.ini integrations/ray/tests $(ARGS)
 
 check: $(INSTALLED) ## Lint, check formatting and types, build the documentation
 	$(BIN)/ruff check
