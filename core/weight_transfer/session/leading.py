@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MANY = 500  # weights: fewer are looked at in less time than it takes to say that an update is about to start
+_MANY = 500  # weights for each worker: fewer are looked at in less time than it takes to tell it of the update
 _GRACE = 1.0  # seconds in which a rank that was stopped by an abort says so
 _LATE = 1.0  # seconds in which the other ranks may call send, to learn of an error that came before
 
@@ -79,7 +79,7 @@ class Leader:
         met = False
         self._fleet.serve_with(self._crew)
         try:
-            if outgoing.params >= _MANY:
+            if outgoing.params >= _MANY * len(self._fleet.peers):
                 self._fleet.expect()
             asks = RECEIVER in self._config.cast.values()  # then workers join while it prepares, on every rank
             early = None if asks else prepare()
