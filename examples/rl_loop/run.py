@@ -47,17 +47,20 @@ def on_ray(settings: Settings, nodes: int) -> Iterator[tuple[Step, Callable[[], 
     folder = str(Path(__file__).parent)
     quiet: dict[str, Any] = {"runtime_env": {"working_dir": folder}, "log_to_driver": False}
     killed: dict[str, Any] = {}
+    where: dict[str, Any] = {}
     cluster = None
-    if nodes > 1:
+    if nodes > 1:  # the trainer on the first one, which is never killed, and the workers on the others
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-        killed = {node.node_id: node for node in (cluster.add_node(num_cpus=2) for _ in range(nodes - 1))}
+        added = (cluster.add_node(num_cpus=0, resources={"worker": _WORKERS}) for _ in range(nodes - 1))
+        killed = {node.node_id: node for node in added}
+        where = {"num_cpus": 0, "resources": {"worker": 1}}
         ray.init(address=cluster.address, **quiet)
     else:
         ray.init(**quiet, **({} if "RAY_ADDRESS" in os.environ else {"num_cpus": 1 + _WORKERS}))
     try:
         from ray_pool import Trainer, WorkerActor
 
-        workers = [WorkerActor.remote(settings.config, seed) for seed in range(_WORKERS)]
+        workers = [WorkerActor.options(**where).remote(settings.config, seed) for seed in range(_WORKERS)]
         ray.get([worker.node.remote() for worker in workers], timeout=120)
 
         def kill() -> None:
