@@ -149,7 +149,7 @@ def test_a_model_that_was_looked_at_for_an_expected_update_is_not_looked_at_agai
             looks.append(self)
             return super().unchanged
 
-    for module in ("anchors", "loading", "weights"):
+    for module in ("anchors", "sharding", "weights"):
         monkeypatch.setattr(f"weight_transfer.model.{module}.Whereabouts", Watched)
     model = Model(0)
     manifest = manifest_of(weights_of(model))

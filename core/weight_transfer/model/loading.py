@@ -13,11 +13,11 @@ from weight_transfer.copying.host import copy_on_host
 from weight_transfer.errors import ConfigError, ManifestMismatchError
 from weight_transfer.model.manifest import ParamMeta, dtype_name
 from weight_transfer.model.regions import Region
+from weight_transfer.model.sharding import LocalParts
 from weight_transfer.model.shards import Target
 from weight_transfer.model.source import is_sharded
-from weight_transfer.model.targets import as_bits, local_of, own_targets, scatter
+from weight_transfer.model.targets import as_bits, own_targets, scatter
 from weight_transfer.model.weights import ModuleWeights
-from weight_transfer.model.whereabouts import Whereabouts
 from weight_transfer.values.deadline import Deadline
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class KernelFormatLoader:
         self._parts: dict[str, list[Target]] = {}
         self._twins: dict[str, list[Tensor]] = {}
         self._targets: Targets | None = None
-        self._shards = _LocalParts(())
+        self._shards = LocalParts(())
         self._left: Collection[str] = ()
         self._checked: Manifest | None = None
         self._begun: Manifest | None = None
@@ -231,7 +231,7 @@ class KernelFormatLoader:
             else:
                 self._whole[name] = tensors[0]
                 self._twins[name] = tensors[1:]
-        self._shards = _LocalParts(sharded)
+        self._shards = LocalParts(sharded)
         self._targets = None
         self._read, self._checked = read, manifest
 
@@ -274,27 +274,6 @@ class KernelFormatLoader:
     def abort(self, reason: str, touched: bool) -> None:
         """Nothing to put back: what was copied stays, and is no whole version."""
         self._begun = None
-
-
-class _LocalParts:
-    """What this rank holds of sharded tensors."""
-
-    def __init__(self, sharded: Sequence[Tensor]) -> None:
-        self._sharded = sharded
-        self._specs, self._parts = list(map(_spec, sharded)), list(map(local_of, sharded))
-        self._whereabouts = Whereabouts(self._parts)
-
-    @property
-    def unchanged(self) -> bool:
-        """Whether none of them was placed otherwise, replaced or moved."""
-        return (
-            all(map(operator.is_, map(_spec, self._sharded), self._specs))
-            and all(map(operator.is_, map(local_of, self._sharded), self._parts))
-            and self._whereabouts.unchanged
-        )
-
-
-_spec = operator.attrgetter("_spec")
 
 
 def _whole_target(tensor: Tensor) -> Target:

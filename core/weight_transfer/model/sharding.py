@@ -46,16 +46,31 @@ def shards_of(tensor: torch.Tensor) -> tuple[Shard, ...] | None:
         return tuple(Shard(region, local[within.slices]) for region, within in blocks)
 
 
+class LocalParts:
+    """What this rank holds of sharded tensors."""
+
+    def __init__(self, sharded: Sequence[torch.Tensor]) -> None:
+        self._sharded = sharded
+        self._specs, self._locals = list(map(_spec, sharded)), list(map(_local, sharded))
+        self._whereabouts = Whereabouts(self._locals)
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether none of them was placed otherwise, replaced or moved."""
+        return (
+            all(map(operator.is_, map(_spec, self._sharded), self._specs))
+            and all(map(operator.is_, map(_local, self._sharded), self._locals))
+            and self._whereabouts.unchanged
+        )
+
+
 class LocalShards:
     """The shards of some weights, made anew only if one of them has changed."""
 
     def __init__(self) -> None:
         self._read: tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]] | None = None
         self._shards: Mapping[str, Sequence[Shard]] = {}
-        self._sharded: list[torch.Tensor] = []
-        self._specs: list[object] = []
-        self._locals: list[torch.Tensor] = []
-        self._whereabouts = Whereabouts(())
+        self._parts = LocalParts(())
 
     def of(
         self, weights: Mapping[str, torch.Tensor], resident: Mapping[str, torch.Tensor]
@@ -69,7 +84,7 @@ class LocalShards:
             weights: sharded and plain ones.
             resident: those plain ones that keep their memory: each is one shard, common to all ranks.
         """
-        if self._read is None or not (self._read[0] is weights and self._read[1] is resident and self._unchanged()):
+        if self._read is None or not (self._read[0] is weights and self._read[1] is resident and self._parts.unchanged):
             self._take(weights, resident)
         return self._shards
 
@@ -85,16 +100,7 @@ class LocalShards:
             if own is not None:
                 shards[name] = own
                 sharded.append(tensor)
-        self._shards, self._sharded, self._read = shards, sharded, (weights, resident)
-        self._specs, self._locals = list(map(_spec, sharded)), list(map(_local, sharded))
-        self._whereabouts = Whereabouts(self._locals)
-
-    def _unchanged(self) -> bool:
-        return (
-            all(map(operator.is_, map(_spec, self._sharded), self._specs))
-            and all(map(operator.is_, map(_local, self._sharded), self._locals))
-            and self._whereabouts.unchanged
-        )
+        self._shards, self._parts, self._read = shards, LocalParts(sharded), (weights, resident)
 
 
 _spec = operator.attrgetter("_spec")

@@ -6,9 +6,8 @@ Three kinds of loaders know: `KernelFormatLoader`, whose targets are the model's
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
@@ -64,10 +63,6 @@ def own_targets(name: str, tensor: Tensor) -> list[Target]:
             "what this rank keeps of it; give the receiver a load_weights of your own, or declare what it needs."
         )
     return [Target(shard.region, shard.tensor) for shard in shards]
-
-
-local_of: Callable[[Any], Any] = operator.attrgetter("_local_tensor")
-"""Returns the tensor of this rank that a sharded one holds; the same object while it is not replaced."""
 
 
 def tensors_of(targets: Targets) -> list[Tensor]:
