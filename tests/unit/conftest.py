@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,20 @@ class Script:
     def load_all(self, _engine: Any, _info: WeightTransferUpdateInfo, load_weights: LoadWeights) -> None:
         for name, tensor in self.weights:
             load_weights([(name, tensor)])
+
+
+@pytest.fixture
+def closing() -> Iterator[Callable[[Any], Any]]:
+    """Close what is passed through it at the end of the test."""
+    opened: list[Any] = []
+
+    def _closing(thing: Any) -> Any:
+        opened.append(thing)
+        return thing
+
+    yield _closing
+    for thing in reversed(opened):
+        thing.close()
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -43,20 +43,6 @@ def worker(script: Any) -> Iterator[Worker]:
     result = Worker(script)
     yield result
     result.receiver.close()
-
-
-@pytest.fixture
-def closing() -> Iterator[Callable[[Any], Any]]:
-    """Close what is passed through it at the end of the test."""
-    opened: list[Any] = []
-
-    def _closing(thing: Any) -> Any:
-        opened.append(thing)
-        return thing
-
-    yield _closing
-    for thing in reversed(opened):
-        thing.close()
 
 
 # The id of what is published.

@@ -45,20 +45,6 @@ def worker(script: Any) -> Iterator[Worker]:
     result.receiver.close()
 
 
-@pytest.fixture
-def closing() -> Iterator[Callable[[Any], Any]]:
-    """Close what is passed through it at the end of the test."""
-    opened: list[Any] = []
-
-    def _closing(thing: Any) -> Any:
-        opened.append(thing)
-        return thing
-
-    yield _closing
-    for thing in reversed(opened):
-        thing.close()
-
-
 def joins(worker: Worker, number: int, holder: str, join: int = 1) -> str:
     """Join as a trainer with a lease; return the session."""
     session = session_of(holder, join)

@@ -91,20 +91,6 @@ def session_of(worker: Worker) -> str | None:
 
 
 @pytest.fixture
-def closing() -> Iterator[Callable[[Any], Any]]:
-    """Close what is passed through it at the end of the test."""
-    opened: list[Any] = []
-
-    def _closing(thing: Any) -> Any:
-        opened.append(thing)
-        return thing
-
-    yield _closing
-    for thing in reversed(opened):
-        thing.close()
-
-
-@pytest.fixture
 def new_worker(closing: Callable[[Any], Any]) -> Callable[..., Worker]:
     def _new_worker(config: dict[str, Any] = LOOPBACK, **arguments: Any) -> Worker:
         worker = Worker(config, **arguments)
