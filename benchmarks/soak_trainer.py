@@ -18,7 +18,7 @@ from soak_scene import Scene, seed_of
 
 import weight_transfer as wt
 from weight_transfer.testing.models import PassingSource
-from weight_transfer.testing.resources import MemoryMark
+from weight_transfer.testing.resources import MemoryMark, threads
 from weight_transfer.testing.shards import LAYOUTS, Places
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ def main(stage: Stage, scene: dict[str, Any], workers: Sequence[str], rank: int,
             {
                 "send": trainer.send,
                 "held": everything_held,
+                "threads": lambda: list(threads().items()),
                 "mark": lambda: marks.append(MemoryMark()),
                 "growth": lambda: marks[-1].growth()["private"],
             }

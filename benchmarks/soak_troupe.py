@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 from processes import signal_to
-from proxy import Proxy
 
 from weight_transfer.testing.actors import Actor
+from weight_transfer.testing.proxy import Proxy
 
 if TYPE_CHECKING:
     from soak_scene import Scene
@@ -93,6 +93,7 @@ class Troupe:
         self._folder = tempfile.TemporaryDirectory()
         self._seeds = itertools.count(1)
         self._baselines: dict[Actor, dict[str, int]] = {}
+        self._threads: dict[Actor, dict[int, str]] = {}
         self._hired: list[Actor] = []
         self.workers = [self._worker() for _ in range(scene.workers)]
         self.proxies = [Proxy(_port(worker)) for worker in self.workers]
@@ -115,10 +116,11 @@ class Troupe:
 
     def mark(self) -> None:
         """From here on nobody who is there now may grow."""
-        self._baselines = {}
+        self._baselines, self._threads = {}, {}
         for actor in (*self.workers, *self.trainer.ranks):
             actor.ask("mark")
             self._baselines[actor] = actor.ask("held")
+            self._threads[actor] = dict(actor.ask("threads"))
 
     def leaks(self) -> list[str]:
         """Return what processes that were there at `mark` have more of now, a sentence each."""
@@ -129,7 +131,7 @@ class Troupe:
             until = time.monotonic() + _SETTLING
             while grown := _grown(self._baselines[actor], actor.ask("held")):
                 if time.monotonic() > until:
-                    found.append(f"{self._name(actor)} has {grown}")
+                    found.append(f"{self._name(actor)} has {grown}; its threads: {self._changed_threads(actor)}")
                     break
                 time.sleep(0.5)
             growth = actor.ask("growth")
@@ -162,6 +164,12 @@ class Troupe:
                 return [f"process {pid} is left: {command}" for pid, command in left.items()]
             time.sleep(0.2)
         return []
+
+    def _changed_threads(self, actor: Actor) -> str:
+        before, now = self._threads[actor], dict(actor.ask("threads"))
+        begun = [name for thread, name in now.items() if thread not in before]
+        ended = [name for thread, name in before.items() if thread not in now]
+        return f"{len(now)}, begun {begun}, ended {ended}"
 
     def _name(self, actor: Actor) -> str:
         return f"worker {self.workers.index(actor)}" if actor in self.workers else "a trainer rank"

@@ -17,7 +17,7 @@ from soak_scene import TIMEOUT, Scene, digest_of, seed_of
 
 import weight_transfer as wt
 from weight_transfer.testing.models import digest
-from weight_transfer.testing.resources import MemoryMark
+from weight_transfer.testing.resources import MemoryMark, threads
 from weight_transfer.testing.shards import plain
 
 if TYPE_CHECKING:
@@ -137,6 +137,7 @@ def main(stage: Stage, scene: dict[str, Any], seed: int, mark: str) -> None:
                     "settle": settle,
                     "arm": loader.arm,
                     "held": everything_held,
+                    "threads": lambda: list(threads().items()),
                     "mark": lambda: marks.append(MemoryMark()),
                     "growth": lambda: marks[-1].growth()["private"],
                     "seen": reader.seen,

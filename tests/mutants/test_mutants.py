@@ -233,6 +233,18 @@ MUTANTS = [
         "raises RuntimeError at the end of the stream",
         "test_a_trainer_killed_in_an_update_leaves_no_version_and_another_takes_over",
     ),
+    Mutant(
+        "WaitsForAGoodbye",
+        "waits for a worker that hears nothing",
+        "test_a_control_channel_that_fails_is_known_in_time_and_that_it_is_slow_is_no_failure",
+    ),
+    Mutant(
+        "StaysFull",
+        "remembers that the disk was full",
+        "test_files_that_cannot_grow_are_an_error_or_no_matter[worker]",
+        passes="test_files_that_cannot_grow_are_an_error_or_no_matter[trainer]",
+    ),
+    Mutant("TrustsTheClock", "measures time by the wall clock", "test_a_clock_that_jumps_matters_to_nobody"),
     Mutant("CopiesEverything", "copies all tensors at once", "test_copies_of_passing_tensors_are_bounded"),
     Mutant(
         "KeepsTensors",

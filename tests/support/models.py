@@ -7,7 +7,15 @@ from torch import nn
 
 from weight_transfer.testing.models import digest, randomise
 
-__all__ = ["Odd", "digest"]
+__all__ = ["Odd", "digest", "model"]
+
+
+def model(value: float = 0.0) -> nn.Linear:
+    """Return a layer of 4 by 4, of which every element has one value."""
+    result = nn.Linear(4, 4)
+    nn.init.constant_(result.weight, value)
+    nn.init.constant_(result.bias, value)
+    return result
 
 
 class Odd(nn.Module):

@@ -44,11 +44,15 @@ class Worker:
     def start(self) -> None:
         self.receiver.start_weight_update()
 
-    def update(self, value: float, version: int | str | None = None, **fields: Any) -> None:
-        """Send three parameters of ``value``."""
+    def info(self, value: float, version: int | str | None = None, **fields: Any) -> dict[str, Any]:
+        """Have three parameters of ``value`` sent next, and return what the receiver is told."""
         self.script.weights = [(name, torch.full((4, 3), value)) for name in NAMES]
         manifest = Manifest(ParamMeta(name, "float32", (4, 3)) for name in NAMES)
-        self.receiver.update_weights({"manifest": manifest.to_wire(), "timeout": 10, "version": version, **fields})
+        return {"manifest": manifest.to_wire(), "timeout": 10, "version": version, **fields}
+
+    def update(self, value: float, version: int | str | None = None, **fields: Any) -> None:
+        """Send three parameters of ``value``."""
+        self.receiver.update_weights(self.info(value, version, **fields))
 
     def finish(self, version: int | str | None = None) -> None:
         self.receiver.finish_weight_update(version)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from support.scripted import Worker
 from weight_transfer.engine import LoadWeights, WeightTransferEngine
 from weight_transfer.model.info import WeightTransferInitInfo, WeightTransferUpdateInfo
 from weight_transfer.plugins.backend import API_VERSION, Backend
@@ -102,6 +103,14 @@ def script(install: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Scr
     monkeypatch.setitem(sys.modules, "scripted_backend", module)
     install("scripted", {"weight_transfer.backends": {"scripted": "scripted_backend"}})
     return result
+
+
+@pytest.fixture
+def worker(script: Script) -> Iterator[Worker]:
+    """A worker with an engine of that backend."""
+    result = Worker(script)
+    yield result
+    result.receiver.close()
 
 
 class Clock:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from torch import nn
 
-from support.models import digest
+from support.models import digest, model
 from support.scripted import INIT, Worker, breaks
 from weight_transfer import (
     CommitError,
@@ -29,20 +27,6 @@ pytestmark = pytest.mark.timeout(60)
 
 LOOPBACK: dict[str, Any] = {"backend": "loopback", "timeout": 20, "init_timeout": 5}
 CONTINUE = LOOPBACK | {"on_worker_failure": "continue"}
-
-
-def model(value: float = 0.0) -> nn.Module:
-    result = nn.Linear(4, 4)
-    nn.init.constant_(result.weight, value)
-    nn.init.constant_(result.bias, value)
-    return result
-
-
-@pytest.fixture
-def worker(script: Any) -> Iterator[Worker]:
-    result = Worker(script)
-    yield result
-    result.receiver.close()
 
 
 # The id of what is published.

@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from torch import nn
 
-from support.models import digest
+from support.models import digest, model
 from support.scripted import INIT, Worker
 from weight_transfer import (
     ConfigError,
@@ -29,20 +28,6 @@ from weight_transfer.values.lease import Lease, session_of
 pytestmark = pytest.mark.timeout(60)
 
 LOOPBACK: dict[str, Any] = {"backend": "loopback", "timeout": 20, "init_timeout": 5}
-
-
-def model(value: float = 0.0) -> nn.Module:
-    result = nn.Linear(4, 4)
-    nn.init.constant_(result.weight, value)
-    nn.init.constant_(result.bias, value)
-    return result
-
-
-@pytest.fixture
-def worker(script: Any) -> Iterator[Worker]:
-    result = Worker(script)
-    yield result
-    result.receiver.close()
 
 
 def joins(worker: Worker, number: int, holder: str, join: int = 1) -> str:

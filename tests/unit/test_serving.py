@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from support.models import digest
+from support.models import digest, model
 from weight_transfer import (
     ConfigError,
     LifecycleError,
@@ -29,13 +29,6 @@ from weight_transfer.testing.actors import eventually
 pytestmark = pytest.mark.timeout(60)
 
 LOOPBACK: dict[str, Any] = {"backend": "loopback", "timeout": 20, "init_timeout": 5}
-
-
-def model(value: float = 0.0) -> nn.Module:
-    result = nn.Linear(4, 4)
-    nn.init.constant_(result.weight, value)
-    nn.init.constant_(result.bias, value)
-    return result
 
 
 class Pair:

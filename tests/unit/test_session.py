@@ -7,7 +7,7 @@ import itertools
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from support.models import digest
+from support.models import digest, model
 from support.scripted import INIT, STATES, Worker, to_ready, to_received, to_updating
 from weight_transfer import (
     ConfigError,
@@ -37,20 +37,6 @@ pytestmark = pytest.mark.timeout(60)
 
 LOOPBACK: dict[str, Any] = {"backend": "loopback", "timeout": 20, "init_timeout": 5}
 CONTINUE = LOOPBACK | {"on_worker_failure": "continue"}
-
-
-def model(value: float = 0.0) -> nn.Module:
-    result = nn.Linear(4, 4)
-    nn.init.constant_(result.weight, value)
-    nn.init.constant_(result.bias, value)
-    return result
-
-
-@pytest.fixture
-def worker(script: Any) -> Iterator[Worker]:
-    result = Worker(script)
-    yield result
-    result.receiver.close()
 
 
 Call = Callable[[WeightReceiver, str | None], object]
@@ -163,20 +149,6 @@ def test_an_abort_reaches_an_engine_that_joins(worker: Worker) -> None:
 
 
 # Senders.
-
-
-@pytest.fixture
-def closing() -> Iterator[Callable[[Any], Any]]:
-    """Close what is passed through it at the end of the test."""
-    opened: list[Any] = []
-
-    def _closing(thing: Any) -> Any:
-        opened.append(thing)
-        return thing
-
-    yield _closing
-    for thing in reversed(opened):
-        thing.close()
 
 
 class Bare:

@@ -8,12 +8,13 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from weight_transfer.testing.resources import abandoned
+from weight_transfer.testing.resources import abandoned, held, threads
 
 
 @pytest.fixture
@@ -62,3 +63,20 @@ def test_a_semaphore_is_held_though_its_file_was_made_under_another_name() -> No
     assert any(name.startswith("sem.") for name in made)
     assert not made & abandoned()
     del semaphore
+
+
+def test_a_thread_of_the_control_channel_that_ends_meanwhile_is_not_taken_from_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before, ends, listdir = held()["threads"], threading.Event(), os.listdir
+    passing = threading.Thread(target=ends.wait, name="weight-transfer calls")
+    passing.start()
+    assert passing.native_id is not None and threads()[passing.native_id] == passing.name
+
+    def late(path: str) -> list[str]:
+        ends.set()
+        passing.join()
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", late)
+    assert held()["threads"] >= before

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import pytest
-from torch import nn
 
-from support.models import digest
+from support.models import digest, model
 from weight_transfer import TransferError, TransferTimeoutError, WeightReceiver, WeightSender
 from weight_transfer.session.calls import Calls
 from weight_transfer.session.peers import Peer
 from weight_transfer.session.turns import Turns
 from weight_transfer.testing.actors import eventually
 from weight_transfer.values.deadline import Deadline
+
+if TYPE_CHECKING:
+    from torch import nn
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -28,14 +30,6 @@ METHODS = (
     "update_weights",
     "finish_weight_update",
 )
-
-
-def model(value: float = 0.0) -> nn.Linear:
-    """Return a model of one value."""
-    result = nn.Linear(4, 3)
-    for parameter in result.parameters():
-        nn.init.constant_(parameter, value)
-    return result
 
 
 class Channel:

@@ -13,10 +13,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any, Self
 
 from weight_transfer.errors import WeightTransferError, error_from_dict, error_to_dict
@@ -50,22 +50,25 @@ class Actor:
     Args:
         role: the module, such as ``"weight_transfer.testing.worker"``.
         in_process: run it as a thread instead; such an actor cannot be killed or stopped.
+        called: how messages name it; default is the role.
         spec: what ``main`` is given, JSON-safe.
 
     Attributes:
         hello: what it said when it was ready.
+        called: how messages name it.
     """
 
     hello: Any = None
 
-    def __init__(self, role: str, *, in_process: bool = False, **spec: Any) -> None:
+    def __init__(self, role: str, *, in_process: bool = False, called: str | None = None, **spec: Any) -> None:
+        self.called = called or role
         self._pipe, theirs = _CONTEXT.Pipe()
         self._body: Any
         if in_process:
-            self._body = threading.Thread(target=_perform, args=(role, spec, theirs), name=role, daemon=True)
+            self._body = threading.Thread(target=_perform, args=(role, spec, theirs), name=self.called, daemon=True)
             self._body.start()
         else:
-            self._body = _CONTEXT.Process(target=_perform, args=(role, spec, theirs), name=role, daemon=True)
+            self._body = _CONTEXT.Process(target=_perform, args=(role, spec, theirs), name=self.called, daemon=True)
             self._body.start()
             theirs.close()
 
@@ -191,6 +194,35 @@ class Stage:
                 self._pipe.send_bytes(json.dumps(reply).encode())
             except OSError:  # the test is over: it has closed the pipe
                 return
+
+
+def ask_all(actors: Sequence[Actor], within: float, command: str, **arguments: Any) -> list[Any]:
+    """Have actors do the same at the same time, and return their replies.
+
+    Args:
+        actors: who do it.
+        within: seconds that it may take.
+        command: what.
+        arguments: how.
+
+    Raises:
+        AssertionError: one did not reply in time, or has died: the first one of which that is known.
+        WeightTransferError: the first one that a reply carries.
+    """
+    for actor in actors:
+        actor.tell(command, **arguments)
+    replies: dict[Actor, Any] = {}
+    waiting: dict[Any, Actor] = {actor._pipe: actor for actor in actors}  # noqa: SLF001  (of this module)
+    end = time.monotonic() + within
+    while waiting:
+        ready = wait(list(waiting), max(end - time.monotonic(), 0))
+        if not ready:
+            late = ", ".join(actor.called for actor in waiting.values())
+            raise AssertionError(f"{late} did not reply to {command!r} within {within:g} s")
+        for pipe in ready:
+            actor = waiting.pop(pipe)
+            replies[actor] = actor.reply(0)
+    return [replies[actor] for actor in actors]
 
 
 def eventually(holds: Callable[[], bool], within: float) -> bool:

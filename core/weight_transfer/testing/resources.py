@@ -29,16 +29,31 @@ def held() -> dict[str, int]:
     Threads of the control channel, which come and go by themselves, are not counted.
     """
     gc.collect()  # a cycle of a traceback and its frames is no leak
-    passing = [thread for thread in threading.enumerate() if thread.name.startswith(_OF_THE_CONTROL_CHANNEL)]
-    tasks = os.listdir("/proc/self/task")
+    names = threads()
     return {
         "file descriptors": len(os.listdir("/proc/self/fd")) - 1,  # without the listing's own
-        "threads": len(tasks) - len(passing),
-        "child processes": sum(len(_children(task)) for task in tasks),
+        "threads": sum(not name.startswith(_OF_THE_CONTROL_CHANNEL) for name in names.values()),
+        "child processes": sum(len(_children(task)) for task in names),
         "shared mappings": sum(line.split()[1].endswith("s") for line in _lines("/proc/self/maps")),
         "abandoned files in /dev/shm": len(abandoned()),
         "MiB of device memory": _device_memory() // _MEBIBYTE,
     }
+
+
+def threads() -> dict[int, str]:
+    """Return the names of this process's threads by their native ids: Python's, or those that they gave themselves."""
+    known = _known_threads()
+    tasks = {int(task): Path("/proc/self/task", task, "comm") for task in os.listdir("/proc/self/task")}
+    known |= _known_threads()  # one may have begun meanwhile, or ended
+    found = {}
+    for task, comm in tasks.items():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            found[task] = known[task] if task in known else comm.read_text().strip()
+    return found
+
+
+def _known_threads() -> dict[int, str]:
+    return {thread.native_id: thread.name for thread in threading.enumerate() if thread.native_id is not None}
 
 
 def abandoned(folder: str = _SHARED_MEMORY) -> set[str]:
@@ -95,7 +110,7 @@ def _identity(path: str) -> str:
     return f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
 
 
-def _children(task: str) -> list[str]:
+def _children(task: int) -> list[str]:
     try:
         return Path(f"/proc/self/task/{task}/children").read_text().split()
     except OSError:  # the thread has ended, or the kernel does not tell

@@ -19,11 +19,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from weight_transfer.model.bits import as_bits
 from weight_transfer.model.manifest import torch_dtype
 from weight_transfer.model.regions import Region
 from weight_transfer.model.sharded_source import ShardedSource
 from weight_transfer.model.source import ModuleSource, WeightSource
-from weight_transfer.model.targets import as_bits
 from weight_transfer.testing.models import Weight, raw_bytes, weight
 
 EXPERTS = 5

@@ -15,6 +15,7 @@ from weight_transfer.model.source import ModuleSource, WeightSource
 from weight_transfer.session.sender import WeightSender
 from weight_transfer.testing.forked import Family
 from weight_transfer.testing.models import Model, PassingSource, Weight, cast, hashes, inference_tensors, randomise
+from weight_transfer.testing.outages import Outages
 from weight_transfer.testing.resources import MemoryMark, Watch, held
 from weight_transfer.testing.unpickling import watched_unpickling
 
@@ -263,6 +264,7 @@ def main(stage: Stage, threads: int | None = None) -> None:
                 "mark": lambda name: marks.append(MemoryMark()),
                 "growth": lambda name: marks[-1].growth(),
                 "unpickled": lambda name: list(unpickled),
+                **Outages().commands(),
             }
         )
         for trainer in trainers.values():

@@ -18,6 +18,7 @@ from weight_transfer.session.receiver import WeightReceiver
 from weight_transfer.testing.actors import PATIENCE
 from weight_transfer.testing.forked import Family
 from weight_transfer.testing.models import Model, Weight, digest, hashes, raw_bytes
+from weight_transfer.testing.outages import Outages
 from weight_transfer.testing.resources import MemoryMark, Watch, held
 from weight_transfer.testing.unpickling import watched_unpickling
 
@@ -262,6 +263,7 @@ def main(stage: Stage, threads: int | None = None) -> None:
                 "mark": lambda name: marks.append(MemoryMark()),
                 "growth": lambda name: marks[-1].growth(),
                 "unpickled": lambda name: list(unpickled),
+                **Outages().commands(),
             }
         )
         for worker in workers.values():

@@ -7,7 +7,9 @@ import os
 import pickle
 import socket
 import struct
+import tempfile
 import threading
+import time
 from collections import defaultdict
 from typing import Any
 
@@ -16,9 +18,12 @@ import torch
 from weight_transfer_acme.engine import AcmeTrainerEngine, AcmeUpdateInfo, AcmeWorkerEngine, Connection
 
 from weight_transfer.authoring import Deadline, destinations_of
-from weight_transfer.errors import PeerLostError, TransferError
+from weight_transfer.errors import PeerLostError, TransferError, TransferTimeoutError
 
 _LATE = 0.3  # seconds
+_GOODBYE = 12.0  # seconds
+_AN_HOUR = 3600.0  # seconds
+_full: list[OSError] = []
 _open: list[int] = []
 _kept: list[socket.socket] = []
 _workers: dict[int, Connection] = {}
@@ -290,6 +295,45 @@ class ChecksNoTokenTrainer(AcmeTrainerEngine):
         _, rank = struct.unpack("!32sI", connection.receive(36, deadline))
         connection.send(b"\1", deadline)
         self._workers[rank] = connection
+
+
+class WaitsForAGoodbyeTrainer(AcmeTrainerEngine):
+    """Gives an update up when the worker has had time to say so."""
+
+    def abort_update(self):
+        threading.Event().wait(_GOODBYE)
+        super().abort_update()
+
+
+class StaysFullWorker(AcmeWorkerEngine):
+    """Writes what it received to a file, and does not try again once it could not."""
+
+    def receive_weights(self, update_info, load_weights):
+        if _full:
+            raise TransferError("The disk is full.")
+        try:
+            with tempfile.TemporaryFile(buffering=0) as spill:
+                spill.write(bytes(2**16))
+                os.fsync(spill.fileno())
+                spill.truncate(2**17)
+        except OSError as error:
+            _full.append(error)
+            raise
+        super().receive_weights(update_info, load_weights)
+
+
+class TrustsTheClockWorker(AcmeWorkerEngine):
+    """Measures its time by the clock on the wall."""
+
+    def receive_weights(self, update_info, load_weights):
+        began = time.time()
+
+        def in_time(weights):
+            if time.time() - began > _AN_HOUR:
+                raise TransferTimeoutError("It is too late.")
+            load_weights(weights)
+
+        super().receive_weights(update_info, in_time)
 
 
 class RaisesAtTheEndWorker(AcmeWorkerEngine):

@@ -16,6 +16,7 @@ from weight_transfer.testing.conformance.contract import ContractTests
 from weight_transfer.testing.conformance.faults import FaultsTests
 from weight_transfer.testing.conformance.lifecycle import LifecycleTests
 from weight_transfer.testing.conformance.memory import MemoryTests
+from weight_transfer.testing.conformance.outages import OutagesTests
 from weight_transfer.testing.conformance.region_faults import RegionFaultsTests
 from weight_transfer.testing.conformance.regions import RegionsTests
 from weight_transfer.testing.conformance.resources import ResourcesTests
@@ -35,6 +36,7 @@ class BackendConformance(
     BlameTests,
     RegionFaultsTests,
     RegionsTests,
+    OutagesTests,
     FaultsTests,
     SessionsTests,
     TargetsTests,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from weight_transfer.testing.conformance.kit import Cast, Kit, Member, assert_same
+from weight_transfer.testing.conformance.kit import Kit, assert_same
 from weight_transfer.testing.models import Weight, weight
+
+if TYPE_CHECKING:
+    from weight_transfer.testing.conformance.cast import Cast, Member
 
 _DTYPES = [
     *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),

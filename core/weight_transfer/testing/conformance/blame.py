@@ -8,7 +8,8 @@ import pytest
 
 from weight_transfer.errors import ManifestMismatchError, PeerLostError, TransferError
 from weight_transfer.testing.conformance.bits import loaders, sources
-from weight_transfer.testing.conformance.kit import PLAIN, Cast, Kit, assert_same
+from weight_transfer.testing.conformance.cast import PLAIN, Cast, plays
+from weight_transfer.testing.conformance.kit import Kit, assert_same
 from weight_transfer.testing.models import Weight, weight
 
 _KINDS = ["RuntimeError", "ConnectionError", "OSError", "TimeoutError", "KeyError"]
@@ -89,6 +90,7 @@ class BlameTests(Kit):
         assert self.settled(worker)["version"] == 1
         assert_same(served, worker.ask("hashes"))
 
+    @plays(workers=2)
     def test_one_workers_refusal_is_not_blamed_on_the_others(self, cast: Cast) -> None:
         """Of two workers one refuses while the other waits for bytes: the error names the first, at once.
 
@@ -104,6 +106,7 @@ class BlameTests(Kit):
         alone = cast.trainer([fitting], _OTHER)
         assert_same(alone.ask("send", seed=2, version=2)["hashes"], fitting.ask("hashes"))
 
+    @plays(workers=2)
     def test_one_workers_loader_is_not_blamed_on_the_others(self, cast: Cast) -> None:
         """Of two workers one fails to load in the middle of an update: the error names it, and what it raised.
 

@@ -13,7 +13,7 @@ import torch
 
 from weight_transfer.errors import WeightTransferError
 from weight_transfer.testing.actors import PATIENCE, Actor
-from weight_transfer.testing.conformance.kit import Member
+from weight_transfer.testing.conformance.cast import Member
 from weight_transfer.testing.keeping import KINDS
 from weight_transfer.testing.shards import WEIGHTS
 
@@ -156,15 +156,18 @@ class Company:
 
     Args:
         config: returns that of every member, with further keys.
-        device: returns the torch device of the member with a rank; see `Kit.device`.
         folder: for files by which ranks find each other.
+
+    Attributes:
+        device: returns the torch device of the member with a rank, in the present test; see `Kit.device_of`.
     """
 
-    def __init__(self, config: Callable[..., dict[str, Any]], device: Callable[[int], str], folder: Path) -> None:
-        self.device = device
+    device: Callable[[int], str]
+
+    def __init__(self, config: Callable[..., dict[str, Any]], folder: Path) -> None:
         self._config = config
         self._folder = folder
-        self._ranks: dict[int, list[Actor]] = {}
+        self._ranks: dict[tuple[str, ...], list[Actor]] = {}  # by their devices, with which they stay
         self._keepers: list[Actor] = []
         self._fresh: list[Actor] = []
         self._count = 0
@@ -206,15 +209,16 @@ class Company:
 
     def ranks(self, size: int, fresh: bool) -> list[Actor]:
         """Return the actors of a trainer's ranks."""
-        if size in self._ranks and not fresh:
-            return self._ranks[size]
+        devices = tuple(map(self.device, range(size)))
+        if devices in self._ranks and not fresh:
+            return self._ranks[devices]
         store = str(self._folder / self.name())
         spec: dict[str, Any] = {"world_size": size, "store": store, "threads": 1}
         actors = [Actor("weight_transfer.testing.rank", rank=rank, **spec) for rank in range(size)]
         if fresh:
             self._fresh += actors
         else:
-            self._ranks[size] = actors
+            self._ranks[devices] = actors
         for actor in actors:
             actor.ready()
         return actors

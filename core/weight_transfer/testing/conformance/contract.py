@@ -13,7 +13,8 @@ import pytest
 from weight_transfer.engine import TrainerWeightTransferEngine, WeightTransferEngine
 from weight_transfer.errors import TransferError, WeightTransferError, error_from_dict, error_to_dict
 from weight_transfer.plugins.backend import Capability, Probe
-from weight_transfer.testing.conformance.kit import PLAIN, Cast, Kit
+from weight_transfer.testing.conformance.cast import PLAIN, Cast
+from weight_transfer.testing.conformance.kit import Kit
 from weight_transfer.testing.resources import held
 
 _LOOK_UP = """
@@ -69,7 +70,8 @@ class ContractTests(Kit):
         engines = [*self.engines()]  # the libraries are loaded with the first ones
         before = held()
         engines += self.engines()
-        assert held() == before
+        grown = {what: count for what, count in held().items() if count > before[what]}
+        assert not grown  # what others had may end meanwhile
         assert [engine.extra_memory for engine in engines] == [0] * 4
         for engine in engines:
             engine.shutdown()

@@ -16,7 +16,8 @@ from weight_transfer.errors import (
 )
 from weight_transfer.plugins.backend import Capability
 from weight_transfer.testing.actors import eventually
-from weight_transfer.testing.conformance.kit import PLAIN, Cast, Kit, assert_same, needs
+from weight_transfer.testing.conformance.cast import PLAIN, Cast, plays
+from weight_transfer.testing.conformance.kit import Kit, assert_same, needs
 from weight_transfer.testing.models import weight
 
 _LATE = 0.5  # seconds in which a late write would be seen
@@ -26,6 +27,7 @@ class FaultsTests(Kit):
     """Peers that die, stand still, fail or disagree. Every test ends with an update that mends what it broke."""
 
     @needs(Capability.CROSS_PROCESS)
+    @plays(workers=2)
     def test_a_worker_killed_in_an_update_is_named_and_comes_back(self, cast: Cast) -> None:
         """`PeerLostError` that names it, long before the deadline; the survivor serves nothing torn; both are mended.
 
@@ -56,8 +58,8 @@ class FaultsTests(Kit):
         If this fails: ``receive_weights`` waits without a deadline, or does not notice that the connection is gone; or
         what it raises at the end of the stream is none of `PeerLostError` and `TransferTimeoutError`.
         """
-        worker = cast.worker(in_place=True, config=self._hasty())
-        trainer = cast.trainer([worker], passing=True, config=self._hasty())
+        worker = cast.worker(in_place=True, config=self.hasty())
+        trainer = cast.trainer([worker], passing=True, config=self.hasty())
         trainer.ask("send", seed=1, version=1)
         trainer.ask("arm", block_at=2)
         trainer.tell("send", seed=2, version=2)
@@ -78,8 +80,8 @@ class FaultsTests(Kit):
         If this fails: ``send_weights`` waits longer than its deadline says, or ``receive_weights`` goes on with
         loading after ``load_weights`` has raised.
         """
-        worker = cast.worker(config=self._hasty())
-        trainer = cast.trainer([worker], config=self._hasty())
+        worker = cast.worker(config=self.hasty())
+        trainer = cast.trainer([worker], config=self.hasty())
         trainer.ask("send", seed=1, version=1)
         worker.ask("arm", block_at=1)
         trainer.tell("send", seed=2, version=2)
@@ -99,8 +101,8 @@ class FaultsTests(Kit):
 
         If this fails: a wait for the worker has no deadline, perhaps one in ``abort_update`` or ``shutdown``.
         """
-        worker = cast.worker(config=self._hasty())
-        trainer = cast.trainer([worker], config=self._hasty())
+        worker = cast.worker(config=self.hasty())
+        trainer = cast.trainer([worker], config=self.hasty())
         trainer.ask("send", seed=1, version=1)
         worker.ask("arm", block_at=1)
         trainer.tell("send", seed=2, version=2)
@@ -120,8 +122,8 @@ class FaultsTests(Kit):
 
         If this fails: a wait in ``receive_weights`` has no deadline; nobody else ends it, for nobody says anything.
         """
-        worker = cast.worker(in_place=True, config=self._hasty())
-        trainer = cast.trainer([worker], passing=True, config=self._hasty())
+        worker = cast.worker(in_place=True, config=self.hasty())
+        trainer = cast.trainer([worker], passing=True, config=self.hasty())
         served = trainer.ask("send", seed=1, version=1)["hashes"]
         trainer.ask("arm", block_at=at)
         trainer.tell("send", seed=2, version=2)
@@ -173,8 +175,8 @@ class FaultsTests(Kit):
         If this fails: something still receives after ``receive_weights`` has raised: a thread, a posted receive, a
         one-sided write. End it, or wait for it, before the error leaves ``receive_weights``.
         """
-        worker = cast.worker(in_place=True, config=self._hasty())
-        trainer = cast.trainer([worker], passing=True, config=self._hasty())
+        worker = cast.worker(in_place=True, config=self.hasty())
+        trainer = cast.trainer([worker], passing=True, config=self.hasty())
         trainer.ask("send", seed=1, version=1)
         trainer.ask("arm", block_at=2)
         trainer.tell("send", seed=2, version=2)
@@ -211,8 +213,8 @@ class FaultsTests(Kit):
 
         If this fails: ``abort_update`` or the deadline does not end the worker's ``receive_weights``.
         """
-        worker = cast.worker(config=self._hasty())
-        trainer = cast.trainer([worker], passing=True, config=self._hasty())
+        worker = cast.worker(config=self.hasty())
+        trainer = cast.trainer([worker], passing=True, config=self.hasty())
         trainer.ask("send", seed=1, version=1)
         trainer.ask("arm", fail_at=2)
         trainer.tell("send", seed=2, version=2)
@@ -228,9 +230,9 @@ class FaultsTests(Kit):
 
         If this fails: something was written before the first ``load_weights``, or ``abort_update`` hides the cause.
         """
-        worker = cast.worker([*PLAIN[:-1], weight("layer5_bias", "float32", 127)], in_place=True, config=self._hasty())
+        worker = cast.worker([*PLAIN[:-1], weight("layer5_bias", "float32", 127)], in_place=True, config=self.hasty())
         before = worker.ask("hashes")
-        trainer = cast.trainer([worker], config=self._hasty())
+        trainer = cast.trainer([worker], config=self.hasty())
         trainer.tell("send", seed=1, version=1)
         error = trainer.error(self.deadline + self.grace)
         assert isinstance(error, ManifestMismatchError), repr(error)
@@ -241,6 +243,7 @@ class FaultsTests(Kit):
         assert_same(trainer.ask("send", seed=2, version=2)["hashes"], fitting.ask("hashes"))
 
     @needs(Capability.CROSS_PROCESS, Capability.REJOIN)
+    @plays(workers=2)
     def test_with_continue_the_others_publish_when_a_worker_dies(self, cast: Cast) -> None:
         """With ``on_worker_failure = "continue"`` one worker's death costs the others nothing; it may come back alone.
 
@@ -266,6 +269,7 @@ class FaultsTests(Kit):
 
     @needs(Capability.CROSS_PROCESS, Capability.REJOIN)
     @pytest.mark.parametrize("passing", [False, True], ids=["resident", "passing"])
+    @plays(workers=2)
     def test_with_continue_a_worker_that_refuses_does_not_hold_the_others_up(self, cast: Cast, passing: bool) -> None:
         """A worker whose model does not fit says so over the control channel alone, and its connection stays as it is.
 
@@ -284,6 +288,3 @@ class FaultsTests(Kit):
 
     def _patient(self) -> dict[str, Any]:
         return {"timeout": 4 * self.grace}
-
-    def _hasty(self) -> dict[str, Any]:
-        return {"timeout": self.deadline}

@@ -1,37 +1,29 @@
-"""What the groups of tests share: the backend's description, and a cast of actors per test."""
+"""What the groups of tests share: the backend's description, and what a test may use."""
 
 from __future__ import annotations
 
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import pytest
 import torch
 
 from weight_transfer.config.settings import ParallelConfig, WeightTransferConfig
+from weight_transfer.errors import WeightTransferError
 from weight_transfer.plugins.backend import Capability
 from weight_transfer.plugins.manager import LoadedBackend, load_backend
 from weight_transfer.plugins.read_config import load_config
-from weight_transfer.testing.actors import PATIENCE, Actor
-from weight_transfer.testing.models import Weight, weight
+from weight_transfer.testing.conformance.cast import Cast, cast_size
+from weight_transfer.testing.gpus import OWN, OwnGpus, visible_gpus
 
 if TYPE_CHECKING:
-    from weight_transfer.errors import WeightTransferError
+    from weight_transfer.testing.conformance.cast import Member
 
 
 T = TypeVar("T")
-_MOMENT = 1.0  # seconds; who pulls pays them in full
-
-PLAIN: list[Weight] = [
-    weight("embed", "float32", 300, 256),
-    *(weight(f"layer{i}_weight", "bfloat16", 128, 128) for i in range(6)),
-    *(weight(f"layer{i}_bias", "float32", 128) for i in range(6)),
-]
-"""Half a megabyte: several buckets, a weight that spans some of them, and several weights of one shape."""
 
 
 def needs(*capabilities: Capability) -> Callable[[T], T]:
@@ -44,127 +36,6 @@ def needs(*capabilities: Capability) -> Callable[[T], T]:
     return mark
 
 
-class Member:
-    """A worker or a trainer on the stage: an actor, and the name of its session there."""
-
-    def __init__(self, actor: Actor, name: str, url: str = "") -> None:
-        self.actor = actor
-        self.url = url
-        self._name = name
-        self.kill = actor.kill
-
-    def ask(self, command: str, **arguments: Any) -> Any:
-        """Send a command and return its reply."""
-        return self.actor.ask(command, name=self._name, **arguments)
-
-    def tell(self, command: str, **arguments: Any) -> None:
-        """Send a command without waiting for its reply."""
-        self.actor.tell(command, name=self._name, **arguments)
-
-    def reply(self, within: float = PATIENCE) -> Any:
-        """Wait for a reply."""
-        return self.actor.reply(within)
-
-    def error(self, within: float = PATIENCE) -> WeightTransferError:
-        """Wait for a reply, which must be an error."""
-        return self.actor.error(within)
-
-    def await_update(self) -> None:
-        """Wait a moment until a worker is told of the update; a backend may prepare it before."""
-        self.ask("await_update", seconds=_MOMENT)
-
-    def stopped(self) -> AbstractContextManager[None]:
-        """Freeze its process inside a ``with`` block."""
-        return self.actor.stopped()
-
-    @property
-    def port(self) -> int:
-        """The TCP port of a worker's control channel."""
-        return int(self.url.rpartition(":")[2])
-
-
-class Cast:
-    """Starts the actors of one test and ends them with it.
-
-    Args:
-        config: of every member.
-        device: the torch device of the member with a rank; the trainer has rank 0.
-        in_process: whether actors are threads.
-    """
-
-    def __init__(self, config: dict[str, Any], device: Callable[[int], str], in_process: bool) -> None:
-        self._config = config
-        self._device = device
-        self.in_process = in_process
-        self._end = ExitStack()
-        self._actors: list[Actor] = []
-        self._names = 0
-        if in_process:  # OpenMP would give every thread a team of its own
-            self._end.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(1)
-
-    def worker(
-        self,
-        weights: Sequence[Weight] = PLAIN,
-        *,
-        rank: int = 1,
-        beside: Member | None = None,
-        config: Mapping[str, Any] | None = None,
-        **spec: Any,
-    ) -> Member:
-        """Start a worker, in a process of its own or ``beside`` another one; ``spec`` is that of `testing.worker`."""
-        actor = beside.actor if beside else self._start("worker")
-        name = self._name()
-        spec = {"seed": 100 + rank, "device": self._device(rank), "config": self._config | dict(config or {})} | spec
-        url = actor.ask("open", name=name, weights=weights, **spec)
-        return Member(actor, name, url)
-
-    def workers(self, count: int, weights: Sequence[Weight] = PLAIN, **spec: Any) -> list[Member]:
-        """Start several workers."""
-        return [self.worker(weights, rank=rank, **spec) for rank in range(1, count + 1)]
-
-    def trainer(
-        self,
-        workers: Sequence[Member],
-        weights: Sequence[Weight] = PLAIN,
-        *,
-        beside: Member | None = None,
-        config: Mapping[str, Any] | None = None,
-        **spec: Any,
-    ) -> Member:
-        """Start a trainer that sends to ``workers``; ``spec`` is that of `testing.trainer`."""
-        actor = beside.actor if beside else self._start("trainer")
-        name = self._name()
-        spec = {"device": self._device(0), "config": self._config | dict(config or {})} | spec
-        actor.ask("open", name=name, workers=[worker.url for worker in workers], weights=weights, **spec)
-        return Member(actor, name)
-
-    def inviter(self) -> Member:
-        """Start a trainer's engine that nobody drives, which invites one worker."""
-        name = self._name()
-        actor = self._start("inviter")
-        actor.ask("open", name=name, config=self._config, device=self._device(0))
-        return Member(actor, name)
-
-    def end(self) -> None:
-        """End all actors."""
-        for actor in self._actors:
-            actor.hang_up()
-        for actor in self._actors:
-            actor.stop()
-        self._end.close()
-
-    def _start(self, role: str) -> Actor:
-        threads = None if self.in_process else 1
-        actor = Actor(f"weight_transfer.testing.{role}", in_process=self.in_process, threads=threads)
-        self._actors.append(actor)
-        return actor.ready()
-
-    def _name(self) -> str:
-        self._names += 1
-        return f"session {self._names}"
-
-
 class Kit:
     """The base of all groups; see `BackendConformance` for the attributes."""
 
@@ -172,6 +43,9 @@ class Kit:
     worker_counts: ClassVar[tuple[int, ...]] = (1, 3)
     deadline: ClassVar[float] = 2.0
     grace: ClassVar[float] = 15.0
+
+    _own_gpus: tuple[int, ...] = ()
+    _members = 2
 
     def options(self) -> Mapping[str, object]:
         """Return the backend's own table of the configuration, JSON-safe."""
@@ -190,13 +64,19 @@ class Kit:
             return "cpu"
         if one_each and rank >= devices:
             pytest.skip(f"{self.backend} needs a device for each process, and this machine has {devices}")
-        return f"cuda:{rank % devices}"
+        others = [device for device in range(devices) if device not in self._own_gpus]
+        return f"cuda:{[*self._own_gpus, *others][rank % devices]}"
+
+    def device_of(self, rank: int) -> str:
+        """Return the torch device of one of the processes that the test has; see `plays`."""
+        assert rank < self._members, f"the test has {self._members} processes; let `plays` say how many it needs"
+        return self.device(rank)
 
     @pytest.fixture
     def cast(self) -> Iterator[Cast]:
         """Actors that end with the test; skips if the backend cannot work on this machine."""
         self.require_machine()
-        result = Cast(self.settings(), self.device, in_process=Capability.CROSS_PROCESS not in self._capabilities())
+        result = Cast(self.settings(), self.device_of, in_process=Capability.CROSS_PROCESS not in self._capabilities())
         try:
             yield result
         finally:
@@ -212,15 +92,21 @@ class Kit:
 
     @pytest.fixture(autouse=True)
     def _declared(self, request: pytest.FixtureRequest) -> None:
-        """Skip what the descriptor does not declare."""
+        """Skip what the descriptor does not declare; know what the test may use."""
+        self._own_gpus = request.node.stash.get(OWN, ())
+        self._members = sum(cast_size(request.node))
         for capability in getattr(request.function, "needed_capabilities", ()):
             if capability not in self._capabilities():
                 pytest.skip(f"{self.backend} does not declare Capability.{capability.name}")
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Run tests that ask for ``count`` with each number of workers."""
-        if "count" in metafunc.fixturenames:
-            metafunc.parametrize("count", self.worker_counts, ids=[f"{count} workers" for count in self.worker_counts])
+        """Run tests that ask for ``count`` with each number of workers, or ``most``; have GPUs shared out."""
+        for name, counts in (("count", self.worker_counts), ("most", [max(self.worker_counts)])):
+            if name in metafunc.fixturenames:
+                metafunc.parametrize(name, counts, ids=[f"{count} workers" for count in counts])
+        if not metafunc.config.pluginmanager.has_plugin(OwnGpus.__name__):
+            names = visible_gpus(torch.cuda.device_count())
+            metafunc.config.pluginmanager.register(OwnGpus(_gpus_wanted, names), OwnGpus.__name__)
 
     def loaded(self) -> LoadedBackend:
         """Load the backend by its entry point."""
@@ -231,6 +117,13 @@ class Kit:
         common = {"backend": self.backend, "timeout": 30, "init_timeout": 20, "bucket_bytes": 65536, "buckets": 2}
         table = {self.backend: dict(self.options())} if self.options() else {}
         return {**common, **table, **self.config(), **changes}
+
+    def hasty(self) -> dict[str, Any]:
+        """Return the keys by which an update is meant to miss its deadline.
+
+        On GPUs it is longer, for good updates come before: the first one loads kernels.
+        """
+        return {"timeout": self.deadline * (1 if self.device(0) == "cpu" else 2)}
 
     def engines(self) -> tuple[Any, Any]:
         """Create a worker engine and a trainer engine in this process."""
@@ -246,6 +139,23 @@ class Kit:
         result: dict[str, Any] = status
         return result
 
+    @classmethod
+    def gpus_of_its_own(cls, item: pytest.Item) -> int:
+        """Return how many GPUs a test must not share: those between which its processes use NCCL.
+
+        A trainer's ranks gather by it, and backends do that need a device for each process.
+        """
+        devices = torch.cuda.device_count()
+        if devices < 2 or not {"cast", "company"}.intersection(getattr(item, "fixturenames", ())):
+            return 0
+        try:
+            backend = load_backend(cls.backend).backend
+        except WeightTransferError:  # the test says so itself
+            return 0
+        ranks, workers = cast_size(item)
+        wanted = ranks + workers if backend.one_device_each else ranks
+        return wanted if Capability.CUDA in backend.capabilities and 1 < wanted <= devices else 0
+
     def _capabilities(self) -> frozenset[Capability]:
         return self.loaded().backend.capabilities
 
@@ -255,6 +165,11 @@ class Kit:
             owner = next(part for part in cls.__mro__ if name in vars(part))
             if not _is_ours(owner):
                 _require_marker(owner, name)
+
+
+def _gpus_wanted(item: pytest.Item) -> int:
+    kit = getattr(item, "cls", None)
+    return kit.gpus_of_its_own(item) if isinstance(kit, type) and issubclass(kit, Kit) else 0
 
 
 def _is_ours(cls: type) -> bool:

@@ -19,7 +19,8 @@ from weight_transfer.errors import (
     TransferTimeoutError,
 )
 from weight_transfer.plugins.backend import Capability
-from weight_transfer.testing.conformance.kit import Cast, Kit, assert_same, needs, within
+from weight_transfer.testing.conformance.cast import Cast, plays
+from weight_transfer.testing.conformance.kit import Kit, assert_same, needs, within
 from weight_transfer.values.deadline import Deadline
 
 _INTERVAL = 0.2  # seconds
@@ -178,6 +179,7 @@ class LifecycleTests(Kit):
         assert isinstance(trainer.error(), LifecycleError)
         assert worker.ask("status")["version"] == 1
 
+    @plays(workers=2)
     def test_workers_of_one_process_join_the_same_trainer(self, cast: Cast) -> None:
         """Two workers that live in one process get the same update at once.
 

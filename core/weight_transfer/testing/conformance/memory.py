@@ -9,7 +9,8 @@ import pytest
 from weight_transfer.errors import TransferError
 from weight_transfer.plugins.backend import Capability
 from weight_transfer.testing.conformance.bits import loaders, sources
-from weight_transfer.testing.conformance.kit import PLAIN, Cast, Kit, Member, assert_same, needs
+from weight_transfer.testing.conformance.cast import PLAIN, Cast, Member, plays
+from weight_transfer.testing.conformance.kit import Kit, assert_same, needs
 from weight_transfer.testing.models import Weight, weight
 
 _EMPTY = weight("nothing", "float32", 0, 7)
@@ -132,6 +133,7 @@ class MemoryTests(Kit):
             worker.ask("close")
 
     @sources
+    @plays(workers=3)
     def test_a_loader_may_write_into_what_it_is_given(self, cast: Cast, passing: bool) -> None:
         """The trainer, the other workers and later updates, of equal bytes too, do not see it.
 

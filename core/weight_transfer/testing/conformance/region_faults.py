@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from weight_transfer.errors import WeightTransferError
 from weight_transfer.plugins.backend import Capability
-from weight_transfer.testing.conformance.kit import Member, needs
+from weight_transfer.testing.conformance.cast import Member, plays
+from weight_transfer.testing.conformance.kit import needs
 from weight_transfer.testing.conformance.regions import RegionsKit, assert_kept
 from weight_transfer.testing.keeping import COLUMNS
 from weight_transfer.testing.shards import ALONE, WEIGHTS
@@ -35,6 +36,7 @@ class RegionFaultsTests(RegionsKit):
 
     @needs(Capability.REGIONS, Capability.CROSS_PROCESS)
     @phases
+    @plays(ranks=4, workers=2)
     def test_a_rank_that_is_killed_is_named_by_all_others(self, company: Company, phase: str) -> None:
         """All raise the same error in time; workers serve the old version or none; other ranks take over.
 
@@ -54,6 +56,7 @@ class RegionFaultsTests(RegionsKit):
 
     @needs(Capability.REGIONS, Capability.CROSS_PROCESS)
     @pytest.mark.parametrize("phase", ["start", "regions"])
+    @plays(ranks=4, workers=2)
     def test_the_first_rank_that_is_killed_is_named_by_all_others(self, company: Company, phase: str) -> None:
         """Rank 0, which alone speaks to the workers: they give up by themselves, as do the other ranks.
 
@@ -68,6 +71,7 @@ class RegionFaultsTests(RegionsKit):
 
     @needs(Capability.REGIONS, Capability.CROSS_PROCESS)
     @phases
+    @plays(ranks=4, workers=2)
     def test_a_rank_that_stands_still_is_named_by_all_others_unless_it_is_not_needed(
         self, company: Company, phase: str
     ) -> None:
@@ -97,8 +101,8 @@ class RegionFaultsTests(RegionsKit):
 
     def _scene(self, troupe: Troupe, fresh: bool = False) -> tuple[list[Member], RegionTrainer]:
         """Return two workers and a trainer, after an update."""
-        hasty: dict[str, Any] = {"timeout": self.deadline, "init_timeout": self.deadline + self.grace}
-        patient = hasty | {"timeout": 3 * self.deadline}  # else a worker may give the update up before the trainer does
+        hasty = self.hasty() | {"init_timeout": self.deadline + self.grace}
+        patient = hasty | {"timeout": 3 * hasty["timeout"]}  # else it may give the update up first
         workers = troupe.workers(COLUMNS, 2, _WEIGHTS, alone=("loader", None), config=patient)
         trainer = troupe.trainer("fsdp", _RANKS, workers, _WEIGHTS, config=hasty, fresh=fresh)
         trainer.send(1, 1)

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from weight_transfer.plugins.backend import Capability
+from weight_transfer.testing.conformance.cast import Member, plays
 from weight_transfer.testing.conformance.company import Company
-from weight_transfer.testing.conformance.kit import Kit, Member, needs
+from weight_transfer.testing.conformance.kit import Kit, needs
 from weight_transfer.testing.keeping import COLUMNS, EXPERTS, ROWS, WHOLE
 from weight_transfer.testing.models import weight
 from weight_transfer.testing.shards import ALONE, WEIGHTS
@@ -44,9 +45,10 @@ class RegionsKit(Kit):
         self.require_machine()
         tests = request.node.getparent(pytest.Class)
         if _COMPANY not in tests.stash:
-            tests.stash[_COMPANY] = Company(self.settings, self.device, tmp_path_factory.mktemp("ranks"))
+            tests.stash[_COMPANY] = Company(self.settings, tmp_path_factory.mktemp("ranks"))
             tests.addfinalizer(tests.stash[_COMPANY].end)
         found: Company = tests.stash[_COMPANY]
+        found.device = self.device_of
         return found
 
 
@@ -79,6 +81,7 @@ class RegionsTests(RegionsKit):
                 assert_counted(reports, keepers, by_region)
 
     @needs(Capability.REGIONS, Capability.CROSS_PROCESS)
+    @plays(ranks=2, workers=3)
     def test_a_weight_that_one_worker_takes_whole_goes_whole_to_all(self, company: Company) -> None:
         """Of three workers one has a loader for a weight; it is gathered, and arrives on all, beside the regions.
 
@@ -96,6 +99,7 @@ class RegionsTests(RegionsKit):
                 assert kept[0] == kept[1] and sum(kept[0].values()) == sum(reports[0]["given"]) > 0
 
     @needs(Capability.REGIONS, Capability.CROSS_PROCESS)
+    @plays(ranks=2, workers=2)
     def test_a_weight_that_one_worker_copies_by_its_name_goes_by_region(self, company: Company) -> None:
         """Of two workers one has a model's own weight without a declared target: that is a target itself.
 
@@ -110,6 +114,7 @@ class RegionsTests(RegionsKit):
                 assert reports[0]["gathered"] == 0
 
     @needs(Capability.REGIONS, Capability.CROSS_PROCESS)
+    @plays(ranks=4, workers=2)
     def test_the_trainer_may_have_other_ranks_and_another_layout_at_each_update(self, company: Company) -> None:
         """Elastic: 2 ranks, then 1, then 4, then 2 again, to the same workers.
 
@@ -123,6 +128,7 @@ class RegionsTests(RegionsKit):
 
     @needs(Capability.REGIONS, Capability.CROSS_PROCESS)
     @pytest.mark.parametrize(("layout", "kind"), [("fsdp", ROWS), ("tp", ROWS), ("megatron", COLUMNS)])
+    @plays(ranks=2, workers=2)
     def test_extra_memory_of_both_sides_is_bounded_by_the_buckets(
         self, company: Company, layout: str, kind: str
     ) -> None:

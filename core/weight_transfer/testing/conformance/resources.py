@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from weight_transfer.plugins.backend import Capability
 from weight_transfer.testing.actors import eventually
-from weight_transfer.testing.conformance.kit import Cast, Kit, Member, needs
+from weight_transfer.testing.conformance.kit import Kit, needs
 from weight_transfer.testing.models import weight
+
+if TYPE_CHECKING:
+    from weight_transfer.testing.conformance.cast import Cast, Member
 
 _UPDATES = 50
 _SETTLE = 5.0  # seconds in which threads and descriptors of the control channel come back by themselves
@@ -59,9 +64,8 @@ class ResourcesTests(Kit):
         If this fails: ``shutdown`` after an error forgets what the message names, or an error leaves
         ``init_transfer_engine`` or ``open_endpoint`` with something open.
         """
-        hasty = {"timeout": self.deadline}
-        worker = cast.worker(in_place=True, config=hasty)
-        trainer = cast.trainer([worker], passing=True, config=hasty)
+        worker = cast.worker(in_place=True, config=self.hasty())
+        trainer = cast.trainer([worker], passing=True, config=self.hasty())
         for version in range(7):
             if version == 2:
                 before = [worker.ask("held"), trainer.ask("held")]

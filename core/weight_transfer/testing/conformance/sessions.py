@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import pytest
 
 from weight_transfer.errors import ReplacedError
-from weight_transfer.testing.conformance.kit import Cast, Kit, Member, assert_same
+from weight_transfer.testing.conformance.kit import Kit, assert_same
+
+if TYPE_CHECKING:
+    from weight_transfer.testing.conformance.cast import Cast, Member
 
 
 class SessionsTests(Kit):

@@ -6,7 +6,8 @@ import pytest
 
 from weight_transfer.plugins.backend import Capability
 from weight_transfer.testing.conformance.bits import ZOO, loaders
-from weight_transfer.testing.conformance.kit import PLAIN, Cast, Kit, assert_same, needs
+from weight_transfer.testing.conformance.cast import PLAIN, Cast
+from weight_transfer.testing.conformance.kit import Kit, assert_same, needs
 from weight_transfer.testing.models import Weight, weight
 
 _SPANNING: list[Weight] = [*PLAIN, weight("large", "float32", 5 * 16384 + 1), *ZOO]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from weight_transfer.errors import HandshakeError, PeerLostError, TransferTimeoutError
 from weight_transfer.plugins.backend import Capability
-from weight_transfer.testing.conformance.kit import Cast, Kit, needs
+from weight_transfer.testing.conformance.kit import Kit, needs
+
+if TYPE_CHECKING:
+    from weight_transfer.testing.conformance.cast import Cast
 
 
 class StrangersTests(Kit):

@@ -6,7 +6,8 @@ from fnmatch import fnmatchcase
 
 import pytest
 
-from weight_transfer.testing.conformance.kit import PLAIN, Cast, Kit, assert_same
+from weight_transfer.testing.conformance.cast import PLAIN, Cast
+from weight_transfer.testing.conformance.kit import Kit, assert_same
 from weight_transfer.testing.models import Weight, weight
 
 DRAFT: list[Weight] = [weight("embed", "float32", 300, 256), *(weight(f"w{i}", "bfloat16", 64, 33) for i in range(5))]

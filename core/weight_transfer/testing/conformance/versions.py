@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from weight_transfer.testing.conformance.kit import Cast, Kit
+from typing import TYPE_CHECKING
+
+from weight_transfer.testing.conformance.kit import Kit
 from weight_transfer.testing.models import combined
+
+if TYPE_CHECKING:
+    from weight_transfer.testing.conformance.cast import Cast
 
 _UPDATES = 8
 
