@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from weight_transfer.values.deadline import Deadline
+from weight_transfer_nccl.limit import broadcast_again
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,10 +29,7 @@ def broadcast(group: Group, data: torch.Tensor) -> Any:
 def limit(group: Group, weights: nn.Module, _root: bool) -> None:
     nbytes = sum(parameter.nbytes for parameter in weights.parameters())
     size = min(GIB, nbytes) if group.device.type == "cuda" else nbytes
-    buffer = _buffer(group.device, size)
-    works = [broadcast(group, buffer[: min(size, nbytes - start)]) for start in range(0, nbytes, size)]
-    for work in works:
-        work.wait()
+    broadcast_again(group, _buffer(group.device, size), nbytes)
 
 
 @cache

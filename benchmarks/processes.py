@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weight_transfer.testing.resources import held
+from weight_transfer.testing.resources import held, threads
 
 if TYPE_CHECKING:
     from weight_transfer.testing.actors import Actor
@@ -55,4 +55,4 @@ def _state(process: Path) -> str:
 
 def everything_held() -> dict[str, int]:
     """Return what `held` counts of this process, and all threads: those kept for the next call end after a while."""
-    return held() | {"threads of any kind": len(os.listdir("/proc/self/task")), "abandoned files in /dev/shm": 0}
+    return held() | {"threads of any kind": len(threads()), "abandoned files in /dev/shm": 0}

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from torch import nn
+
+from weight_transfer.bench.architectures import shapes_of
+from weight_transfer.bench.configurations import model_shape
 
 
 class Weights(nn.Module):
@@ -32,28 +36,22 @@ def llama(
     kv_heads: int,
     vocab: int,
     *,
-    tied: bool = False,
-    bias: bool = False,
+    kind: str = "llama",
+    **further: Any,
 ) -> dict[str, tuple[int, ...]]:
-    """Return the checkpoint shapes of a Llama-like model (with ``bias`` on q, k and v: Qwen2)."""
-    head = hidden // heads
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}"
-        for name, rows in (("q", heads * head), ("k", kv_heads * head), ("v", kv_heads * head)):
-            shapes[f"{prefix}.self_attn.{name}_proj.weight"] = (rows, hidden)
-            if bias:
-                shapes[f"{prefix}.self_attn.{name}_proj.bias"] = (rows,)
-        shapes[f"{prefix}.self_attn.o_proj.weight"] = (hidden, heads * head)
-        shapes[f"{prefix}.mlp.gate_proj.weight"] = (intermediate, hidden)
-        shapes[f"{prefix}.mlp.up_proj.weight"] = (intermediate, hidden)
-        shapes[f"{prefix}.mlp.down_proj.weight"] = (hidden, intermediate)
-        shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
-        shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
-    shapes["model.norm.weight"] = (hidden,)
-    if not tied:
-        shapes["lm_head.weight"] = (vocab, hidden)
-    return shapes
+    """Return the checkpoint shapes of a Llama-like model; ``kind`` and ``further`` are of its configuration."""
+    return shapes_of(
+        {
+            "model_type": kind,
+            "num_hidden_layers": layers,
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "vocab_size": vocab,
+            **further,
+        }
+    )
 
 
 def first_layers(shapes: dict[str, tuple[int, ...]], count: int | None) -> dict[str, tuple[int, ...]]:
@@ -68,7 +66,7 @@ def first_layers(shapes: dict[str, tuple[int, ...]], count: int | None) -> dict[
 
 def qwen_half_billion() -> dict[str, tuple[int, ...]]:
     """Qwen2.5-0.5B: 290 tensors, 0.99 GB in bfloat16."""
-    return llama(24, 896, 4864, 14, 2, 151936, tied=True, bias=True)
+    return llama(24, 896, 4864, 14, 2, 151936, kind="qwen2", tie_word_embeddings=True)
 
 
 def tiny(count: int, nbytes: int) -> dict[str, tuple[int, ...]]:
@@ -78,43 +76,18 @@ def tiny(count: int, nbytes: int) -> dict[str, tuple[int, ...]]:
 
 def llama_8b() -> dict[str, tuple[int, ...]]:
     """Llama-3.1-8B: 291 tensors, 16.06 GB in bfloat16."""
-    return llama(32, 4096, 14336, 32, 8, 128256)
+    return model_shape("llama-3.1-8b").shapes
 
 
 def qwen_moe(layers: int = 24) -> dict[str, tuple[int, ...]]:
     """Qwen3-30B-A3B cut to 24 layers: 9,435 tensors, 31.15 GB in bfloat16."""
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (151936, 2048)}
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}"
-        for name, rows in (("q", 4096), ("k", 512), ("v", 512)):
-            shapes[f"{prefix}.self_attn.{name}_proj.weight"] = (rows, 2048)
-        shapes[f"{prefix}.self_attn.o_proj.weight"] = (2048, 4096)
-        for name in ("q_norm", "k_norm"):
-            shapes[f"{prefix}.self_attn.{name}.weight"] = (128,)
-        for expert in range(128):
-            for name in ("gate", "up"):
-                shapes[f"{prefix}.mlp.experts.{expert}.{name}_proj.weight"] = (768, 2048)
-            shapes[f"{prefix}.mlp.experts.{expert}.down_proj.weight"] = (2048, 768)
-        shapes[f"{prefix}.mlp.gate.weight"] = (128, 2048)
-        shapes[f"{prefix}.input_layernorm.weight"] = (2048,)
-        shapes[f"{prefix}.post_attention_layernorm.weight"] = (2048,)
-    shapes["model.norm.weight"] = (2048,)
-    shapes["lm_head.weight"] = (151936, 2048)
-    return shapes
+    return model_shape("qwen3-30b-a3b", layers).shapes
 
 
 def small_moe() -> dict[str, tuple[int, ...]]:
-    """A mixture of experts for CPUs: 1,197 tensors, 0.38 GB in bfloat16."""
-    hidden, experts = 512, 64
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (32000, hidden)}
-    for layer in range(6):
-        prefix = f"model.layers.{layer}"
-        for name, rows in (("q", 1024), ("k", 256), ("v", 256)):
-            shapes[f"{prefix}.self_attn.{name}_proj.weight"] = (rows, hidden)
-        shapes[f"{prefix}.self_attn.o_proj.weight"] = (hidden, 1024)
-        shapes[f"{prefix}.mlp.gate.weight"] = (experts, hidden)
-        shapes |= routed(f"{prefix}.mlp", experts, hidden, 256) | norms(prefix, hidden)
-    return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (32000, hidden)}
+    """A mixture of experts for CPUs: 1,209 tensors, 0.38 GB in bfloat16."""
+    experts = {"num_experts": 64, "moe_intermediate_size": 256}
+    return llama(6, 512, 0, 8, 2, 32000, kind="qwen3_moe", head_dim=128, **experts)
 
 
 def toy() -> dict[str, tuple[int, ...]]:
@@ -123,65 +96,19 @@ def toy() -> dict[str, tuple[int, ...]]:
 
 
 def toy_moe() -> dict[str, tuple[int, ...]]:
-    """One layer with eight experts besides, for the same: 36 tensors, 7.7 MB in bfloat16."""
-    return llama(1, 256, 1024, 8, 2, 4096) | routed("model.layers.0.mlp", 8, 256, 128)
+    """One layer with eight experts, for the same: 36 tensors, 6.1 MB in bfloat16."""
+    return llama(1, 256, 0, 8, 2, 4096, kind="qwen3_moe", num_experts=8, moe_intermediate_size=128)
 
 
 def qwen3_235b() -> dict[str, tuple[int, ...]]:
     """Qwen3-235B-A22B: 36,945 tensors, 470.2 GB in bfloat16."""
-    hidden, head, experts = 4096, 128, 128
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (151936, hidden)}
-    for layer in range(94):
-        prefix = f"model.layers.{layer}"
-        for name, rows in (("q", 64 * head), ("k", 4 * head), ("v", 4 * head)):
-            shapes[f"{prefix}.self_attn.{name}_proj.weight"] = (rows, hidden)
-        shapes[f"{prefix}.self_attn.o_proj.weight"] = (hidden, 64 * head)
-        for name in ("q_norm", "k_norm"):
-            shapes[f"{prefix}.self_attn.{name}.weight"] = (head,)
-        shapes[f"{prefix}.mlp.gate.weight"] = (experts, hidden)
-        shapes |= routed(f"{prefix}.mlp", experts, hidden, 1536) | norms(prefix, hidden)
-    return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (151936, hidden)}
+    experts = {"num_experts": 128, "moe_intermediate_size": 1536}
+    return llama(94, 4096, 0, 64, 4, 151936, kind="qwen3_moe", head_dim=128, **experts)
 
 
 def kimi_k2() -> dict[str, tuple[int, ...]]:
     """Kimi-K2: 69,975 tensors, 2.053 TB in bfloat16."""
-    hidden, heads, experts, rope = 7168, 64, 384, 64
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (163840, hidden)}
-    for layer in range(61):
-        prefix = f"model.layers.{layer}"
-        shapes |= {
-            f"{prefix}.self_attn.q_a_proj.weight": (1536, hidden),
-            f"{prefix}.self_attn.q_a_layernorm.weight": (1536,),
-            f"{prefix}.self_attn.q_b_proj.weight": (heads * (128 + rope), 1536),
-            f"{prefix}.self_attn.kv_a_proj_with_mqa.weight": (512 + rope, hidden),
-            f"{prefix}.self_attn.kv_a_layernorm.weight": (512,),
-            f"{prefix}.self_attn.kv_b_proj.weight": (heads * (128 + 128), 512),
-            f"{prefix}.self_attn.o_proj.weight": (hidden, heads * 128),
-        }
-        shapes |= norms(prefix, hidden)
-        if layer == 0:
-            shapes |= gated(f"{prefix}.mlp", hidden, 18432)
-            continue
-        shapes[f"{prefix}.mlp.gate.weight"] = (experts, hidden)
-        shapes[f"{prefix}.mlp.gate.e_score_correction_bias"] = (experts,)
-        shapes |= routed(f"{prefix}.mlp", experts, hidden, 2048) | gated(f"{prefix}.mlp.shared_experts", hidden, 2048)
-    return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (163840, hidden)}
-
-
-def gated(prefix: str, hidden: int, intermediate: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a gated feed-forward block."""
-    up, down = (intermediate, hidden), (hidden, intermediate)
-    return {f"{prefix}.{name}_proj.weight": down if name == "down" else up for name in ("gate", "up", "down")}
-
-
-def routed(prefix: str, experts: int, hidden: int, intermediate: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a layer's routed experts."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for expert in range(experts):
-        shapes |= gated(f"{prefix}.experts.{expert}", hidden, intermediate)
-    return shapes
-
-
-def norms(prefix: str, hidden: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a layer's two norms."""
-    return {f"{prefix}.{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+    latent = {"q_lora_rank": 1536, "kv_lora_rank": 512, "v_head_dim": 128}
+    latent |= {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64}
+    experts = {"n_routed_experts": 384, "n_shared_experts": 1, "moe_intermediate_size": 2048}
+    return llama(61, 7168, 18432, 64, 64, 163840, kind="kimi_k2", first_k_dense_replace=1, **latent, **experts)

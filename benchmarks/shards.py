@@ -19,7 +19,8 @@ Rows:
   a worker takes that of its own GPU, else an even part of each. All workers at once; the slowest counts. So it is bound
   by the slowest side: colocated by what a worker reads from peers over its link, or by the copies within its GPU,
   whichever takes longer; apart by what a worker reads or a trainer rank gives over its link, whichever is more.
-  ``ipc`` on GPUs: local copies and reads of the peers, side by side; on CPUs: one contiguous copy by each worker.
+  ``ipc`` on GPUs: local copies and reads of the peers, side by side; on CPUs: one contiguous copy by each worker,
+  with one thread or one for each core, whichever is faster.
   ``nccl``: grouped sends and receives. ``rdma``: one NIXL read of each rank, one descriptor each.
 * ``plain copies``: one ``copy_`` for each piece, strided as it is, from mapped shards (on CPUs from shards that the
   worker's process holds itself) into the worker's weights; all workers at once, the slowest counts.
@@ -42,7 +43,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,9 +50,11 @@ from typing import Any
 
 import shapes
 import torch
-from parts import Parts
-from shards_member import Scene
 from shards_run import Run, summary
+
+from weight_transfer.bench.member import Scene
+from weight_transfer.bench.parts import Parts
+from weight_transfer.errors import WeightTransferError
 
 CASES = {
     ("cuda", "dense"): shapes.llama_8b,
@@ -86,6 +88,8 @@ def arguments_of(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"hsdp has two replicas, so --trainers must be even; it is {options.trainers}")
     if options.workers % options.replicas:
         parser.error(f"{options.workers} workers do not make {options.replicas} replicas")
+    if options.trainers == 1 and options.workers == options.replicas:
+        parser.error("with one trainer and whole replicas nothing is cut; `weight-transfer bench` measures that")
     if options.quick:
         options.repeat = min(options.repeat, 2)
     return options
@@ -172,16 +176,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = {"backend": options.backend, "timeout": options.step, "init_timeout": options.step}
     config |= {"verify": options.verify}
     began, load = time.monotonic(), os.getloadavg()[0]
-    with tempfile.TemporaryDirectory() as folder:
-        scene = Scene(
-            parts=parts,
-            backend=options.backend,
-            config=config,
-            trainers=trainers,
-            workers=workers,
-            store=str(Path(folder) / "store"),
-        )
-        run = Run(scene, options.step, options.life, options.repeat, not options.skip_gathering)
+    scene = Scene(parts=parts, config=config, trainers=trainers, workers=workers)
+    try:
+        with Run(scene, options.step, options.life, options.repeat, not options.skip_gathering) as run:
+            run.measure()
+    except (AssertionError, WeightTransferError) as error:  # a process has died or is late, or something failed in it
+        raise SystemExit(f"the benchmark has failed: {error}") from error
     machine = torch.cuda.get_device_name(0) if options.device == "cuda" else f"{os.cpu_count()} cores, load {load:.1f}"
     layout = described(options, parts)
     found = {

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from actors import Actor, ask, ask_each, end
-from shards_trainer import Trainer
-from shards_worker import Worker
+from weight_transfer.bench.troupe import VERSIONS, Troupe
 
 if TYPE_CHECKING:
-    from shards_member import Scene
-
-VERSIONS = (1, 2, 1)
+    from weight_transfer.bench.member import Scene
+    from weight_transfer.testing.actors import Actor
 
 
 def tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-class Run:
+class Run(Troupe):
     """One run of the benchmark.
 
     Args:
@@ -33,36 +34,30 @@ class Run:
     """
 
     def __init__(self, scene: Scene, seconds: float, life: float, repeat: int, gathers: bool) -> None:
-        self.scene, self.seconds, self.repeat, self.gathers = scene, seconds, repeat, gathers
+        super().__init__(scene, seconds, "shards_trainer", "shards_worker")
+        self.seconds, self.until, self.repeat, self.gathers = seconds, time.monotonic() + life, repeat, gathers
         self.times: dict[str, list[float]] = {}
         self.cpu: dict[str, list[float]] = {}
         self.facts: dict[str, Any] = {"bits_equal": [], "memory": {}}
         self.has_copies = False
-        self.trainers: list[Actor] = []
-        self.workers: list[Actor] = []
+        self.taken = [scene.parts.by_rank(worker) for worker in range(len(scene.workers))]
+        has_replicas = len(scene.trainers) > scene.parts.shards
+        self.choice = len(scene.workers) * scene.parts.largest_piece if has_replicas else 0
+
+    def ask(self, actors: Sequence[Actor], command: str, **arguments: Any) -> list[Any]:
+        """As a troupe's; the time of the whole run counts, too, and if it is up, everybody shows where it stands."""
+        self.patience = max(0.0, min(self.seconds, self.until - time.monotonic()))
         try:
-            for rank in range(len(scene.trainers)):
-                self.trainers.append(Actor(f"trainer rank {rank}", life, Trainer, scene, rank))
-            for number in range(len(scene.workers)):
-                self.workers.append(Actor(f"worker {number}", life, Worker, scene, number))
-            self.taken = [scene.parts.by_rank(worker) for worker in range(len(scene.workers))]
-            has_replicas = len(scene.trainers) > scene.parts.shards
-            self.choice = len(scene.workers) * scene.parts.largest_piece if has_replicas else 0
-            self._measure()
-        finally:
-            end([*self.trainers, *self.workers])
+            return super().ask(actors, command, **arguments)
+        except AssertionError:
+            for actor in self.everyone:
+                with suppress(ProcessLookupError):
+                    os.kill(actor.pid, signal.SIGABRT)
+            raise
 
-    @property
-    def everyone(self) -> list[Actor]:
-        return [*self.trainers, *self.workers]
-
-    def ask(self, actors: Sequence[Actor], method: str, *arguments: Any) -> list[Any]:
-        return ask(actors, self.seconds, method, *arguments)
-
-    def _measure(self) -> None:
-        tell("starting processes")
-        self.ask(self.everyone, "tidy")
-        self._connect()
+    def measure(self) -> None:
+        """Do everything."""
+        self.connect()
         self.ask(self.workers, "forget")
         for version in VERSIONS:
             tell(f"bits of version {version}: ours, plain copies")
@@ -70,14 +65,11 @@ class Run:
             if not self.has_copies:
                 self._prepare_copies()
             if not self.on_gpu:
-                self.ask(self.workers, "hold_seed", version)
+                self.ask(self.workers, "hold_seed", seed=version)
             self.ask(self.workers, "forget")
             self._copy()
             self._require_bits("plain copies", version)
-        meeting, self._place = new_meeting(self.scene)
-        calls = [(actor, "make_limit", (member, meeting)) for member, actor in enumerate(self.everyone)]
-        offers = ask_each(calls, self.seconds)[: len(self.trainers)]
-        self.ask(self.everyone, "join_limit", offers)
+        self.open_limit()
         self.times.clear()
         self.cpu.clear()
         steps = (self._send, self._copy, self._reach_limit)
@@ -90,14 +82,14 @@ class Run:
         self.ask(self.workers, "forget")
         self.ask(self.trainers, "send")
         self._require_bits("ours after the rounds", VERSIONS[-1])
-        self.ask(self.everyone, "end_limit")
+        self.close_limit()
         self.ask(self.workers, "unpair")
         if self.gathers:
             self._measure_gathering()
 
     def _measure_gathering(self) -> None:
         self.ask(self.trainers, "disconnect")
-        self._connect()
+        self.connect()
         self.ask(self.workers, "forget")
         for version in VERSIONS:
             tell(f"bits of version {version}: gathered")
@@ -110,7 +102,7 @@ class Run:
 
     def _bring(self, version: int, move: Callable[[], None], what: str) -> None:
         """Fill the trainer's shards, move them, and compare all bits; the first time, watch the memory."""
-        self.ask(self.trainers, "fill", version)
+        self.ask(self.trainers, "fill", seed=version)
         is_first = what not in self.facts["memory"]
         if is_first:
             self.ask(self.everyone, "tidy")
@@ -118,17 +110,13 @@ class Run:
         move()
         if is_first:
             memory = self.ask(self.everyone, "memory")
-            self.facts["memory"][what] = dict(zip([actor.name for actor in self.everyone], memory, strict=True))
+            self.facts["memory"][what] = dict(zip([actor.called for actor in self.everyone], memory, strict=True))
         self._require_bits(what, version)
-
-    def _connect(self) -> None:
-        urls = self.ask(self.workers, "serve")
-        self.ask(self.trainers, "connect", urls)
 
     def _prepare_copies(self) -> None:
         self.has_copies = True
         if self.on_gpu:
-            self.ask(self.workers, "map", self.ask(self.trainers, "where"))
+            self.ask(self.workers, "map", shared=self.ask(self.trainers, "where"))
         else:
             self.ask(self.workers, "hold")
 
@@ -137,9 +125,7 @@ class Run:
         return self.scene.trainers[0] != "cpu"
 
     def _require_bits(self, what: str, version: int) -> None:
-        wrong = self.ask(self.workers, "wrong", version)
-        if any(wrong):
-            raise SystemExit(f"{what}: {wrong} elements of the workers differ from version {version}")
+        self.require_bits(version)
         if what not in self.facts["bits_equal"]:
             self.facts["bits_equal"].append(what)
 
@@ -182,7 +168,7 @@ class Run:
         self.facts |= {"kept": kept, "given": given, "taken": self.taken}
 
     def _gather(self) -> None:
-        report = self.ask(self.trainers, "send", True)[0]
+        report = self.ask(self.trainers, "gather")[0]
         taken = [each["receive_weights"] for each in self.ask(self.workers, "engine_seconds")]
         self._note("gathered", report["send"])
         self._note_slowest("gathered, engine", taken)
@@ -193,18 +179,7 @@ class Run:
         self._note_slowest("plain copies", self.ask(self.workers, "copy_plainly"))
 
     def _reach_limit(self) -> None:
-        self._note_slowest("limit", self.ask(self.everyone, "run_limit"))
-
-
-def new_meeting(scene: Scene) -> tuple[Any, Any]:
-    """Return where the members of ``nccl``'s limit meet, and the place; None for other backends."""
-    if scene.backend != "nccl":
-        return None, None
-    from weight_transfer_nccl.meeting_place import MeetingPlace
-
-    place = MeetingPlace("127.0.0.1", 0)
-    transport = "gloo" if scene.trainers[0] == "cpu" else "nccl"
-    return place.meeting(transport), place
+        self._note_slowest("limit", self.run_limit())
 
 
 ROWS = ("limit", "plain copies", "engine", "update", "send", "gathered", "gathered, engine")

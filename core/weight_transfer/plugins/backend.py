@@ -134,6 +134,8 @@ class Backend:
         trainer_engine: ``"module:Class"`` of the `TrainerWeightTransferEngine`.
         options: ``"module:Class"`` of the attrs class of the backend's own configuration table, or None.
         probe: ``"module:function"`` that returns a `Probe`, or None if the backend works everywhere.
+        limit: ``"module:function"`` that takes a `LimitSide` and returns the `Limit` beside which
+            ``weight-transfer bench`` sets its updates, or None for one plain copy in each worker.
         capabilities: what it can do.
         one_device_each: whether every process needs a CUDA device of its own.
     """
@@ -145,5 +147,6 @@ class Backend:
     trainer_engine: str = attrs.field(validator=_matches(_REFERENCE, "'module:Class'"))
     options: str | None = attrs.field(default=None, validator=_matches(_REFERENCE, "'module:Class'"))
     probe: str | None = attrs.field(default=None, validator=_matches(_REFERENCE, "'module:function'"))
+    limit: str | None = attrs.field(default=None, validator=_matches(_REFERENCE, "'module:function'"))
     capabilities: frozenset[Capability] = attrs.field(default=frozenset(), converter=_set)
     one_device_each: bool = False

@@ -34,6 +34,7 @@ from weight_transfer.plugins.discovery import BACKENDS_GROUP, OBSERVERS_GROUP, B
 if TYPE_CHECKING:
     from weight_transfer.config.settings import ParallelConfig, WeightTransferConfig
     from weight_transfer.engine import TrainerWeightTransferEngine, WeightTransferEngine
+    from weight_transfer.limit import Limit, LimitSide
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +134,17 @@ class LoadedBackend:
             self.backend.trainer_engine, TrainerWeightTransferEngine, config, parallel
         )
         return engine
+
+    def create_limit(self, side: LimitSide) -> Limit:
+        """Create one side of what bounds this backend's updates; `CopyLimit` if it does not say."""
+        from weight_transfer.limit import CopyLimit, Limit
+
+        if self.backend.limit is None:
+            return CopyLimit(side)
+        limit = self._resolve(self.backend.limit)(side)
+        if not isinstance(limit, Limit):
+            raise self._contract(f"{self.backend.limit} must return a Limit, got {type(limit).__name__}")
+        return limit
 
     def notify(self, hook: str, event: object) -> None:
         """Call every listener of ``hook``. A listener that fails is logged once and not called again."""

@@ -17,6 +17,7 @@ def weight_transfer_backend() -> Backend:
         trainer_engine="weight_transfer_ipc.engine:IpcTrainerEngine",
         options="weight_transfer_ipc.config:IpcOptions",
         probe="weight_transfer_ipc.plugin:probe",
+        limit="weight_transfer_ipc.limit:limit",
         capabilities={
             Capability.CPU,
             Capability.CUDA,

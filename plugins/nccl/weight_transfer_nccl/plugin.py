@@ -15,6 +15,7 @@ def weight_transfer_backend() -> Backend:
         trainer_engine="weight_transfer_nccl.engine:NcclTrainerEngine",
         options="weight_transfer_nccl.config:NcclOptions",
         probe="weight_transfer_nccl.plugin:probe",
+        limit="weight_transfer_nccl.limit:limit",
         capabilities=frozenset(
             {
                 Capability.CPU,

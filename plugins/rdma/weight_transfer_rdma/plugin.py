@@ -21,6 +21,7 @@ def weight_transfer_backend() -> Backend:
         trainer_engine="weight_transfer_rdma.engine:RdmaTrainerEngine",
         options="weight_transfer_rdma.config:RdmaOptions",
         probe="weight_transfer_rdma.plugin:probe",
+        limit="weight_transfer_rdma.limit:limit",
         capabilities={
             Capability.CPU,
             Capability.CUDA,

@@ -1,4 +1,4 @@
-"""Which part of each weight lies where, in benchmarks of regions: trainer ranks hold rows, workers keep their share.
+"""Which part of each weight lies where: trainer ranks hold rows, workers keep their share.
 
 Nothing here asks the planner of the core: a benchmark that compares with it has to cut by itself.
 """
@@ -8,14 +8,15 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 
 import attrs
 import torch
 
+from weight_transfer.bench.architectures import ITEMSIZE
 from weight_transfer.model.regions import Region
 
 Shape = tuple[int, ...]
-ITEMSIZE = 2  # bytes of bfloat16, which all weights are
 BY_COLUMNS = ("o_proj", "down_proj")
 _AT_ONCE = 2**24  # elements
 
@@ -55,6 +56,11 @@ class Parts:
     def nbytes(self) -> int:
         """Bytes of all weights."""
         return ITEMSIZE * sum(Region.whole(shape).volume for shape in self.shapes.values())
+
+    @property
+    def all_alike(self) -> bool:
+        """Whether nothing is cut: one trainer holds all, and each worker keeps all."""
+        return self.trainers == self.shares == 1
 
     def held(self, name: str, rank: int) -> Region:
         """Return what a trainer rank holds of a weight."""
@@ -119,7 +125,7 @@ class Parts:
             count += (tensor.view(torch.int16)[rows] != bits).sum()
         return count
 
-    @property
+    @cached_property
     def _experts(self) -> int:
         found = (re.search(r"\.experts\.(\d+)\.", name) for name in reversed(list(self.shapes)))
         return next(1 + int(expert[1]) for expert in found if expert is not None)
