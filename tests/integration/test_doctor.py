@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+import weight_transfer as wt
 from weight_transfer import load_backend
 from weight_transfer.cli import main
-from weight_transfer.doctor.pairs import links
+from weight_transfer.doctor.pairs import links, measure
 
 PLUGIN = """
 from weight_transfer.authoring import API_VERSION, Backend, Check, Probe, Verdict, hookimpl
@@ -108,6 +109,13 @@ def test_a_link_that_fails_is_named_with_its_error(acme: Callable[[str], Path]) 
     code, link = pair("acme")
     assert code == 1
     assert link["gbps"] == 0 and "nowhere:Engine" in link["error"]
+
+
+def test_a_link_that_the_backend_does_not_offer_is_none_that_fails() -> None:
+    options = wt.WeightTransferConfig(backend="rdma", options={"transport": "nvlink"})
+    link = measure(options, "cpu", "cpu", 2**20)
+    assert (link.error, link.gbps) == (None, 0)
+    assert link.refused is not None and "not over nvlink as this worker's options demand" in link.refused
 
 
 def test_links_are_those_that_a_backend_can_have(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,22 +5,26 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+import threading
 
 from rich.console import Console
 
 import weight_transfer as wt
 from weight_transfer.observers.progress import ProgressReporter
+from weight_transfer.testing.actors import eventually
 
 SIZES = {"backend": "ipc", "version": 7, "nbytes": 2_000_000_000}
 SEND = """
+import os
 import torch, weight_transfer as wt
 from weight_transfer.observers import progress
+from weight_transfer.testing.actors import eventually
 
-progress._reporter._patience = 0
+reporter = progress._reporter_of(os.getpid())
+reporter._patience = 0
 
 def load(weights):
-    for update in list(progress._reporter._updates.values()):
-        update.timer.join()
+    assert eventually(lambda: all(update.shown for update in list(reporter._updates.values())), within=30)
 
 config = wt.load_config(backend="loopback", observers=["progress"])
 model = torch.nn.Linear(1000, 2500)
@@ -48,7 +52,7 @@ class Screen(Console):
 
 def shown(reporter: ProgressReporter, role: str = "trainer") -> None:
     """Wait until the reporter's patience with an update is over."""
-    reporter._updates[role].timer.join(30)
+    assert eventually(lambda: reporter._updates[role].shown, within=30)
 
 
 def test_a_quick_update_leaves_no_trace() -> None:
@@ -81,6 +85,18 @@ def test_without_a_terminal_there_is_the_line_alone() -> None:
     shown(reporter)
     reporter.finished(finished(error="a worker died."))
     assert screen.text.getvalue() == "trainer: version 7 over ipc failed after 4.0 s: a worker died.\n"
+
+
+def test_one_thread_looks_at_all_updates_and_ends_with_them() -> None:
+    reporter = ProgressReporter(Screen(terminal=False), patience=1000)
+    before = threading.active_count()
+    for _ in range(50):
+        for role in ("trainer", "worker"):
+            reporter.started(started(role))
+        assert threading.active_count() <= before + 2
+        for role in ("trainer", "worker"):
+            reporter.finished(finished(role))
+    assert eventually(lambda: not reporter._looking, within=30)
 
 
 def test_receivers_of_one_process_share_a_line() -> None:

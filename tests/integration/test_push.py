@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,11 +19,14 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
 
 import weight_transfer as wt
 from weight_transfer.cli import main
+from weight_transfer.cli.push_bars import WorkerBars, asking
+from weight_transfer.testing.actors import eventually
 
 CONFIG: dict[str, Any] = {"backend": "ipc", "timeout": 30, "init_timeout": 5}
 
@@ -39,14 +46,14 @@ def save(folder: Path, seed: int) -> Path:
 
 def same(served: nn.Module, seed: int) -> bool:
     pairs = zip(served.state_dict().values(), model(seed).state_dict().values(), strict=True)
-    return all(torch.equal(ours, theirs) for ours, theirs in pairs)
+    return all(torch.equal(ours.cpu(), theirs) for ours, theirs in pairs)
 
 
 class Served:
     """Two workers of this process, behind HTTP."""
 
-    def __init__(self, stack: ExitStack) -> None:
-        self.models = [model(0), model(0)]
+    def __init__(self, stack: ExitStack, device: str = "cpu") -> None:
+        self.models = [model(0).to(device), model(0).to(device)]
         self.receivers = [stack.enter_context(wt.WeightReceiver(CONFIG, each)) for each in self.models]
         self.servers = [stack.enter_context(wt.serve(receiver)) for receiver in self.receivers]
         self.to = [text for server in self.servers for text in ("--to", server.url)]
@@ -108,6 +115,26 @@ def test_what_cannot_be_sent_is_one_sentence(served: Served, tmp_path: Path) -> 
         assert len(done.stderr.splitlines()) == 1 and word in done.stderr
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_workers_on_a_gpu_get_a_checkpoint_through_one(tmp_path: Path) -> None:
+    paths = {seed: save(tmp_path / str(seed), seed) for seed in (1, 2)}
+    with ExitStack() as stack:
+        served = Served(stack, "cuda")
+        for version, seed in enumerate((1, 2, 1)):
+            command = [sys.executable, "-m", "weight_transfer", "push", str(paths[seed]), "--version", str(version)]
+            done = subprocess.run([*command, *served.to], capture_output=True, text=True, timeout=100, check=False)
+            assert done.returncode == 0, done.stderr
+            assert served.have(seed, version)
+
+
+def test_a_device_that_is_not_there_is_refused(served: Served, tmp_path: Path) -> None:
+    done = push(str(save(tmp_path / "a", 1)), *served.to, "--device", "nowhere:3")
+    assert done.exit_code == 2
+    assert "torch has no device 'nowhere:3' here" in done.stderr
+    assert served.receivers[0].version is None
+
+
 @pytest.mark.parametrize("arguments", [[], ["--watch", ".", "."], ["--watch", ".", "--version", "3"]])
 def test_what_is_sent_must_be_said_once(arguments: list[str]) -> None:
     assert push(*arguments, "--to", "http://127.0.0.1:9").exit_code == 2
@@ -131,6 +158,39 @@ def test_each_new_checkpoint_of_a_run_is_sent(served: Served, tmp_path: Path) ->
         finally:
             watching.kill()
     assert [row["version"] for row in rows] == [2, 3, 4]
+
+
+def test_each_worker_has_a_bar_of_its_own_on_a_terminal(tmp_path: Path) -> None:
+    screen, go_on = io.StringIO(), threading.Event()
+
+    def load(weights: list[tuple[str, torch.Tensor]]) -> None:
+        assert go_on.wait(30)
+
+    with ExitStack() as stack:
+        receivers = [stack.enter_context(wt.WeightReceiver(CONFIG, model(0), load_weights=load)) for _ in range(2)]
+        urls = [stack.enter_context(wt.serve(receiver)).url for receiver in receivers]
+        asks = stack.enter_context(asking(urls, wt.load_config(CONFIG)))
+        bars = WorkerBars(asks, Console(file=screen, force_terminal=True, width=120))
+        sender = stack.enter_context(wt.WeightSender(CONFIG, urls, observers=(bars,)))
+        sending = stack.enter_context(ThreadPoolExecutor(1)).submit(sender.send, model(1), version=1)
+        stack.callback(go_on.set)
+        shown = [f"{url} .*36.5/36.5 kB" for url in urls]
+        assert eventually(lambda: all(re.search(bar, screen.getvalue()) for bar in shown), within=30)
+        assert [ask()["state"] for ask in asks.values()] == ["updating"] * 2
+        go_on.set()
+        assert sending.result(30).version == 1
+
+
+@pytest.mark.parametrize("told", [{}, {"progress": 3}, {"progress": {"done": "1", "total": None}}, None])
+def test_a_worker_that_does_not_tell_how_far_it_is_has_a_bar_that_stands_still(told: Any) -> None:
+    screen = io.StringIO()
+    bars = WorkerBars({"http://worker": lambda: told}, Console(file=screen, force_terminal=True, width=120))
+    bars.weight_transfer_started(
+        wt.TransferStarted(role="trainer", backend="ipc", version=1, nbytes=2000, params=1, workers=1)
+    )
+    assert eventually(lambda: "0.0/2.0 kB" in screen.getvalue(), within=30)
+    bars.weight_transfer_finished(wt.TransferFinished(role="trainer", backend="ipc", version=1, nbytes=2000, seconds=1))
+    assert not bars._thread.is_alive()
 
 
 CHANNEL = """

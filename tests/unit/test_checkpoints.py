@@ -32,7 +32,7 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.clock = Clock()
-        self.checkpoints = Checkpoints(folder, 2.0, self.clock)
+        self.checkpoints = Checkpoints(folder, 2.0, clock=self.clock)
 
     def after(self, seconds: float) -> list[str]:
         """Look, and return the names of what is new."""

@@ -216,6 +216,8 @@ def test_wrong_durations_name_the_key(key: str, given: object) -> None:
     [
         ({"backend": 5}, ["backend: expected text, got 5 (int)"]),
         ({"buckets": "2"}, ["buckets: ", "whole number", "'2'"]),
+        ({"link_gbps": 0}, ["link_gbps: expected a positive number of GB/s, got 0."]),
+        ({"link_gbps": True}, ["link_gbps", "number", "True"]),
         ({"buckets": 1}, ["buckets must be a whole number of at least 2, got 1"]),
         ({"buckets": True}, ["buckets: ", "whole number", "True"]),
         ({"verify": True}, ["verify: expected one of 'none', 'wire', 'loaded', got True (bool)"]),

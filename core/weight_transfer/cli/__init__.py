@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-_COMMANDS = ("backends", "demo", "doctor", "new", "push", "serve", "status")
+_COMMANDS = ("backends", "bench", "demo", "doctor", "new", "push", "serve", "status")
 
 
 class _LazyGroup(click.Group):

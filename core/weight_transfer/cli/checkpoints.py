@@ -30,12 +30,16 @@ class Checkpoints:
     Args:
         folder: whose folders are checkpoints.
         settle: seconds for which nothing of a checkpoint may have changed.
+        device: on which the tensors are materialised.
         clock: returns seconds.
     """
 
-    def __init__(self, folder: Path, settle: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, folder: Path, settle: float, device: str = "cpu", clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._folder = folder
         self._settle = settle
+        self._device = device
         self._clock = clock
         self._seen: dict[Path, tuple[_Stamps, float]] = {}
         self._taken: dict[Path, _Stamps] = {}
@@ -51,7 +55,7 @@ class Checkpoints:
         except OSError as error:
             raise ConfigError(f"{self._folder} cannot be listed.", cause=str(error)) from error
         found = {path: _stamps(path) for path in paths}
-        ready = [_source(path, stamps) for path, stamps in found.items() if self._is_still(path, stamps)]
+        ready = [_source(path, stamps, self._device) for path, stamps in found.items() if self._is_still(path, stamps)]
         return sorted(filter(None, ready), key=_written)
 
     def take(self, source: CheckpointSource) -> None:
@@ -99,12 +103,12 @@ class _Settled(CheckpointSource):
         return frozenset(self._stamps.items())
 
 
-def _source(path: Path, stamps: _Stamps) -> CheckpointSource | None:
+def _source(path: Path, stamps: _Stamps, device: str) -> CheckpointSource | None:
     """Return a checkpoint if all of it is there, as it was when it was looked at."""
     if not any((path / name).is_file() for name in (CheckpointSource.INDEX, CheckpointSource.SINGLE)):
         return None
     try:
-        source = _Settled(path)
+        source = _Settled(path, device)
     except (ConfigError, IntegrityError):  # a file is missing, or shorter than its header says
         return None
     return source if source.stamps == stamps else None

@@ -34,7 +34,8 @@ def doctor(
     Each check is marked + (nothing is amiss), ! (slower than it could be, or not for everything) or x (does not work),
     and is followed by what mends it. --pair also sends updates between two processes, and compares all bytes.
 
-    The exit status is 1 if a backend cannot be loaded or a link fails, and if the configured one cannot run here.
+    The exit status is 1 if a backend cannot be loaded or a link fails, and if the configured one cannot run here. A
+    link that the backend does not offer, such as nccl's on one GPU, is none that fails.
 
     \b
     Example:
@@ -103,6 +104,7 @@ def _show_backend(name: str, found: dict[str, Any]) -> None:
 
 def _show_link(link: dict[str, Any]) -> None:
     rate = f"{link['gbps']:.2f} GB/s{', ' if link['transport'] else ''}{link['transport']}"
-    click.echo(f"  {link['trainer']} -> {link['worker']}: {link['error'] or rate}")
+    told = f"no link: {link['refused']}" if link["refused"] else link["error"] or rate
+    click.echo(f"  {link['trainer']} -> {link['worker']}: {told}")
     for warning in link["warnings"]:
         click.echo(f"    warning: {warning}")

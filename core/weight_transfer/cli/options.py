@@ -38,6 +38,19 @@ def as_version(_ctx: click.Context, _parameter: click.Parameter, text: str | Non
     return int(text) if text is not None and text.isascii() and text.isdigit() else text
 
 
+def as_device(_ctx: click.Context, _parameter: click.Parameter, text: str | None) -> str | None:
+    """Return a torch device that exists here."""
+    if text is None:
+        return None
+    import torch
+
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without CUDA
+        raise click.BadParameter(f"torch has no device {text!r} here: {str(error).splitlines()[0]}") from error
+    return text
+
+
 def configured(config_file: Path | None, default_backend: str, **given: Any) -> WeightTransferConfig:
     """Return the configuration of a command.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-import time
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -50,6 +52,12 @@ _LOOK = 0.5  # seconds between two looks at a folder
     show_default=True,
     help="Seconds for which a checkpoint in DIR must not have changed.",
 )
+@click.option(
+    "--device",
+    callback=options.as_device,
+    help="torch device that the tensors pass through; default is cuda if a worker says that its weights are on a GPU "
+    "and there is one here, else cpu.",
+)
 @options.config_file
 @options.token
 @options.as_json
@@ -63,6 +71,7 @@ def push(
     verify: str | None,
     watch: Path | None,
     settle: float,
+    device: str | None,
     config_file: Path | None,
     token: str | None,
     as_json: bool,
@@ -70,6 +79,8 @@ def push(
     """Send CHECKPOINT, a folder of safetensors files or one file, to running workers, and publish it on all of them.
 
     A worker is a URL; vllm+http://HOST:PORT is a server of vLLM's, with weight-transfer-vllm installed on both sides.
+
+    On a terminal each worker has a bar while bytes move, as it tells itself how far it is; of many the first 32.
 
     With --watch a checkpoint is a folder in DIR. It is complete when the files that its index names are there, or
     model.safetensors, and none of them is shorter than its header says or changes any more. The number at the end of
@@ -90,37 +101,77 @@ def push(
     from weight_transfer.model.checkpoint import CheckpointSource
 
     config = options.configured(config_file, "ipc", backend=backend, token=token, verify=verify)
+    device = device or _device_of(addresses, config)
     pushed = True
     with _sender(config, addresses) as sender:
         if checkpoint is not None:
-            pushed = _push(sender, CheckpointSource(checkpoint), version, as_json)
+            pushed = _push(sender, CheckpointSource(checkpoint, device), version, as_json)
         elif watch is not None:
-            with suppress(KeyboardInterrupt):
-                for source, named in _written_into(watch, settle):
+            with _until_interrupted() as stopped:
+                for source, named in _written_into(watch, settle, device, stopped):
                     pushed &= _push(sender, source, named, as_json)
     if not pushed:
         ctx.exit(1)
 
 
+def _device_of(addresses: Sequence[str], config: WeightTransferConfig) -> str:
+    """Return the kind of memory that the workers' weights lie in, since most backends connect like with like."""
+    import torch
+
+    from weight_transfer.cli.status import ask_all
+
+    workers = ask_all(addresses, config.token, config.init_timeout) if torch.cuda.is_available() else []
+    return "cuda" if any(str(worker.get("device")).startswith("cuda") for worker in workers) else "cpu"
+
+
 @contextmanager
 def _sender(config: WeightTransferConfig, addresses: Sequence[str]) -> Iterator[WeightSender]:
-    """Provide a sender that shows its progress, and close the channels with it."""
+    """Provide a sender that shows its progress, on a terminal worker by worker; close the channels with it."""
+    from rich.console import Console
+
+    from weight_transfer.cli.push_bars import WorkerBars, asking
     from weight_transfer.plugins.channels import worker_at
     from weight_transfer.session.sender import WeightSender
 
-    observers = tuple(dict.fromkeys((*config.observers, "progress")))
+    screen = Console(stderr=True)
     with ExitStack() as stack:
         workers = [stack.enter_context(worker_at(address)) for address in addresses]
-        yield stack.enter_context(WeightSender(attrs.evolve(config, observers=observers), workers))
+        named = [name for name in config.observers if name != "progress"]
+        bars: list[object] = []
+        if screen.is_terminal:
+            bars.append(WorkerBars(stack.enter_context(asking(addresses, config)), screen))
+        else:
+            named.append("progress")
+        config = attrs.evolve(config, observers=tuple(named))
+        yield stack.enter_context(WeightSender(config, workers, observers=tuple(bars)))
 
 
-def _written_into(folder: Path, settle: float) -> Iterator[tuple[CheckpointSource, Version]]:
-    """Yield the newest checkpoint, then each new one, for ever."""
+@contextmanager
+def _until_interrupted() -> Iterator[threading.Event]:
+    """End a ``with`` block at Ctrl-C, and provide what that sets: in a finalizer, Python drops its exception."""
+    stopped = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopped.set()
+        signal.default_int_handler(number, frame)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        with suppress(KeyboardInterrupt):
+            yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _written_into(
+    folder: Path, settle: float, device: str, stopped: threading.Event
+) -> Iterator[tuple[CheckpointSource, Version]]:
+    """Yield the newest checkpoint, then each new one, until that is stopped."""
     from weight_transfer.cli.checkpoints import Checkpoints, version_of
 
-    checkpoints = Checkpoints(folder, settle)
+    checkpoints = Checkpoints(folder, settle, device)
     known = False
-    while True:
+    while not stopped.is_set():
         new = checkpoints.new()
         for source in new:
             checkpoints.take(source)
@@ -128,7 +179,7 @@ def _written_into(folder: Path, settle: float) -> Iterator[tuple[CheckpointSourc
             yield source, version_of(source.path)
         known = known or bool(new)
         if not new:
-            time.sleep(_LOOK)
+            stopped.wait(_LOOK)
 
 
 def _push(sender: WeightSender, source: CheckpointSource, version: Version | None, as_json: bool) -> bool:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 )
 @click.option("--port", type=click.IntRange(0, 65535), default=8001, show_default=True, help="TCP port; 0: a free one.")
 @click.option("--name", help="What requests call the model; default is its folder's name.")
-@click.option("--device", help="torch device; default is cuda if there is a GPU, else cpu.")
+@click.option("--device", callback=options.as_device, help="torch device; default is cuda if there is a GPU, else cpu.")
 @click.option("--version", callback=options.as_version, default="0", show_default=True, help="Of the weights in MODEL.")
 @click.option(
     "--cache-tokens",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -42,8 +43,7 @@ def status(ctx: click.Context, urls: tuple[str, ...], token: str | None, timeout
     options.require("http", "httpx")
     from weight_transfer.cli.tables import console, grid
 
-    with ThreadPoolExecutor(min(len(urls), _MANY)) as pool:
-        workers = list(pool.map(partial(_ask, token=token, timeout=timeout), urls))
+    workers = ask_all(urls, token, timeout)
     if as_json:
         click.echo(json.dumps(workers, indent=2))
     else:
@@ -55,6 +55,18 @@ def status(ctx: click.Context, urls: tuple[str, ...], token: str | None, timeout
                 click.echo(f"{worker['url']}: {worker['error'].removeprefix(worker['url'] + ': ')}")
     if any(worker["state"] in _BAD for worker in workers):
         ctx.exit(1)
+
+
+def ask_all(urls: Sequence[str], token: str | None, timeout: float) -> list[dict[str, Any]]:
+    """Return each worker's status with its ``url``, all asked at once; a state that is `_BAD` comes with an ``error``.
+
+    Args:
+        urls: of workers.
+        token: of all of them.
+        timeout: seconds that one may take to answer.
+    """
+    with ThreadPoolExecutor(min(len(urls), _MANY)) as pool:
+        return list(pool.map(partial(_ask, token=token, timeout=timeout), urls))
 
 
 def _ask(url: str, token: str | None, timeout: float) -> dict[str, Any]:

@@ -128,6 +128,12 @@ def parse_cast(value: object) -> dict[str, str]:
     return patterns
 
 
+def _positive_rate(_instance: object, attribute: attrs.Attribute[float | None], value: object) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and not (is_number and 0 < value < float("inf")):  # type: ignore[operator]
+        raise ConfigError(f"{attribute.name}: expected a positive number of GB/s, got {brief(value)}.")
+
+
 def _visible(_instance: object, _attribute: object, token: str | None) -> None:
     if token is not None and not (isinstance(token, str) and re.fullmatch(r"[!-~]+", token)):
         raise ConfigError("token: expected visible ASCII characters without spaces.")
@@ -154,6 +160,8 @@ class WeightTransferConfig:
         on_worker_failure: ``"abort"``: one failing worker fails the update on all, and none publishes it;
             ``"continue"``: the others publish, and the failed one may rejoin at the next update.
         observers: names of the installed observers to notify, such as ``["progress"]``.
+        link_gbps: GB/s (10**9 bytes) that the link between trainer and workers can carry, such as ``weight-transfer
+            doctor --pair`` measures; observers then tell which part of it an update has reached.
         token: bearer token of the HTTP control channel; demanded when a worker listens beyond loopback. Also what the
             ranks of a trainer know.
         tls_cert: file of this side's certificate, in PEM: a worker that has one is served by HTTPS, a trainer shows it
@@ -182,6 +190,7 @@ class WeightTransferConfig:
     staging: Staging = "none"
     on_worker_failure: Literal["abort", "continue"] = "abort"
     observers: tuple[str, ...] = attrs.field(default=(), converter=_to_tuple)
+    link_gbps: float | None = attrs.field(default=None, validator=_positive_rate)
     token: str | None = attrs.field(default=None, repr=False, validator=_visible)
     tls_cert: str | None = None
     tls_key: str | None = None
@@ -192,6 +201,11 @@ class WeightTransferConfig:
 
     def __attrs_post_init__(self) -> None:
         check_types(self)
+
+    @property
+    def link(self) -> float | None:
+        """``link_gbps`` in bytes per second."""
+        return None if self.link_gbps is None else self.link_gbps * 1e9
 
 
 @attrs.frozen(kw_only=True)

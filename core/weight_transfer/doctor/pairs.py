@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from weight_transfer.config.structuring import unstructure
-from weight_transfer.errors import WeightTransferError
+from weight_transfer.errors import HandshakeError, WeightTransferError
 from weight_transfer.machine.nvml import find_gpus
 from weight_transfer.plugins.backend import Capability
 from weight_transfer.plugins.manager import load_backend
@@ -35,6 +35,7 @@ class Link:
         transport: how the bytes travelled, as far as the backend tells.
         warnings: of the reports.
         error: a sentence if an update failed, or other bytes arrived.
+        refused: a sentence if the backend does not connect these two, such as one process with another on one GPU.
     """
 
     backend: str
@@ -44,6 +45,7 @@ class Link:
     transport: str = ""
     warnings: Sequence[str] = ()
     error: str | None = None
+    refused: str | None = None
 
 
 def links(backend: str) -> Iterator[tuple[str, str]]:
@@ -98,6 +100,8 @@ def measure(config: WeightTransferConfig, trainer: str, worker: str, nbytes: int
                     transport=", ".join(told["transports"]),
                     warnings=told["warnings"],
                 )
+    except HandshakeError as error:
+        return attrs.evolve(link, refused=str(error))
     except (WeightTransferError, AssertionError) as error:  # an actor that dies or hangs is an AssertionError
         return attrs.evolve(link, gbps=0.0, error=str(error))
     return link

@@ -5,7 +5,10 @@ Without a terminal there is the line alone. Several receivers of one process sha
 
 from __future__ import annotations
 
+import os
 import threading
+import time
+from functools import cache
 from typing import TYPE_CHECKING
 
 import attrs
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from weight_transfer.values.events import TransferFinished, TransferProgress
 
 _PATIENCE = 0.5  # seconds
+_LOOK = 0.1  # seconds between two looks at what runs
 
 
 @attrs.define
@@ -35,7 +39,7 @@ class _Update:
     """The running updates of one role; ``task`` is their bar, once it is shown."""
 
     started: TransferStarted
-    timer: threading.Timer
+    since: float
     running: int = 1
     done: int = 0
     shown: bool = False
@@ -44,6 +48,9 @@ class _Update:
 
 class ProgressReporter:
     """Shows updates; its three methods may be called from any thread.
+
+    A thread looks now and then for updates that take long, as long as there are updates: to start one for each of them
+    would take longer than the rest.
 
     Args:
         console: where; default is stderr.
@@ -56,6 +63,7 @@ class ProgressReporter:
         self._lock = threading.Lock()
         self._updates: dict[str, _Update] = {}
         self._bars: Progress | None = None
+        self._looking = False
 
     def started(self, event: TransferStarted) -> None:
         with self._lock:
@@ -63,10 +71,10 @@ class ProgressReporter:
             if update is not None:
                 update.running += 1
                 return
-            timer = threading.Timer(self._patience, self._show, (event,))
-            timer.daemon = True
-            self._updates[event.role] = _Update(event, timer)
-            timer.start()
+            self._updates[event.role] = _Update(event, time.monotonic())
+            starts, self._looking = not self._looking, True
+        if starts:
+            threading.Thread(target=self._look, name="weight-transfer progress", daemon=True).start()
 
     def progress(self, event: TransferProgress) -> None:
         with self._lock:
@@ -86,25 +94,33 @@ class ProgressReporter:
             if update.running:
                 return
             del self._updates[event.role]
-            update.timer.cancel()
             if update.shown:
                 self._take_down(update)
                 self._console().print(_summary(event), soft_wrap=True, highlight=False, markup=False)
 
-    def _show(self, event: TransferStarted) -> None:
-        with self._lock:
-            update = self._updates.get(event.role)
-            if update is None or update.started is not event:
-                return
-            update.shown = True
-            if not self._console().is_terminal:
-                return
-            if self._bars is None:
-                columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-                description = TextColumn("{task.description}")
-                self._bars = Progress(description, *columns, console=self._console(), transient=True)
-                self._bars.start()
-            update.task = self._bars.add_task(_title(event), total=event.nbytes, completed=update.done)
+    def _look(self) -> None:
+        """Show what takes long, until nothing runs."""
+        while True:
+            time.sleep(min(_LOOK, self._patience))
+            with self._lock:
+                for update in self._updates.values():
+                    if not update.shown and time.monotonic() - update.since >= self._patience:
+                        self._show(update)
+                self._looking = bool(self._updates)
+                if not self._looking:
+                    return
+
+    def _show(self, update: _Update) -> None:
+        update.shown = True
+        if not self._console().is_terminal:
+            return
+        if self._bars is None:
+            columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+            description = TextColumn("{task.description}")
+            self._bars = Progress(description, *columns, console=self._console(), transient=True)
+            self._bars.start()
+        event = update.started
+        update.task = self._bars.add_task(_title(event), total=event.nbytes, completed=update.done)
 
     def _take_down(self, update: _Update) -> None:
         if self._bars is None or update.task is None:
@@ -130,22 +146,24 @@ def _summary(event: TransferFinished) -> str:
     return f"{_title(event)}: {sized(event.nbytes)} in {event.seconds:.1f} s, {sized(speed)}/s"
 
 
-_reporter = ProgressReporter()
+@cache
+def _reporter_of(pid: int) -> ProgressReporter:  # a child that was forked has none of its parent's threads
+    return ProgressReporter()
 
 
 @hookimpl
 def weight_transfer_started(event: TransferStarted) -> None:
     """See `ProgressReporter.started`."""
-    _reporter.started(event)
+    _reporter_of(os.getpid()).started(event)
 
 
 @hookimpl
 def weight_transfer_progress(event: TransferProgress) -> None:
     """See `ProgressReporter.progress`."""
-    _reporter.progress(event)
+    _reporter_of(os.getpid()).progress(event)
 
 
 @hookimpl
 def weight_transfer_finished(event: TransferFinished) -> None:
     """See `ProgressReporter.finished`."""
-    _reporter.finished(event)
+    _reporter_of(os.getpid()).finished(event)

@@ -27,7 +27,8 @@ class UpdateMetrics:
         registry: where the metrics are registered: ``weight_transfer_updates_total`` by ``outcome`` and ``error_type``,
             ``weight_transfer_update_io_bytes_total``, ``weight_transfer_update_duration_seconds``,
             ``weight_transfer_phase_duration_seconds`` by ``phase``, ``weight_transfer_throughput_bytes_per_second``,
-            ``weight_transfer_version`` and ``weight_transfer_version_age_seconds``; all by role, backend and target.
+            ``weight_transfer_link_utilization_ratio`` with ``link_gbps``, ``weight_transfer_version`` and
+            ``weight_transfer_version_age_seconds``; all by role, backend and target.
     """
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
@@ -55,6 +56,12 @@ class UpdateMetrics:
         self._rate = Gauge(
             "weight_transfer_throughput_bytes_per_second", "Rate of the last good update.", _LABELS, registry=registry
         )
+        self._link = Gauge(
+            "weight_transfer_link_utilization_ratio",
+            "Rate of the last good update as a fraction of the link's.",
+            _LABELS,
+            registry=registry,
+        )
         self._version = Gauge(
             "weight_transfer_version", "The last good version, where it is a number.", _LABELS, registry=registry
         )
@@ -73,6 +80,8 @@ class UpdateMetrics:
         for phase, seconds in event.phases.items():
             self._phases.labels(*labels, phase).observe(seconds)
         self._rate.labels(*labels).set(event.bytes_per_second)
+        if event.link_fraction is not None:
+            self._link.labels(*labels).set(event.link_fraction)
         if isinstance(event.version, int):
             self._version.labels(*labels).set(event.version)
         self._age.labels(*labels).set_function(partial(_since, time.monotonic()))

@@ -29,8 +29,8 @@ class UpdateTelemetry:
     """What has become of updates; an observer, such as ``WeightSender(..., observers=(UpdateTelemetry(),))``.
 
     An update is a span ``weight_transfer.update``, below the span that is current where it ended, with a child per
-    phase, such as ``weight_transfer.update.start``. A thread of its own makes them, and is waited for when the process
-    ends; what fails in it is raised by a later update's hook.
+    phase, such as ``weight_transfer.update.wire``: one after another, though some alternate. A thread of its own makes
+    them, and is waited for when the process ends; what fails in it is raised by a later update's hook.
 
     Args:
         tracer_provider: who gets the spans; by default the process's own.
@@ -51,6 +51,9 @@ class UpdateTelemetry:
             f"{_NAME}.phase.duration", "s", "Duration of phases.", explicit_bucket_boundaries_advisory=SECONDS
         )
         self._rate = meter.create_gauge(f"{_NAME}.throughput", "By/s", "Rate of the last good update.")
+        self._link = meter.create_gauge(
+            f"{_NAME}.link.utilization", "1", "Rate of the last good update as a fraction of the link's."
+        )
         self._version = meter.create_gauge(f"{_NAME}.version", "1", "The last good version, where it is a number.")
         meter.create_observable_gauge(f"{_NAME}.version.age", [self._ages], "s", "Time since the last good update.")
         self._lock = threading.Lock()
@@ -84,6 +87,8 @@ class UpdateTelemetry:
             return
         self._bytes.add(event.nbytes, common)
         self._rate.set(event.bytes_per_second, common)
+        if event.link_fraction is not None:
+            self._link.set(event.link_fraction, common)
         if isinstance(event.version, int):
             self._version.set(event.version, common)
         with self._lock:

@@ -49,6 +49,7 @@ class GuardedSource(WeightSource):
     Attributes:
         update: an id of the weights of this update.
         error: what the source raised, if it failed; engines may take it for something else.
+        seconds: that the source has taken to yield weights which it reads or makes whole.
     """
 
     def __init__(self, source: WeightSource, manifest: Manifest, sent: Sent | None = None) -> None:
@@ -62,6 +63,7 @@ class GuardedSource(WeightSource):
         self._left = 0
         self._asked: float | None = None
         self.error: BaseException | None = None
+        self.seconds = 0.0
 
     def manifest(self) -> Manifest:
         return self._manifest
@@ -174,11 +176,14 @@ class GuardedSource(WeightSource):
     def _checked(self) -> Iterator[tuple[str, torch.Tensor]]:
         params = self._manifest.params
         self._left = len(params)
+        makes = self.collective or not self._reads_once
         try:
-            self._asked = time.monotonic()
+            self._asked = asked = time.monotonic()
             self._stream = iter(self._source)
             for name, tensor in self._stream:
                 self._asked = None
+                if makes:
+                    self.seconds += time.monotonic() - asked
                 if not self._left:
                     raise _mismatch(f"yielded {name!r} after the last weight of its manifest")
                 _require(params[-self._left], name, tensor, "yielded")
@@ -187,7 +192,7 @@ class GuardedSource(WeightSource):
                 if self._sent is not None:
                     self._sent.passes(name, bits)
                 yield name, bits
-                self._asked = time.monotonic()
+                self._asked = asked = time.monotonic()
             self._asked = None
             if self._left:
                 raise _mismatch(f"ended before {params[-self._left]}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from weight_transfer.session.comparing import SentTables
 from weight_transfer.session.guarded import GuardedSource, named
+from weight_transfer.session.phases import Phases
 from weight_transfer.session.sent import Sent
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class Running:
         part: what this rank sends.
         outgoing: what the sender keeps of the target.
         version: the new one.
+        phases: where its time goes.
         in_lockstep: whether the other ranks have been told to run the source's collectives.
     """
 
@@ -33,6 +35,7 @@ class Running:
         self.part = part
         self.outgoing = outgoing
         self.version = version
+        self.phases = Phases()
         self.in_lockstep = False
         self._source: GuardedSource | None = None
         self._sent: Sent | None = None
@@ -65,6 +68,12 @@ class Running:
             return 0
         here = source.resident().keys() | source.masters().keys()
         return sum(param.nbytes for param in source.manifest().params if param.name not in here)
+
+    def seconds(self) -> dict[str, float]:
+        """Return where the time went, by phase; the update is over."""
+        if self._source is not None and self._source.seconds:
+            self.phases.move(self._source.seconds, "wire", "gather")
+        return self.phases.told()
 
     def drain(self) -> None:
         """Finish the source's collectives, if other ranks run them."""

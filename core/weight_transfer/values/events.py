@@ -9,6 +9,10 @@ import attrs
 Version = int | str
 """A weight version: the trainer's step, or any label."""
 
+PHASES = ("init", "start", "plan", "gather", "wire", "load", "verify", "wait", "commit")
+"""The phases of an update in their order, of both sides and every backend; "Hooks and observers" says what each is."""
+_MOVING = ("gather", "wire", "load", "verify")
+
 
 @attrs.frozen(kw_only=True)
 class TransferStarted:
@@ -59,8 +63,11 @@ class TransferFinished:
         error: the sentence of the error; None on success.
         target: which of the receiver's models it is about.
         error_type: in the trainer the name of the error's class; empty on success and on a worker.
-        phases: in the trainer the seconds of each phase that was entered (``init``, ``start``, ``update``, ``finish``),
-            in their order; empty on a worker.
+        phases: seconds of each of the `PHASES` that was entered, in their order.
+        worker_phases: in the trainer those of the workers behind each address, from ``plan`` to ``verify``, as far as
+            they tell; empty on a worker. Of several workers behind one it is the longest.
+        link: bytes per second that the link between the sides can carry, if the configuration says so
+            (``link_gbps``).
         workers: in the trainer the addresses of the workers that serve the version; empty on a worker.
         lost: in the trainer ``(address, error)`` of the workers that it goes on without; empty on a worker.
     """
@@ -74,14 +81,21 @@ class TransferFinished:
     target: str = "model"
     error_type: str = ""
     phases: Mapping[str, float] = attrs.field(factory=dict, hash=False)
+    worker_phases: Mapping[str, Mapping[str, float]] = attrs.field(factory=dict, hash=False)
+    link: float | None = None
     workers: tuple[str, ...] = ()
     lost: tuple[tuple[str, str], ...] = ()
 
     @property
     def bytes_per_second(self) -> float:
-        """Rate at which a copy came to the workers: bytes over the phase ``update``, or over all where none is told."""
-        seconds = self.phases.get("update", self.seconds)
+        """Rate at which a copy came: bytes over the phases ``gather`` to ``verify``, or over all if none is told."""
+        seconds = sum(self.phases.get(phase, 0.0) for phase in _MOVING) or self.seconds
         return self.nbytes / seconds if seconds else 0.0
+
+    @property
+    def link_fraction(self) -> float | None:
+        """Part of the link's rate that was reached; None if that is not known."""
+        return self.bytes_per_second / self.link if self.link else None
 
 
 @attrs.frozen(kw_only=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from itertools import zip_longest
 from typing import Any, Self, TypeGuard
 
 import attrs
 
-from weight_transfer.values.events import Version
+from weight_transfer.values.events import PHASES, Version
 
 
 @attrs.frozen(kw_only=True)
@@ -61,6 +63,7 @@ class WorkerReport:
         asks_again: whether it keeps other regions from now on than it has said, so that the trainer has to ask again
             before the next update.
         receipts: what each worker has received; empty if nobody tells.
+        seconds: of each of the `PHASES` so far; empty if nobody tells.
     """
 
     transport: str = ""
@@ -69,6 +72,7 @@ class WorkerReport:
     moved: tuple[int, ...] = ()
     asks_again: bool = False
     receipts: tuple[Receipt, ...] = ()
+    seconds: Mapping[str, float] = attrs.field(factory=dict, hash=False)
 
     @classmethod
     def of(cls, answer: object) -> WorkerReport:
@@ -86,24 +90,38 @@ class WorkerReport:
             counts if all(map(_is_count, counts)) else (),
             fields.get("asks_again") is True,
             tuple(receipt for receipt in receipts if receipt is not None),
+            _seconds_in(fields.get("seconds")),
         )
 
     @classmethod
     def joint(cls, reports: list[WorkerReport]) -> WorkerReport:
-        """Say once what several say alike, and add up their bytes; all ask again if one does."""
+        """Say once what several say alike, add up bytes, tell each phase of the slowest; all ask again if one does."""
         transports = dict.fromkeys(report.transport for report in reports if report.transport)
         warnings = dict.fromkeys(warning for report in reports for warning in report.warnings)
         moved = map(sum, zip_longest(*(report.moved for report in reports), fillvalue=0))
         kept, again = sum(report.kept for report in reports), any(report.asks_again for report in reports)
         receipts = tuple(receipt for report in reports for receipt in report.receipts)
-        return cls(", ".join(transports), tuple(warnings), kept, tuple(moved), again, receipts)
+        told = {phase: [own.seconds[phase] for own in reports if phase in own.seconds] for phase in PHASES}
+        seconds = {phase: max(several) for phase, several in told.items() if several}
+        return cls(", ".join(transports), tuple(warnings), kept, tuple(moved), again, receipts, seconds)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it JSON-safe."""
         counts = {"kept": self.kept, "moved": list(self.moved)} if self.moved else {}
         again = {"asks_again": True} if self.asks_again else {}
         receipts = {"receipts": [receipt.to_dict() for receipt in self.receipts]} if self.receipts else {}
-        return {"transport": self.transport, "warnings": list(self.warnings), **counts, **again, **receipts}
+        seconds = {"seconds": dict(self.seconds)} if self.seconds else {}
+        return {"transport": self.transport, "warnings": list(self.warnings), **counts, **again, **receipts, **seconds}
+
+
+def _seconds_in(said: object) -> dict[str, float]:
+    fields = said if isinstance(said, dict) else {}
+    told = {phase: fields.get(phase) for phase in PHASES}
+    return {phase: float(value) for phase, value in told.items() if _is_number(value) and 0 <= value < math.inf}
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_count(value: object) -> TypeGuard[int]:
@@ -132,6 +150,8 @@ class TransferReport:
         gathered: bytes of the weights that lie on several trainer ranks and were gathered, to go whole.
         gathered_because: why they were, in words.
         receipts: what each of the workers behind an address has received, as far as they tell.
+        worker_seconds: by address, the workers' wall time by phase until they have everything, as far as they tell; see
+            `PHASES`.
     """
 
     backend: str
@@ -150,6 +170,7 @@ class TransferReport:
     gathered: int = 0
     gathered_because: str = ""
     receipts: dict[str, tuple[Receipt, ...]] = attrs.field(factory=dict)
+    worker_seconds: dict[str, dict[str, float]] = attrs.field(factory=dict)
 
     @property
     def imbalance(self) -> float:
