@@ -7,6 +7,10 @@ medians of whole sends are compared, and the best ones, which a busy machine dis
 are compared with the trainer's after A, then B, then A again, for each of the three. With ``--peer`` the worker is on
 another GPU, which ``nccl`` on CUDA always needs. Shapes are Llama-3.1-8B's with ``--layers`` layers, or all 32; on the
 CPU half as wide, with a quarter of the vocabulary, 1 GB.
+
+On the CPU the limit is measured beside it: the same bytes copied by all threads, copied with digests of each block, and
+read by all threads, one after another in each round. Where no core is idle, ``wire`` cannot cost less than a copy with
+digests and one more read.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +28,8 @@ import shapes
 import torch
 
 import weight_transfer as wt
-from weight_transfer.memory.integrity import tensor_digests
+from weight_transfer.authoring import HostCopies
+from weight_transfer.memory.integrity import Digester, tensor_digests
 
 WAYS = ("none", "wire", "loaded")
 LIFE = 540.0  # seconds of the worker's process
@@ -111,6 +117,33 @@ def measure(backend: str, places: tuple[str, str], layers: int, rounds: int) -> 
     }
 
 
+def limits(layers: int, rounds: int) -> dict[str, float]:
+    """Return the seconds in which one process copies the model, copies and digests it, and reads it."""
+    sent, received = model(layers, "cpu"), model(layers, "cpu")
+    sent.randomise(1)
+    source, target = list(sent.parameters()), list(received.parameters())
+    copies, numbers = HostCopies(target, source), range(len(source))
+    ways: dict[str, Callable[[], object]] = {
+        "copy": copies.run,
+        "copy with digests": lambda: Digester(len(source)).copy(numbers, copies),
+        "read": lambda: tensor_digests(source),
+    }
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    with torch.no_grad():
+        for _ in range(rounds + 1):
+            for way, run in ways.items():
+                since = time.perf_counter()
+                run()
+                times[way].append(time.perf_counter() - since)
+    return {way: min(values[1:]) for way, values in times.items()}
+
+
+def tell_limits(found: dict[str, float]) -> None:
+    each = ", ".join(f"{way} {seconds * 1e3:.1f} ms" for way, seconds in found.items())
+    wire = (found["copy with digests"] + found["read"]) / found["copy"]
+    print(f"one process, best: {each}; a copy with digests and a read take {wire:.2f} times a copy", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=("ipc", "nccl", "rdma"), nargs="+", default=["ipc", "nccl", "rdma"])
@@ -121,7 +154,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args()
     layers = options.layers or (32 if options.device == "cuda" else 8)
-    results = []
+    results: list[dict[str, Any]] = []
+    if options.device == "cpu":
+        limit = limits(layers, options.rounds)
+        tell_limits(limit)
+        results.append({"limits": limit})
     for backend in options.backend:
         apart = options.peer or backend == "nccl"
         places = ("cpu", "cpu") if options.device == "cpu" else ("cuda:0", "cuda:1" if apart else "cuda:0")

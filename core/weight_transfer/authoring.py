@@ -15,6 +15,7 @@ _MODULES = {
     "control.proofs": ("ANSWER_BYTES", "DIGEST_BYTES", "Challenge", "keyed_digest", "prove_secret"),
     "copying.boxes": ("Boxes",),
     "copying.gpu": ("LOCAL", "GpuCopies", "Tuning", "has_kernel"),
+    "limit": ("CopyLimit", "Limit", "LimitSide", "timed"),
     "machine.checks": (
         "check_gpus",
         "check_locked_memory",
@@ -28,6 +29,7 @@ _MODULES = {
     "memory.export": ("Export", "Exporter", "Segment"),
     "memory.shared_memory": ("PrivateView", "SharedMemory"),
     "copying.host": ("HostCopies", "copy_on_host"),
+    "model.bits": ("INTEGERS", "as_bits"),
     "model.info": ("WeightTransferInitInfo", "WeightTransferUpdateInfo", "sent_once"),
     "model.lending": ("private_copies",),
     "model.loading": ("destinations_of",),

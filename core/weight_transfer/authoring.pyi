@@ -20,6 +20,10 @@ from weight_transfer.copying.gpu import Tuning as Tuning
 from weight_transfer.copying.gpu import has_kernel as has_kernel
 from weight_transfer.copying.host import HostCopies as HostCopies
 from weight_transfer.copying.host import copy_on_host as copy_on_host
+from weight_transfer.limit import CopyLimit as CopyLimit
+from weight_transfer.limit import Limit as Limit
+from weight_transfer.limit import LimitSide as LimitSide
+from weight_transfer.limit import timed as timed
 from weight_transfer.machine.checks import check_gpus as check_gpus
 from weight_transfer.machine.checks import check_locked_memory as check_locked_memory
 from weight_transfer.machine.checks import check_process_memory as check_process_memory
@@ -34,6 +38,8 @@ from weight_transfer.memory.export import Exporter as Exporter
 from weight_transfer.memory.export import Segment as Segment
 from weight_transfer.memory.shared_memory import PrivateView as PrivateView
 from weight_transfer.memory.shared_memory import SharedMemory as SharedMemory
+from weight_transfer.model.bits import INTEGERS as INTEGERS
+from weight_transfer.model.bits import as_bits as as_bits
 from weight_transfer.model.info import WeightTransferInitInfo as WeightTransferInitInfo
 from weight_transfer.model.info import WeightTransferUpdateInfo as WeightTransferUpdateInfo
 from weight_transfer.model.info import sent_once as sent_once

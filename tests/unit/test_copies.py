@@ -14,12 +14,12 @@ from torch import Tensor
 from weight_transfer import Manifest, ParamMeta, TransferError
 from weight_transfer.copying.table import ELEMENTS, joined, rows_of
 from weight_transfer.model import copies, kernel_copies
+from weight_transfer.model.bits import as_bits
 from weight_transfer.model.copies import Landing, Move, Sources
 from weight_transfer.model.kernel_copies import KernelCopies
 from weight_transfer.model.load_plan import LoadPlan
 from weight_transfer.model.manifest import dtype_name
 from weight_transfer.model.recorder import record
-from weight_transfer.model.targets import as_bits
 
 if TYPE_CHECKING:
     from weight_transfer.copying.boxes import Boxes

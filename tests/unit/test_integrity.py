@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weight_transfer.memory.chunks import CHUNK
-from weight_transfer.memory.integrity import tensor_digest, tensor_digests
+from weight_transfer.memory.gpu_digests import Geometry
+from weight_transfer.memory.integrity import Digester, tensor_digest, tensor_digests
 from weight_transfer.plan.buckets import as_bytes
 
 BYTES = st.binary(min_size=1, max_size=300)
@@ -145,3 +146,18 @@ def test_a_gpu_has_the_same_digests(offset: int) -> None:
     for tensors in (whole, whole[::-1]):
         on_gpu = [tensor.cuda()[offset:] for tensor in tensors]
         assert tensor_digests(on_gpu) == tensor_digests([tensor[offset:] for tensor in tensors])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_a_gpu_reads_beside_its_stream_may_be_written_after_it() -> None:
+    tensors = [torch.randint(0, 256, (64 * 2**20 + size,), dtype=torch.uint8, device="cuda") for size in (0, 1, 300)]
+    expected, geometry = tensor_digests([tensor.cpu() for tensor in tensors]), Geometry()
+    for _ in range(3):
+        kept = [tensor.clone() for tensor in tensors]
+        digester = Digester(3, geometry)
+        digester.add(range(3), kept, beside=True)
+        digester.hold_up()
+        for tensor in kept:
+            tensor.zero_()
+        assert [f"{digest:016x}" for digest in digester.digests().tolist()] == expected

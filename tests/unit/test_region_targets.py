@@ -52,6 +52,50 @@ def test_a_plain_weight_is_kept_whole() -> None:
     assert targets["weight"][0].tensor is model.weight
 
 
+def local_replaced(model: Any) -> None:
+    model["w"]._local_tensor = torch.ones(4, 4)
+
+
+def local_moved(model: Any) -> None:
+    model["w"]._local_tensor.data = torch.ones(4, 4)
+
+
+def cut_otherwise(model: Any) -> None:
+    model["w"]._spec = copy.copy(model["w"]._spec)
+
+
+def unchanged(model: Any) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("change", "is_right", "is_recalled"),
+    [
+        (unchanged, True, True),
+        (local_replaced, False, True),
+        (cut_otherwise, False, True),
+        (local_moved, True, False),  # seen at once: it lies elsewhere
+    ],
+)
+def test_shards_that_are_recalled_are_confirmed_later(
+    mesh: DeviceMesh, change: Any, is_right: bool, is_recalled: bool
+) -> None:
+    model = nn.ParameterDict({"w": sharded(mesh, torch.zeros(4, 4), Shard(0), (4, 4)), "b": torch.zeros(4)})
+    source = ModuleSource(model)
+    for _ in range(3):
+        source.manifest()
+        known = source.shards()
+    source.recall(True)
+    change(model)
+    source.manifest()
+    assert (source.shards() is known) is is_recalled
+    assert source.confirm() is is_right
+    source.recall(True)
+    source.manifest()
+    assert source.shards()["w"][0].tensor.data_ptr() == model["w"]._local_tensor.data_ptr()
+    assert source.confirm()
+
+
 def test_targets_are_the_same_object_until_a_weight_is_replaced(mesh: DeviceMesh) -> None:
     model = nn.ParameterDict({"w": sharded(mesh, torch.zeros(4, 4), Shard(0), (4, 4)), "b": torch.zeros(4)})
     manifest = manifest_of(model)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import pytest
 import torch
 from torch import nn
@@ -604,11 +605,16 @@ def test_a_server_without_the_question_needs_everything_whole(receiver: WeightRe
 
 
 def test_bytes_of_several_workers_are_added_up() -> None:
-    joint = WorkerReport.joint([WorkerReport("shm", (), 5, (2, 3)), WorkerReport(), WorkerReport("shm", (), 4, (4,))])
-    assert joint == WorkerReport("shm", (), 9, (6, 3))
+    several = [WorkerReport("shm", (), 5, (2, 3)), WorkerReport(), WorkerReport("shm", (), 4, (4,))]
+    several[0] = attrs.evolve(several[0], seconds={"plan": 1.0, "wire": 2.0})
+    several[2] = attrs.evolve(several[2], seconds={"wire": 3.0, "load": 0.5})
+    joint = WorkerReport.joint(several)
+    assert joint == WorkerReport("shm", (), 9, (6, 3), seconds={"plan": 1.0, "wire": 3.0, "load": 0.5})
     assert WorkerReport.of(joint.to_dict()) == joint
 
 
 @pytest.mark.parametrize("moved", ["12", [1, "2"], [1.5], [-1], [True], {"0": 1}, None])
 def test_a_foreign_answer_may_hold_anything(moved: object) -> None:
-    assert WorkerReport.of({"moved": moved, "kept": "many"}) == WorkerReport()
+    seconds = {"wire": moved, "load": -1.0, "plan": float("nan"), "other": 1.0}
+    assert WorkerReport.of({"moved": moved, "kept": "many", "seconds": seconds}) == WorkerReport()
+    assert WorkerReport.of({"seconds": moved}) == WorkerReport()

@@ -12,8 +12,10 @@ from torch import nn
 
 import weight_transfer as wt
 from weight_transfer import IntegrityError, ParallelConfig, Region, Target
+from weight_transfer.copying import host
 from weight_transfer.model.loading import KernelFormatLoader
 from weight_transfer.session.incoming import Incoming
+from weight_transfer.session.landed import Landed
 from weight_transfer.session.update import Update
 
 LOOPBACK = {"backend": "loopback", "timeout": 20}
@@ -188,6 +190,22 @@ def test_a_worker_with_wrong_bits_is_left_behind_at_once(scene: Scene, monkeypat
     assert [worker.version for worker in workers] == [2, 2]
 
 
+def test_a_copy_out_of_shared_memory_that_is_left_out_is_named(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, net = IPC | {"verify": "wire"}, Net()
+    receiver = scene.receiver(config, net)
+    sender = scene.sender(config, [receiver])
+    sender.send(Net(1))
+    honest, left = host._move, net.b.weight.data_ptr()
+
+    with monkeypatch.context() as wire:
+        wire.setattr(host, "_move", lambda span: honest(span) if span[0] != left else None)
+        with pytest.raises(IntegrityError, match=r"Parameter 'b.weight' arrived with other bytes"):
+            sender.send(Net(2))
+    assert receiver.version is None
+    assert sender.send(Net(2)).version == 1
+    assert all(map(torch.equal, net.parameters(), Net(2).parameters()))
+
+
 @pytest.mark.parametrize("name", ["a.weight", "b.weight"])
 def test_a_wrong_bit_of_what_comes_by_region_is_named(scene: Scene, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     config = IPC | {"verify": "wire"}
@@ -296,9 +314,27 @@ def test_what_was_put_in_place_by_region_is_read_back(scene: Scene, monkeypatch:
     halves, channel = scene.halves(config)
     sender = scene.sender(config, [channel])
     sender.send(Halved())
-    spoiling(monkeypatch, lambda _loader: spoil(halves[1].columns))
+    spoiling(monkeypatch, lambda loader: spoil(halves[1].columns) if loader._weights._module is halves[1] else None)
     with pytest.raises(IntegrityError, match=r"'b.weight' lies in"):
         sender.send(Halved())
+
+
+def test_who_writes_between_two_looks_at_a_region_is_found(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the digests that the trainer compares, and those of what is to lie in the model."""
+    config = IPC | {"verify": "loaded"}
+    halves, channel = scene.halves(config)
+    sender = scene.sender(config, [channel])
+    sender.send(Halved())
+    honest = Landed.take_regions
+
+    def take(landed: Landed) -> None:
+        honest(landed)
+        spoil(halves[1].columns)
+
+    monkeypatch.setattr(Landed, "take_regions", take)
+    with pytest.raises(IntegrityError, match=r"'b.weight'"):
+        sender.send(Halved())
+    assert channel.status()["version"] is None
 
 
 def test_parts_of_what_comes_whole_are_read_back(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-CHUNK = 64 * 2**10
-"""Bytes that have a digest of their own."""
+CHUNK = 128 * 2**10
+"""Bytes that have a digest of their own; of more than 64 KiB, xxhash lets other threads run meanwhile."""
 Words = NDArray[np.uint64]
 
 GOLDEN = 0x9E3779B97F4A7C15

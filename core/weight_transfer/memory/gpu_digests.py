@@ -46,6 +46,7 @@ class Chunks:
         bounds: the number of the first one of each tensor, and of all, int64 ``[tensors + 1]``, on the GPU.
         tails: number and bytes of each tensor whose last chunk is too short for it, int64 ``[short, 2]``.
         tail_keys: the keys of those chunks, uint64 ``[short]``.
+        there: the moment from which on the GPU has them.
     """
 
     table: torch.Tensor
@@ -53,10 +54,11 @@ class Chunks:
     bounds: torch.Tensor
     tails: NDArray[np.int64]
     tail_keys: Words
+    there: torch.cuda.Event
 
     @classmethod
     def of(cls, addresses: NDArray[np.int64], nbytes: Words, device: torch.device) -> Chunks:
-        """Cut tensors, which all lie on one GPU, into chunks; waits for the current stream."""
+        """Cut tensors, which all lie on one GPU, into chunks; the current stream brings them there."""
         counts = chunks_of(nbytes)
         owner = np.repeat(np.arange(len(counts)), counts)
         start = (np.arange(len(owner)) - (counts.cumsum() - counts)[owner]) * CHUNK
@@ -66,8 +68,10 @@ class Chunks:
         table = np.stack((addresses[owner] + start, size), axis=1)[~short]
         bounds = np.searchsorted(owner[~short], np.arange(len(counts) + 1))
         columns = table, keys[~short].view(np.int64), bounds
-        on_gpu = [torch.from_numpy(column).to(device) for column in columns]
-        return cls(on_gpu[0], on_gpu[1], on_gpu[2], np.stack((owner, size), axis=1)[short], keys[short])
+        on_gpu = [torch.from_numpy(column).pin_memory().to(device, non_blocking=True) for column in columns]
+        there = torch.cuda.current_stream(device).record_event()
+        tails = np.stack((owner, size), axis=1)[short]
+        return cls(on_gpu[0], on_gpu[1], on_gpu[2], tails, keys[short], there)
 
 
 class Geometry:
@@ -106,19 +110,21 @@ class GpuDigests:
             self._nbytes: Words = np.array([each.nbytes for each in data], dtype=np.uint64)
             addresses = np.array([each.data_ptr() for each in data], dtype=np.int64)
             self._chunks = chunks = (geometry or Geometry()).chunks(addresses, self._nbytes, device)
+            stream = torch.cuda.current_stream()
+            stream.wait_event(chunks.there)  # another one may have brought them
             for kept in (chunks.table, chunks.keys, chunks.bounds):  # may be forgotten before this stream has used them
-                kept.record_stream(torch.cuda.current_stream())
+                kept.record_stream(stream)
             tails = [as_bytes(data[number].detach())[-size:] for number, size in chunks.tails.tolist() if size]
-            self._tails = torch.cat(tails) if tails else None
-            self._sums = _sums(chunks, _launched(chunks.table))
+            self._tails = _to_host(torch.cat(tails)) if tails else None
+            self._sums = _to_host(_sums(chunks, _launched(chunks.table)))
             self._done = torch.cuda.Event()
             self._done.record()
 
     def digests(self) -> Words:
         """Return the digest of each tensor, uint64 ``[tensors]``; waits for the GPU."""
-        self._done.synchronize()  # the stream may be another one by now
-        sums = self._sums.cpu().numpy().view(np.uint64)
-        data = self._tails.cpu().numpy().data if self._tails is not None else memoryview(b"")
+        self._done.synchronize()
+        sums = self._sums.numpy().view(np.uint64).copy()
+        data = self._tails.numpy().data if self._tails is not None else memoryview(b"")
         ends = self._chunks.tails[:, 1].cumsum().tolist()
         found = [
             xxhash.xxh3_64_intdigest(data[end - size : end])
@@ -126,6 +132,11 @@ class GpuDigests:
         ]
         sums[self._chunks.tails[:, 0]] += mixed(np.array(found, dtype=np.uint64) ^ self._chunks.tail_keys)
         return finished(sums, self._nbytes)
+
+
+def _to_host(found: torch.Tensor) -> torch.Tensor:
+    """Return a copy in pinned memory, which is there when the current stream has come this far."""
+    return torch.empty(found.shape, dtype=found.dtype, pin_memory=True).copy_(found, non_blocking=True)
 
 
 def _aligned(data: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Digests of tensors, computed where they lie, at about the speed of their memory.
 
-A tensor's bytes, in row-major order, are cut into chunks of 64 KiB, and each has its XXH3 (64 bits): from the library
+A tensor's bytes, in row-major order, are cut into chunks of 128 KiB, and each has its XXH3 (64 bits): from the library
 ``xxhash`` in host memory, from a kernel on a GPU, where all chunks of many tensors are one launch. The digest of a
 tensor joins those of its chunks, with their places and the tensor's size. Swapped, shifted, torn or flipped bytes
 change it all but certainly. It finds faults, not forgeries: it is no cryptographic hash.
@@ -8,26 +8,22 @@ change it all but certainly. It finds faults, not forgeries: it is no cryptograp
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
-import xxhash
+import torch
 
 from weight_transfer.copying.gpu import has_kernel
-from weight_transfer.memory.chunks import CHUNK, Words, joined
+from weight_transfer.memory.host_digests import HostDigests
 from weight_transfer.plan.buckets import as_bytes, laid_out
 
 if TYPE_CHECKING:
-    import torch
-
+    from weight_transfer.copying.host import HostCopies
+    from weight_transfer.memory.chunks import Words
     from weight_transfer.memory.gpu_digests import Geometry, GpuDigests
 
-_VIEW = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
-    ("PyMemoryView_FromMemory", ctypes.pythonapi)
-)
-_READ = 0x100  # PyBUF_READ
 _TEMPORARY = 256 * 2**20  # bytes of tensors that have to be copied for one launch
 
 
@@ -62,12 +58,15 @@ class Digester:
         self._digests: Words = np.zeros(count, dtype=np.uint64)
         self._geometry = geometry
         self._queued: list[tuple[Sequence[int], GpuDigests]] = []
+        self._beside: dict[torch.device, torch.cuda.Stream] = {}
 
     def add(
         self,
         numbers: Sequence[int],
         tensors: Sequence[torch.Tensor],
         dtypes: Sequence[torch.dtype] | None = None,
+        *,
+        beside: bool = False,
     ) -> None:
         """Take some tensors.
 
@@ -78,6 +77,8 @@ class Digester:
             numbers: of each, below ``count``.
             tensors: with any strides.
             dtypes: in which the bytes of each count, with the bits of ``tensor.to``; by default its own.
+            beside: read those on a GPU after what its current stream holds now, but beside what comes next there.
+                They may be written once `digests` has returned, or after `hold_up`.
         """
         wanted = [tensor.dtype for tensor in tensors] if dtypes is None else list(dtypes)
         for group in _groups(tensors, wanted):
@@ -85,9 +86,27 @@ class Digester:
             if some[0][0].is_cuda and has_kernel():
                 from weight_transfer.memory.gpu_digests import GpuDigests
 
-                self._queued.append(([numbers[at] for at in group], GpuDigests(some, self._geometry)))
+                with self._stream(some[0][0].device) if beside else nullcontext():
+                    self._queued.append(([numbers[at] for at in group], GpuDigests(some, self._geometry)))
             else:
                 self._digests[[numbers[at] for at in group]] = _on_host(some)
+
+    def hold_up(self) -> None:
+        """Have what the current streams of GPUs are given next wait for what is read beside them."""
+        for device, stream in self._beside.items():
+            torch.cuda.current_stream(device).wait_stream(stream)
+
+    def copy(self, numbers: Sequence[int], copies: HostCopies) -> None:
+        """Run copies, and take what each has written while it is in the processor's cache.
+
+        Args:
+            numbers: of each target, below ``count``.
+            copies: to be run.
+        """
+        digests = HostDigests(copies.nbytes)
+        copies.run_noting(digests.take)
+        self._digests[list(numbers)] = digests.digests()
+        self.add([numbers[at] for at in copies.converted], list(copies.converted.values()))
 
     def digests(self) -> Words:
         """Return them by number, uint64 ``[count]``; waits for GPUs. Those that were never added are 0."""
@@ -95,6 +114,14 @@ class Digester:
             self._digests[numbers] = found.digests()
         self._queued.clear()
         return self._digests
+
+    def _stream(self, device: torch.device) -> AbstractContextManager[object]:
+        """Return a context whose current stream is one of our own, ordered after the one that is current now."""
+        stream = self._beside.get(device)
+        if stream is None:
+            stream = self._beside[device] = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        return torch.cuda.stream(stream)
 
 
 def lies_plain(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -109,23 +136,12 @@ def plain(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _on_host(some: Sequence[tuple[torch.Tensor, torch.dtype]]) -> Words:
-    found: list[int] = []
-    nbytes = []
-    for tensor, dtype in some:
+    digests = HostDigests([tensor.numel() * dtype.itemsize for tensor, dtype in some])
+    for number, (tensor, dtype) in enumerate(some):
         on_host = tensor.detach().cpu()
         data = on_host if lies_plain(on_host, dtype) else plain(on_host, dtype)
-        memory = _memory(data)
-        found += map(xxhash.xxh3_64_intdigest, (memory[at : at + CHUNK] for at in range(0, max(len(memory), 1), CHUNK)))
-        nbytes.append(len(memory))
-    return joined(np.array(found, dtype=np.uint64), np.array(nbytes, dtype=np.uint64))
-
-
-def _memory(data: torch.Tensor) -> memoryview:
-    """Return bytes in host memory by their address: ``numpy()`` would have the storage never be resized again."""
-    if not data.nbytes:
-        return memoryview(b"")
-    memory: memoryview = _VIEW(data.data_ptr(), data.nbytes, _READ)
-    return memory
+        digests.take_all(number, data.data_ptr())
+    return digests.digests()
 
 
 def _groups(tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> Iterator[list[int]]:

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 
 from weight_transfer.errors import TransferError
+from weight_transfer.model.bits import as_bits
 from weight_transfer.model.manifest import dtype_name
 from weight_transfer.model.recording import RecordedCopy
 from weight_transfer.model.strided import Strided
-from weight_transfer.model.targets import as_bits
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
-from weight_transfer.copying.host import copy_on_host
+from weight_transfer.copying.host import HostCopies, copy_on_host
 from weight_transfer.errors import ConfigError, ManifestMismatchError
+from weight_transfer.model.bits import as_bits
 from weight_transfer.model.manifest import ParamMeta, dtype_name
 from weight_transfer.model.regions import Region
 from weight_transfer.model.sharding import LocalParts
 from weight_transfer.model.shards import Target
 from weight_transfer.model.source import is_sharded
-from weight_transfer.model.targets import as_bits, own_targets, scatter
+from weight_transfer.model.targets import own_targets, scatter
 from weight_transfer.model.weights import ModuleWeights
 from weight_transfer.values.deadline import Deadline
 
@@ -116,6 +117,14 @@ class InPlaceTarget(Protocol):
         Args:
             nbytes: their number.
             names: weights that are whole now, if the engine tells; then digests are taken while others arrive.
+        """
+
+    def copy(self, copies: HostCopies, names: Sequence[str]) -> None:
+        """Run copies between `write_in_place` and `written`, and take digests, if they are wanted, block by block.
+
+        Args:
+            copies: into these tensors.
+            names: of their targets, whole weights.
         """
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import torch
 
 from weight_transfer.errors import ConfigError
+from weight_transfer.model.bits import as_bits
 from weight_transfer.model.regions import Region
 from weight_transfer.model.sharding import shards_of
 from weight_transfer.model.shards import Target
@@ -75,12 +76,3 @@ def scatter(weight: Tensor, targets: Iterable[Target]) -> None:
     with torch.no_grad():
         for target in targets:
             as_bits(target.tensor).copy_(as_bits(weight[target.region.slices]))
-
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def as_bits(tensor: Tensor) -> Tensor:
-    """Return the tensor as integers of the same size: on CUDA, a batched copy of floats changes the bits of NaNs."""
-    integers = _INTEGERS.get(tensor.element_size())
-    return tensor if integers is None else tensor.view(integers)

@@ -10,10 +10,11 @@ from weight_transfer.memory.integrity import Digester
 from weight_transfer.session.landed import Landed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
 
+    from weight_transfer.copying.host import HostCopies
     from weight_transfer.memory.gpu_digests import Geometry
     from weight_transfer.model.info import WeightTransferUpdateInfo
     from weight_transfer.model.loading import WeightLoader, Weights
@@ -44,19 +45,30 @@ class Arrived:
         self._tables: list[str] = []
         self._landed = Landed(loader, info.manifest, whole, geometry) if info.verify == "loaded" else None
 
-    def take(self, weights: Weights) -> None:
+    def take(self, weights: Weights, *, in_place: bool = False) -> None:
         """Take weights that arrived whole, before they are loaded.
+
+        Args:
+            weights: by name.
+            in_place: they are the worker's own tensors, and nobody writes there until the loader finishes.
 
         Raises:
             ManifestMismatchError: one has arrived before, or does not come whole.
         """
         if self._landed is not None:
             self._landed.take(weights)
-        self._whole.add([self._number(name) for name, _ in weights], [tensor for _, tensor in weights])
+        numbers = [self._number(name) for name, _ in weights]
+        self._whole.add(numbers, [tensor for _, tensor in weights], beside=in_place)
 
     def take_written(self, names: Iterable[str], destinations: Mapping[str, Tensor]) -> None:
         """Take weights that have been written into the worker's own tensors."""
-        self.take([(name, destinations[name]) for name in names])
+        self.take([(name, destinations[name]) for name in names], in_place=True)
+
+    def copy(self, copies: HostCopies, names: Sequence[str], destinations: Mapping[str, Tensor]) -> None:
+        """Run copies into the worker's own tensors, and take what they bring: whole weights, in the order of names."""
+        self._whole.copy([self._number(name) for name in names], copies)
+        if self._landed is not None:
+            self._landed.take([(name, destinations[name]) for name in names])
 
     def take_left(self, destinations: Mapping[str, Tensor]) -> None:
         """Take all others that have been written there."""
@@ -64,6 +76,8 @@ class Arrived:
 
     def end(self) -> None:
         """Everything has arrived, and the loader has not finished: take what came by region."""
+        if self._landed is not None and self._arrivals is not None:
+            self._landed.take_regions()  # before what the trainer compares: so whoever writes in between is found
         self._tables = [DigestTable.of(self._whole.digests()).to_text()]
         if self._arrivals is None:
             return
@@ -74,8 +88,6 @@ class Arrived:
         for rank in range(len(self._arrivals.planned)):
             own = digests[pieces.rank == rank]
             self._tables.append(DigestTable.of(own).to_text() if len(own) else "")
-        if self._landed is not None:
-            self._landed.take_regions()
 
     def read_back(self) -> None:
         """The loader has finished: see that what has arrived lies in the model, if that is asked for.

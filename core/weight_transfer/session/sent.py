@@ -57,8 +57,12 @@ class Sent:
         taken = [(self._left.pop(name), tensor) for name, tensor in resident.items() if name in self._left]
         on_gpus = [(number, tensor) for number, tensor in taken if tensor.is_cuda]
         on_host = [(number, tensor) for number, tensor in taken if not tensor.is_cuda]
-        with _on_streams(self._digester, on_gpus), _on_thread(self._digester, on_host, go_on):
-            yield
+        self._digester.add([number for number, _ in on_gpus], [tensor for _, tensor in on_gpus], beside=True)
+        try:
+            with _on_thread(self._digester, on_host, go_on):
+                yield
+        finally:
+            self._digester.hold_up()
         for name in [name for name in masters if name in self._left]:
             go_on()
             number = self._left.pop(name)
@@ -75,22 +79,6 @@ class Sent:
 
 
 Numbered = Sequence[tuple[int, torch.Tensor]]
-
-
-@contextmanager
-def _on_streams(digester: Digester, tensors: Numbered) -> Iterator[None]:
-    """Digest tensors on GPUs, on streams of their own; whatever the caller queues next waits for that."""
-    streams = {device: torch.cuda.Stream(device) for device in {tensor.device for _, tensor in tensors}}
-    for device, stream in streams.items():
-        stream.wait_stream(torch.cuda.current_stream(device))
-        own = [(number, tensor) for number, tensor in tensors if tensor.device == device]
-        with torch.cuda.stream(stream):
-            digester.add([number for number, _ in own], [tensor for _, tensor in own])
-    try:
-        yield
-    finally:
-        for device, stream in streams.items():
-            torch.cuda.current_stream(device).wait_stream(stream)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from weight_transfer.errors import ManifestMismatchError, PeerLostError, TransferError
@@ -13,12 +13,14 @@ from weight_transfer.model.info import MODEL, TRAINER_LEFT
 from weight_transfer.model.loading import InPlaceLoader
 from weight_transfer.model.manifest import torch_dtype
 from weight_transfer.model.staged_loading import StagedLoader
+from weight_transfer.session.phases import Phases
 from weight_transfer.values.deadline import Deadline
 from weight_transfer.values.events import TransferProgress
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from weight_transfer.copying.host import HostCopies
     from weight_transfer.model.info import WeightTransferUpdateInfo
     from weight_transfer.model.loading import WeightLoader, Weights
     from weight_transfer.model.manifest import Manifest, ParamMeta
@@ -55,8 +57,9 @@ class Update:
         self.loader: WeightLoader | None = None
         self.receipt: Receipt | None = None
         self.staged: StagedLoader | None = None
+        self.phases = Phases()
         self._backend = ""
-        self._done = 0
+        self._done = self._total = 0
         self._told = 0.0
 
     def begin(
@@ -101,6 +104,11 @@ class Update:
     def digest(self) -> str:
         """The digest of its receipt; empty if nothing was compared."""
         return self.receipt.digest if self.receipt is not None else ""
+
+    @property
+    def progress(self) -> dict[str, int] | None:
+        """How many bytes have come so far of how many, JSON-safe; None before it has begun."""
+        return {"done": self._done, "total": self._total} if self._total else None
 
     def abort(self, reason: str) -> None:
         """Let no further weights through."""
@@ -154,7 +162,21 @@ class Update:
         """Say that bytes of `destinations` have been written; `finish` counts them. ``names`` are whole now."""
         self.check()
         if self._arrived is not None and self._destinations is not None:
-            self._arrived.take_written(names, self._destinations)
+            with self.phases.within("verify"):
+                self._arrived.take_written(names, self._destinations)
+        self._count(nbytes)
+
+    def copy(self, copies: HostCopies, names: Sequence[str]) -> None:
+        """Run copies into `destinations`, of whole weights in the order of ``names``, with all that goes with them."""
+        self.write_in_place()
+        if self._arrived is None or self._destinations is None:
+            copies.run()
+        else:
+            self._arrived.copy(copies, names, self._destinations)
+        self.check()
+        self._count(sum(copies.nbytes))
+
+    def _count(self, nbytes: int) -> None:
         self._written = (self._written or 0) + nbytes
         self.moved(nbytes)
 
@@ -175,10 +197,12 @@ class Update:
             for name, tensor in weights:
                 self._accept(name, tensor)
         if self._arrived is not None:
-            self._arrived.take(weights)
+            with self.phases.within("verify"):
+                self._arrived.take(weights, in_place=in_place)
         self.touched = self.touched or self.staged is None
         if not in_place:
-            self._begun_loader(weights)
+            with self.phases.within("load"):
+                self._begun_loader(weights)
         self._tell()
 
     def finish(self) -> None:
@@ -194,8 +218,10 @@ class Update:
                 version=self.version,
             )
         if self._arrived is not None:
-            self._arrived.end()
-        self._begun_loader.finish()
+            with self.phases.within("verify"):
+                self._arrived.end()
+        with self.phases.within("load"):
+            self._begun_loader.finish()
         if self.staged is None:
             self._read_back()
         self.complete = True
@@ -209,7 +235,8 @@ class Update:
 
     def _read_back(self) -> None:
         if self._arrived is not None:
-            self._arrived.read_back()
+            with self.phases.within("verify"):
+                self._arrived.read_back()
 
     def _count_written(self, written: int) -> None:
         """See that what was written in place are the bytes of all that was not handed over."""
@@ -223,7 +250,8 @@ class Update:
             )
         if self._arrived is not None:
             assert self._destinations is not None
-            self._arrived.take_left(self._destinations)
+            with self.phases.within("verify"):
+                self._arrived.take_left(self._destinations)
         self._unaccepted = {}
 
     @property

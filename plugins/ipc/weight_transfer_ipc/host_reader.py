@@ -27,17 +27,15 @@ _CHUNK = 64 * 2**20  # bytes between two looks at the deadline and at the traine
 
 @attrs.frozen(eq=False)
 class _Batch:
-    """Copies straight into the worker's own tensors, the bytes that they fill, and the names of the weights."""
+    """Copies straight into the worker's own tensors, and the names of the weights."""
 
     copies: HostCopies
-    nbytes: int
     names: list[str]
 
     @classmethod
     def of(cls, views: Views, destinations: Mapping[str, Tensor]) -> _Batch:
-        targets = [destinations[name] for name, _ in views]
-        copies = HostCopies(targets, [view for _, view in views])
-        return cls(copies, sum(target.nbytes for target in targets), [name for name, _ in views])
+        names = [name for name, _ in views]
+        return cls(HostCopies([destinations[name] for name in names], [view for _, view in views]), names)
 
 
 class HostReader:
@@ -87,9 +85,7 @@ class HostReader:
         for batch in self._batches:
             deadline.check("copying from shared memory", backend="ipc", phase="update")
             trainer.check_alive()
-            load_weights.write_in_place()  # type: ignore[attr-defined]  # whoever has destinations has this too
-            batch.copies.run()
-            load_weights.written(batch.nbytes, batch.names)  # type: ignore[attr-defined]
+            load_weights.copy(batch.copies, batch.names)  # type: ignore[attr-defined]  # whoever has destinations has this
 
     def _load(self, manifest: Manifest, load_weights: LoadWeights, trainer: Connection, deadline: Deadline) -> None:
         for chunk in self._chunks:

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from weight_transfer.authoring import as_bits
 from weight_transfer_ipc.device_memory import bytes_at
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def unowned(tensor: Tensor) -> Tensor:
@@ -38,5 +37,4 @@ def _bits(tensor: Tensor, other: Tensor) -> Tensor:
     """Return a tensor as whole numbers, on a GPU, where a float's copy may change the bits of NaNs."""
     if tensor.device.type == "cpu" and other.device.type == "cpu":
         return tensor
-    bits = _BITS.get(tensor.itemsize)
-    return tensor.view(bits) if tensor.dtype is other.dtype and bits is not None else tensor
+    return as_bits(tensor) if tensor.dtype is other.dtype else tensor

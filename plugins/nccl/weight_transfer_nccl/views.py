@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, NoReturn
 import attrs
 import torch
 
-from weight_transfer.authoring import as_bytes, torch_dtype
+from weight_transfer.authoring import INTEGERS, as_bytes, torch_dtype
 from weight_transfer.errors import ManifestMismatchError
 
 if TYPE_CHECKING:
     from weight_transfer.authoring import ParamMeta, Pieces
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _WIDEST = 8  # bytes of an integer
 
 
@@ -39,7 +38,7 @@ class Copies:
                 continue
             dense = target.is_contiguous() and source.is_contiguous()
             ends = [as_bytes(end) if dense else _integers(end) for end in pair]
-            wide = _INTEGERS[min(map(_ratio, ends)) * ends[0].element_size()]
+            wide = INTEGERS[min(map(_ratio, ends)) * ends[0].element_size()]
             batch = self._batches.setdefault((dense, wide), ([], []))  # dense ones of a dtype are copied by one launch
             for ends_of_batch, end in zip(batch, ends, strict=True):
                 ends_of_batch.append(end.view(wide))
@@ -146,7 +145,7 @@ def _integers(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor as integers of its size, two for complex128."""
     if tensor.itemsize > _WIDEST:
         tensor = torch.view_as_real(tensor)
-    return tensor.view(_INTEGERS[tensor.itemsize])
+    return tensor.view(INTEGERS[tensor.itemsize])
 
 
 def _ratio(view: torch.Tensor) -> int:

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from weight_transfer.authoring import Pieces, torch_dtype
+from weight_transfer.authoring import INTEGERS, Pieces, as_bits, torch_dtype
 
 if TYPE_CHECKING:
     from weight_transfer_rdma.plan import Integers
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -82,10 +81,10 @@ def _sorted(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> tuple[_
     """Return what can be copied in one batch, as integers, and the rest."""
     alike, others = [], []
     for target, source in zip(targets, sources, strict=True):
-        integers = _INTEGERS.get(target.element_size())
+        has_bits = target.element_size() in INTEGERS
         plain = not (source.is_conj() or source.is_neg() or target.is_conj() or target.is_neg())
-        if target.dtype is source.dtype and integers is not None and plain:
-            alike.append((target.view(integers), source.view(integers)))  # a float's copy may change the bits of NaNs
+        if target.dtype is source.dtype and has_bits and plain:
+            alike.append((as_bits(target), as_bits(source)))  # a float's copy may change the bits of NaNs
         else:
             others.append((target, source))
     return alike, others

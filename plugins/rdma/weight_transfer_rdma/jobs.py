@@ -9,6 +9,7 @@ import numpy as np
 
 from weight_transfer.authoring import ALIGNMENT, Unpacker, plan_buckets
 from weight_transfer.errors import ManifestMismatchError
+from weight_transfer_rdma.nixl import DRAM, VRAM
 from weight_transfer_rdma.plan import Regions, cuts, merge
 from weight_transfer_rdma.reading import Job
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from weight_transfer_rdma.memory import Located, RunningAgent
     from weight_transfer_rdma.nixl import Place
 
-_CHUNK = 2**30  # bytes of one read into the worker's own parameters
+_CHUNK = {DRAM: 64 * 2**20, VRAM: 2**30}  # bytes of one read into the worker's own parameters
 
 
 class Planner:
@@ -61,7 +62,7 @@ class Planner:
         order = np.flatnonzero(possible)
         order = order[np.argsort(located.addresses[order], kind="stable")]
         jobs = []
-        for chunk in np.split(order, cuts(self._sizes[order], _CHUNK)):
+        for chunk in np.split(order, cuts(self._sizes[order], _CHUNK[self._place.memory])):
             if len(chunk):
                 rows = merge(
                     located.addresses[chunk],
