@@ -63,12 +63,19 @@ def test_the_routes_are_those_of_vllm_and_a_few_more(client: httpx.Client) -> No
     assert status.pop("versions") == {"model": None}
     assert status.pop("digests") == {}
     assert status.pop("line") is True
-    assert [status.pop(key) for key in ("committed", "updates", "prepared", "lease")] == [{}, {}, None, None]
+    assert [status.pop(key) for key in ("committed", "updates", "prepared", "lease", "progress")] == [
+        {},
+        {},
+        None,
+        None,
+        None,
+    ]
     assert status == {
         "state": "created",
         "version": None,
         "published": None,
         "backend": "loopback",
+        "device": "cpu",
         "workers": 1,
         "error": None,
     }

@@ -122,16 +122,19 @@ def test_a_call_over_a_line_has_the_same_limit(server: Server) -> None:
         assert channel.status()["state"] == "created"
 
 
-def test_a_line_on_which_nobody_reads_answers_is_closed(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_on_which_nobody_reads_answers_is_closed(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("weight_transfer.control.line_server._GOODBYE", 0.1)
-    line = connect()
-    line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    line.sendall(HEAD.replace(b"abort_weight_update", b"line") + b"Transfer-Encoding: chunked\r\n\r\n")
-    call = json.dumps({"id": "i" * 700, "call": "status", "body": {}}).encode() + b"\n"
-    chunk = b"%x\r\n%b\r\n" % (len(call), call)
-    with pytest.raises(ConnectionError):  # noqa: PT012  (the loop is what raises)
-        while True:
-            line.sendall(chunk)
+    url = httpx.URL(server.url)
+    with socket.socket() as line:
+        line.settimeout(10)
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # a window that shrinks later may stall both ends
+        line.connect((url.host, url.port))
+        line.sendall(HEAD.replace(b"abort_weight_update", b"line") + b"Transfer-Encoding: chunked\r\n\r\n")
+        call = json.dumps({"id": "i" * 700, "call": "status", "body": {}}).encode() + b"\n"
+        chunk = b"%x\r\n%b\r\n" % (len(call), call)
+        with pytest.raises(ConnectionError):  # noqa: PT012  (the loop is what raises)
+            while True:
+                line.sendall(chunk)
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,33 @@ def test_what_has_changed_between_updates_is_sent_from_and_into_where_it_is_now(
     assert same_bits(trained, served)
 
 
+SEEN_BY_ADDRESS = (data, transposed, there_and_back, storage, pointed, trains)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_has_changed_is_also_seen_while_bytes_move_and_sent_anew(
+    pair: tuple[Model, Model, wt.WeightSender],
+    change: Callable[[Model], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A trainer that has found nothing new for a while begins with what it has read before, and looks then."""
+    trained, served, sender = pair
+    monkeypatch.setattr("weight_transfer.session.outgoing.MANY", 0)
+    monkeypatch.setattr("weight_transfer.model.source._CARE", 1)
+    for _ in range(3):
+        sender.send(trained)
+    caplog.set_level("INFO", "weight_transfer.session.sender")
+    for seed in (8, 9, 8):
+        change(trained)
+        trained.fill(seed)
+        sender.send(trained)
+        assert same_bits(trained, served)
+        for _ in range(2):
+            sender.send(trained)
+    assert ("beginning anew" in caplog.text) is (change not in SEEN_BY_ADDRESS)
+
+
 def test_what_is_tied_and_cut_again_on_both_sides_is_noticed(pair: tuple[Model, Model, wt.WeightSender]) -> None:
     trained, served, sender = pair
     for model in (trained, served):

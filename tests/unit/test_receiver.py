@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import json
 import threading
 import time
@@ -32,6 +34,7 @@ from weight_transfer import (
     hookimpl,
 )
 from weight_transfer.model.loading import destinations_of
+from weight_transfer.session.awaited import AwaitedCalls
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -934,7 +937,8 @@ def test_the_status_is_json_in_every_state(worker: Worker, state: str) -> None:
     STATES[state](worker)
     status = json.loads(json.dumps(worker.receiver.status()))
     told = {"state", "version", "versions", "published", "committed", "updates", "digests", "prepared", "lease"}
-    assert set(status) == told | {"backend", "workers", "error", "id"}
+    assert set(status) == told | {"backend", "device", "workers", "progress", "error", "id"}
+    assert status["progress"] == ({"done": 144, "total": 144} if state == "received" else None)
     assert (status["state"], status["backend"], status["workers"]) == (STATE_OF.get(state, state), "scripted", 1)
     assert (status["error"] is not None) is (state == "failed")
 
@@ -961,8 +965,9 @@ def test_listeners_hear_of_the_start_the_bytes_and_the_end_in_this_order(new: Ca
     assert all(type(event) is TransferProgress and event.total == 144 for event in progress)
     assert [event.done for event in progress] == sorted({event.done for event in progress})
     assert progress[-1].done == 144
-    assert finished == TransferFinished(**common, nbytes=144, seconds=finished.seconds, error=None)
-    assert 0 < finished.seconds < 20
+    assert finished == TransferFinished(**common, nbytes=144, seconds=finished.seconds, phases=finished.phases)
+    assert list(finished.phases) == ["start", "plan", "wire", "load", "wait", "commit"]
+    assert 0 < sum(finished.phases.values()) <= finished.seconds < 20
 
 
 def test_listeners_hear_of_a_failure_with_its_sentence(new: Callable[..., Worker]) -> None:
@@ -1013,3 +1018,54 @@ def test_a_model_without_memory_takes_the_device_that_is_given_and_no_other() ->
         assert receiver.parallel_config.device == "cpu"
     with WeightReceiver({"backend": "loopback"}, torch.nn.Identity()) as receiver:
         assert receiver.parallel_config.device == "cpu"
+
+
+# The same calls for asyncio.
+
+AWAITED = sorted(
+    name for name, each in vars(AwaitedCalls).items() if name[0] == "a" and inspect.iscoroutinefunction(each)
+)
+
+
+@pytest.mark.parametrize("name", AWAITED)
+def test_a_call_for_asyncio_takes_what_the_call_does(name: str) -> None:
+    awaited, call = (inspect.signature(getattr(WeightReceiver, each)) for each in (name, name.removeprefix("a")))
+    assert awaited == call
+
+
+def test_versions_go_from_a_to_b_and_back_to_a_while_the_loop_goes_on(worker: Worker) -> None:
+    async def main() -> None:
+        async with worker.receiver as receiver:
+            await receiver.ainit_weight_transfer_engine(dict(INIT))
+            for version, value in enumerate((1.0, 2.0, 1.0)):
+                await receiver.astart_weight_update()
+                await receiver.aupdate_weights(worker.info(value, version))
+                await receiver.afinish_weight_update(version)
+                assert (receiver.version, worker.model.values) == (version, [value] * 3)
+            await receiver.aleave()
+
+    asyncio.run(main())
+    assert worker.receiver.state is ReceiverState.CLOSED
+
+
+def test_a_task_that_is_cancelled_in_an_update_has_it_aborted(worker: Worker) -> None:
+    to_updating(worker)
+    inside, info = threading.Event(), worker.info(2.0, "new")
+
+    def receive(engine: Any, _info: Any, load_weights: Any) -> None:
+        inside.set()
+        assert engine.aborted.wait(20)
+        load_weights(worker.script.weights)
+
+    worker.script.receive = receive
+
+    async def main() -> None:
+        updating = asyncio.create_task(worker.receiver.aupdate_weights(info))
+        assert await asyncio.to_thread(inside.wait, 20)
+        updating.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await updating
+
+    asyncio.run(main())
+    assert (str(worker.receiver.state), worker.receiver.version) == ("created", "old")
+    assert worker.model.values == [1.0] * 3

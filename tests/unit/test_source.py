@@ -13,7 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.testing._internal.two_tensor import TwoTensor
 
 from weight_transfer import ConfigError, ModuleSource, WeightSource
-from weight_transfer.model.source import as_source
+from weight_transfer.model.source import Confidence, as_source
 from weight_transfer.session.guarded import GuardedSource
 
 
@@ -104,6 +104,64 @@ def test_a_replaced_parameter_is_noticed() -> None:
     assert second.digest != first.digest
     assert second.by_name["norm.weight"].dtype == "bfloat16"
     assert dict(source)["norm.weight"].dtype is torch.bfloat16
+
+
+def test_a_weight_beside_a_single_one_and_another_order_are_noticed() -> None:
+    module = nn.Module()
+    module.register_parameter("weight", nn.Parameter(torch.ones(2)))
+    source = ModuleSource(module)
+    assert list(source.manifest().by_name) == ["weight"]
+    module.register_parameter("scale", nn.Parameter(torch.ones(2)))
+    assert list(source.manifest().by_name) == ["weight", "scale"]
+    weight = module.weight
+    del module.weight
+    module.register_parameter("weight", weight)
+    assert list(source.manifest().by_name) == ["scale", "weight"]
+
+
+def test_what_was_read_before_is_recalled_after_a_while_and_looked_at_later() -> None:
+    module = Tied()
+    source = ModuleSource(module)
+    for _ in range(3):
+        first = source.manifest()
+    known = source.resident()
+    source.recall(True)
+    module.scale = torch.full((3,), 2, dtype=torch.bfloat16)
+    assert source.manifest() is first
+    assert source.resident() is known
+    assert not source.confirm()
+    assert source.confirm()  # it is asked once
+    source.recall(True)
+    assert source.manifest() is first
+    assert source.resident()["scale"] is module.scale
+    assert source.confirm()
+
+
+def test_what_lies_elsewhere_is_never_recalled() -> None:
+    module = Tied()
+    source = ModuleSource(module)
+    for _ in range(3):
+        source.manifest()
+    known = source.resident()
+    source.recall(True)
+    module.norm.weight.data = torch.ones(4)
+    source.manifest()
+    assert source.resident() is not known
+    assert source.resident()["norm.weight"].data_ptr() == module.norm.weight.data_ptr()
+    assert source.confirm()
+
+
+def test_each_surprise_makes_a_source_look_first_for_longer() -> None:
+    confidence = Confidence()
+    looks = []
+    for _ in range(3):
+        count = 0
+        while not confidence.suffices:
+            confidence.learn(unchanged=True)
+            count += 1
+        looks.append(count)
+        confidence.learn(unchanged=False, was_surprised=True)
+    assert looks == [2, 16, 128]
 
 
 def test_an_untied_weight_is_sent_from_then_on() -> None:

@@ -15,7 +15,7 @@ from torch import nn
 import weight_transfer as wt
 from weight_transfer.session import meeting, sender
 from weight_transfer.session.following import Follower
-from weight_transfer.session.leading import Leader
+from weight_transfer.session.moving import Moving
 from weight_transfer.testing.actors import eventually
 
 dist: Any = torch.distributed  # what it holds depends on the build
@@ -39,7 +39,7 @@ def model(seed: int = 0, width: int = 8) -> nn.Module:
 class Ranks:
     """Senders of one trainer, each with a thread of its own for every send."""
 
-    def __init__(self, config: dict[str, Any], receiver: wt.WeightReceiver, count: int) -> None:
+    def __init__(self, config: dict[str, Any], receiver: wt.WeightReceiver | str, count: int) -> None:
         self.senders = [
             wt.WeightSender(config, [receiver], parallel_config=wt.ParallelConfig(rank=rank, world_size=count))
             for rank in range(count)
@@ -238,14 +238,14 @@ def test_a_rank_that_hears_of_the_abort_first_runs_the_collectives_that_were_ord
             assert eventually(lambda: self._stopped, 20)
         answer(self, order, *rest)
 
-    cause = Leader._cause
+    cause = Moving._cause
 
-    def later(self: Leader, *what: Any) -> Exception:
+    def later(self: Moving, *what: Any) -> Exception:
         assert eventually(lambda: self._fleet.failed is not None, 20)
         return cause(self, *what)
 
     monkeypatch.setattr(Follower, "_answer", late)
-    monkeypatch.setattr(Leader, "_cause", later)
+    monkeypatch.setattr(Moving, "_cause", later)
     config = CONFIG | {"backend": "ipc"}
     with wt.WeightReceiver(config, model(), load_weights=fail) as failing:
         ranks = Ranks(config, failing, 2)
@@ -297,6 +297,50 @@ def test_a_worker_may_come_while_ranks_give_what_they_gave_before() -> None:
         assert second.version == 3
         for each in ranks.senders:
             each.close()
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_rank_that_finds_other_weights_while_bytes_move_has_all_send_anew(
+    who: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A, another parameter in the place of one of one rank, B, and again."""
+    monkeypatch.setattr("weight_transfer.session.outgoing.MANY", 0)
+    monkeypatch.setattr("weight_transfer.model.source._CARE", 1)
+    caplog.set_level("INFO", "weight_transfer.session.sender")
+    config = CONFIG | {"backend": "ipc"}
+    served, sent = nn.Linear(8, 3), [nn.Linear(8, 3) for _ in range(2)]
+    with wt.WeightReceiver(config, served) as receiver:
+        ranks = Ranks(config, receiver, 2)
+        for version in range(18):
+            if version % 6 == 5:
+                sent[who].weight = nn.Parameter(torch.zeros(3, 8))
+            for weights in sent:
+                weights.load_state_dict(model(version).state_dict())
+            reports = ranks.each(lambda rank, each: each.send(sent[rank]))
+            assert reports[0].params == reports[1].params == 2, reports
+            assert receiver.version == version
+            assert torch.equal(served.weight, model(version).weight)
+        for each in ranks.senders:
+            each.close()
+    assert caplog.text.count("beginning anew: weights were replaced") == 2 * 3
+
+
+@pytest.mark.parametrize("backend", ["loopback", "ipc"])
+def test_a_worker_that_refuses_to_begin_has_all_ranks_send_anew(backend: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "weight_transfer.session.sender")
+    served, sent, config = nn.Linear(8, 3), nn.Linear(8, 3), CONFIG | {"backend": backend}
+    with wt.WeightReceiver(config, served) as receiver, wt.serve(receiver) as server:
+        ranks = Ranks(config, server.url, 2)
+        for version in range(6):
+            if version == 4:
+                receiver.leave()
+            sent.load_state_dict(model(version).state_dict())
+            reports = ranks.each(partial(send, sent))
+            assert reports[0].params == reports[1].params == 2, reports
+            assert torch.equal(served.weight, model(version).weight)
+        for each in ranks.senders:
+            each.close()
+    assert caplog.text.count("beginning anew") == 2
 
 
 def test_each_new_trainer_asks_what_a_worker_keeps_that_keeps_a_part() -> None:

@@ -69,7 +69,7 @@ class ControlChannel(Protocol):
         """Give up a running update."""
 
     def status(self) -> dict[str, Any]:
-        """Return ``state``, ``version``, ``backend``, ``workers``, ``error`` and perhaps ``published`` and ``id``."""
+        """Return ``state``, ``version``, ``backend``, ``workers`` and ``error``, perhaps ``device`` and more."""
 
 
 def takes_session(channel: object) -> bool:

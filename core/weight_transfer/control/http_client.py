@@ -21,6 +21,7 @@ from weight_transfer.control.tls import Tls
 from weight_transfer.errors import HandshakeError, PeerLostError, error_from_dict, extract
 
 if TYPE_CHECKING:
+    from weight_transfer.control.line_wires import PlainWire
     from weight_transfer.values.events import Version
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,12 @@ class HttpChannel:
         """Whether `submit` does what the methods do: it knows nothing of those that a subclass has overridden."""
         return type(self) is HttpChannel
 
+    @property
+    def wire(self) -> PlainWire | None:
+        """The connection on which answers to `submit` come, if whoever waits for them may read it; None if not."""
+        line = self._line
+        return line.socket if line is not None and line.is_open else None
+
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any] | None:
         answer: dict[str, Any] | None = self.submit("init_weight_transfer_engine", init_info=init_info).result()
         return answer
@@ -129,7 +136,7 @@ class HttpChannel:
         if self._line is not None and self.submits:
             self.submit("expect_weight_update", session=session)
             with self._lock:
-                if self._loop is not None:
+                if self._loop is not None and self._line.socket is None:
                     gone = Future()
                     self._loop.loop.call_soon_threadsafe(gone.set_result, None)
         return gone
@@ -167,6 +174,10 @@ class HttpChannel:
         where = {"peer": self.address, "phase": _PHASES.get(method, method.partition("_")[0])}
         body = encode({name: value for name, value in arguments.items() if name not in _UNKNOWN or value is not None})
         call = _Call(method, body, (own or self._timeout) + _MARGIN, where)
+        line = self._line
+        if line is not None and line.is_open:
+            self._ask(line, call)
+            return call.result
         with self._lock:
             if self._loop is None:
                 self._loop = EventLoop.shared()

@@ -44,11 +44,17 @@ def joint_status(members: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "digests": _joint_digests([member.get("digests") or {} for member in members]),
         "published": max(published) if len(published) == len(members) else None,
         "backend": members[0].get("backend"),
+        "device": members[0].get("device"),
         "workers": len(members),
+        "progress": _joint_progress([member["progress"] for member in members if member.get("progress")]),
         "error": next((member["error"] for member in members if member.get("error")), None),
         "id": ",".join(str(member["id"]) for member in members if member.get("id")),
         **_standing(members),
     }
+
+
+def _joint_progress(told: Sequence[dict[str, int]]) -> dict[str, int] | None:
+    return {key: sum(own[key] for own in told) for key in ("done", "total")} if told else None
 
 
 def _joint_digests(members: Sequence[dict[str, str]]) -> dict[str, str]:

@@ -21,6 +21,11 @@ MAX_BYTES = 2**30
 """Of one answer."""
 
 
+def framed(message: bytes) -> bytes:
+    """Return a message as a chunk of HTTP."""
+    return b"%x\r\n%b\n\r\n" % (len(message) + 1, message)
+
+
 class Messages:
     """Puts the lines of one direction together.
 

@@ -1,24 +1,23 @@
-"""The trainer's end of a line; all of it happens on the event loop. See `weight_transfer.control.line`."""
+"""The trainer's end of a line; see `weight_transfer.control.line`."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import json
-import socket
+import threading
+import time
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from math import inf
+from typing import Any
 
+import attrs
 import h11
 
 from weight_transfer.control.http_requests import Answer
-from weight_transfer.control.line import HELLO, WAITS, Messages
+from weight_transfer.control.line import HELLO, WAITS, Messages, framed
+from weight_transfer.control.line_wires import PlainWire, Wire, connect
 from weight_transfer.errors import PeerLostError, TransferTimeoutError
-
-_IDLE = 30  # seconds after which the kernel asks whether the other end is still there, so that no firewall forgets it
-_ASKS = 4  # in vain, before it counts as gone
-_INTERVAL = 10  # seconds between them
-
 
 Answered = Callable[[Answer | BaseException], None]
 
@@ -27,25 +26,28 @@ class NoLine(Exception):  # noqa: N818  (an answer, not a failure)
     """The server does not open a line."""
 
 
-class Line(asyncio.Protocol):
-    """One connection, from `open` until it is closed, or lost.
+class Line:
+    """One connection, from `open` until it is closed, or lost. Opened on the event loop, it is used from any thread.
 
     Attributes:
         is_open: whether calls may be made.
         waits: whether an update may have to wait for somebody who samples.
     """
 
-    def __init__(self, head: h11.Request, where: str) -> None:
+    def __init__(self, where: str) -> None:
         self.is_open = False
         self.waits = False
-        self._head = head
         self._where = where
         self._http = h11.Connection(h11.CLIENT)
         self._messages = Messages()
         self._numbers = itertools.count(1)
-        self._calls: dict[int, tuple[Answered, dict[str, Any], asyncio.TimerHandle]] = {}
-        self._greeted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._transport: asyncio.Transport | None = None
+        self._lock = threading.Lock()
+        self._calls: dict[int, _Call] = {}
+        self._loop = asyncio.get_running_loop()
+        self._greeted: asyncio.Future[None] = self._loop.create_future()
+        self._next_look = inf
+        self._timer: asyncio.TimerHandle | None = None
+        self._wire: Wire
 
     @classmethod
     async def open(
@@ -66,24 +68,25 @@ class Line(asyncio.Protocol):
             OSError: connecting failed, or the connection broke.
         """
         head = h11.Request(method="POST", target=target, headers=[*headers, ("Transfer-Encoding", "chunked")])
-        where = f"{host} port {port}"
-        loop = asyncio.get_running_loop()
+        line = cls(f"{host} port {port}")
         async with asyncio.timeout(seconds):
-            _, line = await loop.create_connection(lambda: cls(head, where), host, port, ssl=tls)
+            line._wire = await connect(host, port, tls, line._receive, line._lose)
         try:
+            line._wire.write(line._http.send(head) or b"")
             async with asyncio.timeout(seconds):
-                await line.greeting()
+                await line._greeted
         except TimeoutError as error:
             line.close()
-            raise NoLine(f"{where} said nothing within {seconds:.1f} s") from error
+            raise NoLine(f"{line._where} said nothing within {seconds:.1f} s") from error
         except BaseException:
             line.close()
             raise
         return line
 
-    async def greeting(self) -> None:
-        """Wait until the server says that it takes calls; raises what `open` does."""
-        await self._greeted
+    @property
+    def socket(self) -> PlainWire | None:
+        """What whoever waits for an answer may read himself; None if the event loop alone can."""
+        return self._wire if isinstance(self._wire, PlainWire) else None
 
     def ask(self, call: str, body: bytes, seconds: float, where: dict[str, Any], answered: Answered) -> None:
         """Make a call.
@@ -93,30 +96,30 @@ class Line(asyncio.Protocol):
             body: JSON.
             seconds: that it may take.
             where: fields of errors.
-            answered: called once with the answer; or with TransferTimeoutError, or PeerLostError if the connection is
-                lost.
+            answered: called once, on whichever thread knows it first, with the answer; or with TransferTimeoutError, or
+                PeerLostError if the connection is lost.
         """
-        number = next(self._numbers)
-        late = asyncio.get_running_loop().call_later(seconds, self._late, number, call, seconds)
-        self._calls[number] = answered, where, late
-        self._write(h11.Data(data=b'{"id":%d,"call":"%s","body":%s}\n' % (number, call.encode(), body)))
+        asked = _Call(call, seconds, where, answered)
+        with self._lock:
+            if self.is_open:
+                number = next(self._numbers)
+                self._calls[number] = asked
+                is_next, self._next_look = asked.end < self._next_look, min(asked.end, self._next_look)
+            else:
+                number, is_next = 0, False
+        if not number:
+            answered(_lost("the connection was closed", where))
+            return
+        self._wire.write(framed(b'{"id":%d,"call":"%s","body":%s}' % (number, call.encode(), body)))
+        if is_next:  # which is rare: mostly a look is due before the time of this call is up
+            self._loop.call_soon_threadsafe(self._plan_look)
 
     def close(self) -> None:
         """Close the connection; calls that are under way are lost."""
         self.is_open = False
-        if self._transport is not None:
-            self._transport.abort()  # under TLS, close would wait for the other end
+        self._wire.close()
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)
-        raw = transport.get_extra_info("socket")
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in (("TCP_KEEPIDLE", _IDLE), ("TCP_KEEPINTVL", _INTERVAL), ("TCP_KEEPCNT", _ASKS)):
-            if hasattr(socket, name):
-                raw.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        self._write(self._head)
-
-    def data_received(self, data: bytes) -> None:
+    def _receive(self, data: bytes) -> None:
         try:
             self._http.receive_data(data)
             while True:
@@ -133,16 +136,6 @@ class Line(asyncio.Protocol):
         except (h11.ProtocolError, ValueError, TypeError, KeyError, RecursionError) as error:
             self._refuse(f"something else: {error}")
 
-    def connection_lost(self, error: Exception | None) -> None:
-        self.is_open = False
-        cause = f"{type(error).__name__}: {error}" if error is not None else "the connection was closed"
-        if not self._greeted.done():
-            self._greeted.set_exception(ConnectionResetError(cause))
-        calls, self._calls = self._calls, {}
-        for answered, where, late in calls.values():
-            late.cancel()
-            answered(PeerLostError("The worker cannot be reached, or went away.", cause=cause, **where))
-
     def _take(self, message: bytes) -> None:
         if not self._greeted.done():
             if message != HELLO:
@@ -154,22 +147,64 @@ class Line(asyncio.Protocol):
             self.waits = True
             return
         data = json.loads(message)
-        call = self._calls.pop(data["id"], None)
+        with self._lock:
+            call = self._calls.pop(data["id"], None)
         if call is not None:  # else it was given up
-            answered, _, late = call
-            late.cancel()
-            answered(Answer(data["status"], data["body"]))
+            call.answered(Answer(data["status"], data["body"]))
 
     def _refuse(self, what: str) -> None:
         if not self._greeted.done():
             self._greeted.set_exception(NoLine(f"{self._where} answered with {what}"))
         self.close()
 
-    def _late(self, number: int, call: str, seconds: float) -> None:
-        answered, where, _ = self._calls.pop(number)
-        answered(TransferTimeoutError(f"The worker did not answer /{call} within {seconds:.1f} s.", **where))
+    def _lose(self, error: Exception | None) -> None:
+        """Nothing will come any more; on the event loop."""
+        cause = f"{type(error).__name__}: {error}" if error is not None else "the connection was closed"
+        if not self._greeted.done():
+            self._greeted.set_exception(ConnectionResetError(cause))
+        with self._lock:
+            self.is_open = False
+            calls, self._calls = self._calls, {}
+            if self._timer is not None:
+                self._timer.cancel()
+        for call in calls.values():
+            call.answered(_lost(cause, call.where))
 
-    def _write(self, event: h11.Request | h11.Data) -> None:
-        data = self._http.send(event)
-        if self._transport is not None and data:
-            self._transport.write(data)
+    def _plan_look(self) -> None:
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._loop.call_later(max(0, self._next_look - time.monotonic()), self._look)
+
+    def _look(self) -> None:
+        """Give up the calls whose time is up, and look again when that of another one is; on the event loop."""
+        now = time.monotonic()
+        with self._lock:
+            late = {number: call for number, call in self._calls.items() if call.end <= now}
+            for number in late:
+                del self._calls[number]
+            self._next_look = min((call.end for call in self._calls.values()), default=inf)
+        if self._next_look < inf:
+            self._plan_look()
+        for call in late.values():
+            message = f"The worker did not answer /{call.name} within {call.seconds:.1f} s."
+            call.answered(TransferTimeoutError(message, **call.where))
+
+
+@attrs.frozen(eq=False)
+class _Call:
+    """A call that waits for its answer; ``end`` is when its time is up, on the monotonic clock."""
+
+    name: str
+    seconds: float
+    where: dict[str, Any]
+    answered: Answered
+    end: float = attrs.field(init=False)
+
+    @end.default
+    def _until(self) -> float:
+        return time.monotonic() + self.seconds
+
+
+def _lost(cause: str, where: dict[str, Any]) -> PeerLostError:
+    return PeerLostError("The worker cannot be reached, or went away.", cause=cause, **where)

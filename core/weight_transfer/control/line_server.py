@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 
+from weight_transfer.control.direct_writer import DirectWriter, own_socket
 from weight_transfer.control.kept_threads import KeptThreads
-from weight_transfer.control.line import CONTENT_TYPE, HELLO, WAITS, Messages
+from weight_transfer.control.line import CONTENT_TYPE, HELLO, WAITS, Messages, framed
 from weight_transfer.errors import TransferError, error_to_dict
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ _MOST_CALLS = 256  # that are under way, or whose answers nobody reads
 class ServedLine:
     """One line, from the request that opened it, which the guard has let in, until either side closes it.
 
-    Calls run on threads that are kept, and end on the event loop. Those that are under way when the trainer's end is
-    gone are aborted as those of requests are.
+    Calls run on threads that are kept, which write the answers themselves; under TLS the event loop does. Those that
+    are under way when the trainer's end is gone are aborted as those of requests are.
 
     Args:
         calls: answers them.
@@ -59,14 +60,16 @@ class ServedLine:
         self._under_way: dict[int, dict[str, Any] | None] = {}
         self._numbers = itertools.count()
         self._answers: asyncio.Queue[bytes] = asyncio.Queue()
+        self._writer: DirectWriter | None = None
         self._has_left = False
 
     async def run(self, connection: Connection) -> None:
         """Answer calls until the trainer closes the line, or the server ends."""
         headers = [(b"content-type", CONTENT_TYPE.encode()), (b"connection", b"close")]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-        self._answers.put_nowait(HELLO)
-        forget = self._calls.when_sampled(partial(self._loop.call_soon_threadsafe, self._answers.put_nowait, WAITS))
+        self._writer = _writer_beside(connection, self._loop)
+        self._say(HELLO)
+        forget = self._calls.when_sampled(partial(self._say, WAITS))
         tasks = [self._loop.create_task(work) for work in (self._listen(), self._speak(), _wait(connection.ending))]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -76,6 +79,8 @@ class ServedLine:
             forget()
             for task in tasks:
                 task.cancel()
+            if self._writer is not None:
+                self._writer.close()
         self._loop.call_later(_GOODBYE, connection.transport.abort)  # it may be that nobody reads
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -97,8 +102,16 @@ class ServedLine:
             if body is not None:
                 THREADS.run(partial(self._calls.abort, body))
 
+    def _say(self, message: bytes) -> None:
+        """Send an answer, or what the server says of itself; from any thread."""
+        if self._writer is not None:
+            self._writer.write(framed(message))
+            return
+        with suppress(RuntimeError):  # the server has ended meanwhile
+            self._loop.call_soon_threadsafe(self._answers.put_nowait, message)
+
     async def _speak(self) -> None:
-        """Send answers."""
+        """Send what the event loop has to send."""
         while True:
             message = await self._answers.get()
             await self._send({"type": "http.response.body", "body": message + b"\n", "more_body": True})
@@ -109,7 +122,8 @@ class ServedLine:
         if not isinstance(body, dict):
             raise TypeError("the body of a call is a table")
         aborts = name in self._calls.offers and self._calls.offers[name].aborts
-        if len(self._under_way) + self._answers.qsize() >= _MOST_CALLS:
+        unsent = self._answers.qsize() + (self._writer.left if self._writer is not None else 0)
+        if len(self._under_way) + unsent >= _MOST_CALLS:
             raise ValueError(f"more than {_MOST_CALLS} calls at once")
         self._under_way[number] = body if aborts else None
         THREADS.run(partial(self._perform, number, call, name, body))
@@ -122,12 +136,9 @@ class ServedLine:
         except (TypeError, ValueError, RecursionError) as error:
             failed = error_to_dict(TransferError(f"The answer to /{name} is not JSON-safe.", cause=str(error)))
             text = json.dumps({"id": call, "status": 500, "body": {"error": failed}})
+        self._say(text.encode())
         with suppress(RuntimeError):  # the server has ended meanwhile
-            self._loop.call_soon_threadsafe(self._end, number, text.encode())
-
-    def _end(self, number: int, answer: bytes) -> None:
-        self._answers.put_nowait(answer)
-        self._loop.call_soon(self._forget, number, PASSES)
+            self._loop.call_soon_threadsafe(self._forget, number, PASSES)
 
     def _forget(self, number: int, passes: int) -> None:
         """Let go of a call once its answer has gone out to somebody."""
@@ -135,6 +146,17 @@ class ServedLine:
             self._loop.call_soon(self._forget, number, passes - 1)
         else:
             self._under_way.pop(number, None)
+
+
+def _writer_beside(connection: Connection, loop: asyncio.AbstractEventLoop) -> DirectWriter | None:
+    """Return what writes to a connection from any thread; None under TLS, or if something has not gone out yet.
+
+    From then on nothing may be written in another way, but for the end.
+    """
+    transport = connection.transport
+    if transport.get_extra_info("ssl_object") is not None or transport.get_write_buffer_size():
+        return None
+    return DirectWriter(own_socket(transport), loop)
 
 
 async def _wait(ending: asyncio.Event) -> None:

@@ -45,6 +45,11 @@ class Resharding:
         """Whether FSDP2 has anything to do with the module."""
         return bool(self._wrapped or self._managed)
 
+    @property
+    def is_brief(self) -> bool:
+        """Whether `reshard` takes no time to speak of if the module holds its shards."""
+        return not self._managed
+
     def reshard(self) -> None:
         """Have each module hold its shards again; those that do are left alone.
 

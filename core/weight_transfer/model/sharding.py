@@ -57,11 +57,19 @@ class LocalParts:
     @property
     def unchanged(self) -> bool:
         """Whether none of them was placed otherwise, replaced or moved."""
-        return (
-            all(map(operator.is_, map(_spec, self._sharded), self._specs))
-            and all(map(operator.is_, map(_local, self._sharded), self._locals))
-            and self._whereabouts.unchanged
+        return self.are_held and self.unmoved
+
+    @property
+    def are_held(self) -> bool:
+        """Whether the sharded tensors are placed as they were, and hold the same tensors."""
+        return all(map(operator.is_, map(_spec, self._sharded), self._specs)) and all(
+            map(operator.is_, map(_local, self._sharded), self._locals)
         )
+
+    @property
+    def unmoved(self) -> bool:
+        """Whether what they held lies where and as it lay."""
+        return self._whereabouts.unchanged
 
 
 class LocalShards:
@@ -73,7 +81,7 @@ class LocalShards:
         self._parts = LocalParts(())
 
     def of(
-        self, weights: Mapping[str, torch.Tensor], resident: Mapping[str, torch.Tensor]
+        self, weights: Mapping[str, torch.Tensor], resident: Mapping[str, torch.Tensor], recalled: bool = False
     ) -> Mapping[str, Sequence[Shard]]:
         """Return the shards by name, without those weights of which nobody can say what this rank holds.
 
@@ -83,10 +91,17 @@ class LocalShards:
         Args:
             weights: sharded and plain ones.
             resident: those plain ones that keep their memory: each is one shard, common to all ranks.
+            recalled: whether only that is looked at where the local tensors lie; the rest is left to `are_held`.
         """
-        if self._read is None or not (self._read[0] is weights and self._read[1] is resident and self._parts.unchanged):
+        known = self._read is not None and self._read[0] is weights and self._read[1] is resident
+        if not known or not (self._parts.unmoved if recalled else self._parts.unchanged):
             self._take(weights, resident)
         return self._shards
+
+    @property
+    def are_held(self) -> bool:
+        """Whether the weights that `of` saw last hold the same local tensors, placed as they were."""
+        return self._parts.are_held
 
     def _take(self, weights: Mapping[str, torch.Tensor], resident: Mapping[str, torch.Tensor]) -> None:
         shards: dict[str, Sequence[Shard]] = {}

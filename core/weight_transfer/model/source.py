@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from weight_transfer.model.shards import Shard
 
 
+_CARE = 8
+"""How many times as many looks have to find nothing new after one that was relied on has found something."""
+
 NONE: Mapping[str, torch.Tensor] = MappingProxyType({})
 """No tensors; always the same object."""
 
@@ -199,6 +202,28 @@ class ModuleSource(WeightSource):
         self._shards = LocalShards()
         self._manifest = Manifest(())
         self._collective = False
+        self._confidence = Confidence()
+        self._recalls = False
+
+    def recall(self, may: bool) -> None:
+        """Have `manifest` and `shards` speak of what was read last, if it lies where it lay, or else read anew.
+
+        Then `confirm` tells later whether the module still had these tensors: looking at each module takes longer than
+        to see where some tensors lie. It is not done while modules have changed in recent updates.
+
+        Args:
+            may: whether to; else everything is looked at first.
+        """
+        self._recalls = may and self._confidence.suffices
+
+    def confirm(self) -> bool:
+        """Return whether what `manifest` and `shards` have told last was right; asked once after `recall`."""
+        if not self._recalls:
+            return True
+        self._recalls = False
+        is_right = self._reader.still_holds and self._shards.are_held
+        self._confidence.learn(is_right, was_surprised=not is_right)
+        return is_right
 
     def manifest(self) -> Manifest:
         """Read the module anew; iteration and `resident` then speak of the same tensors.
@@ -207,7 +232,11 @@ class ModuleSource(WeightSource):
             ConfigError: the module holds something that cannot be sent, two weights get one name, or FSDP2 is in the
                 middle of a forward pass; it is named.
         """
-        read = self._reader.read()
+        if self._recalls:
+            read = self._reader.recall()
+        else:
+            read = self._reader.read()
+            self._confidence.learn(read is self._read)
         if read is not self._read:
             names = {name: self._sent_as(name) for name in (*read, *self._reader.aliases)}
             self._weights = self._renamed(read, names)
@@ -249,7 +278,7 @@ class ModuleSource(WeightSource):
         Placements may be ``Shard``, ``Replicate`` and what FSDP2 makes of a tensor-parallel weight, on any mesh. Sums
         that are still to be made (``Partial``), tensors of other types and computed ones are absent.
         """
-        return self._shards.of(self._weights, self._resident)
+        return self._shards.of(self._weights, self._resident, self._recalls)
 
     @property
     def device(self) -> str:
@@ -299,6 +328,25 @@ class ModuleSource(WeightSource):
                 raise ConfigError(f"rename drops {name!r}, but not {alias!r}, which is tied to it; drop both or none.")
             renamed[new] = first
         return renamed
+
+
+class Confidence:
+    """Whether a module is likely to have what it had: after two looks that found so, and more after a surprise."""
+
+    def __init__(self) -> None:
+        self._seen = 0
+        self._needed = 2
+
+    @property
+    def suffices(self) -> bool:
+        """Whether that has been seen often enough."""
+        return self._seen >= self._needed
+
+    def learn(self, unchanged: bool, was_surprised: bool = False) -> None:
+        """Take in what a look has found, and whether one would have relied on something else."""
+        self._seen = self._seen + 1 if unchanged else 0
+        if was_surprised:
+            self._needed *= _CARE
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:

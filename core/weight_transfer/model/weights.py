@@ -13,7 +13,7 @@ from weight_transfer.model.state import State, copies_of, is_lazy, local_part, s
 from weight_transfer.model.whereabouts import Whereabouts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     import torch
     from torch import nn
@@ -40,12 +40,15 @@ class ModuleWeights:
         self._state = State({}, {}, (), frozenset())
         self._resharding: Resharding | None = None
         self._tables: list[dict[str, Any]] = []
-        self._filled: list[dict[str, Any]] = []
+        self._empty: list[dict[Any, Any]] = []
+        self._filled: list[dict[Any, Any]] = []
+        self._entries = 0
+        self._owners: list[dict[str, Any]] = []
         self._names: list[str] = []
         self._values: list[object] = []
+        self._long: list[dict[str, Any]] = []
+        self._order: list[str] = []
         self._whereabouts = Whereabouts(())
-        self._hooks: list[dict[int, Any]] = []
-        self._hooked = 0
         self._transient: list[set[str]] = []
         self._were_transient: list[set[str]] = []
         self.looks = 0
@@ -76,6 +79,23 @@ class ModuleWeights:
         elif not self._whereabouts.unchanged:
             self._look()
         return self._state.weights
+
+    def recall(self) -> Mapping[str, torch.Tensor]:
+        """Return what `read` has returned last if that still lies where and as it lay, else read anew.
+
+        Whether the module still has these tensors is not looked at, which takes most of the time: that `still_holds`.
+        """
+        resharding = self._resharding
+        if self._state.computed or not self._tables or (resharding is not None and not resharding.is_brief):
+            return self.read()
+        if resharding is not None:
+            resharding.reshard()
+        return self._state.weights if self._whereabouts.unchanged else self.read()
+
+    @property
+    def still_holds(self) -> bool:
+        """Whether the module has the very tensors that were read last, under the same names."""
+        return self._unchanged() or self._is_resharded()
 
     @property
     def are_unchanged(self) -> bool:
@@ -109,15 +129,18 @@ class ModuleWeights:
             )
 
     def _unchanged(self) -> bool:
-        """Compare what the module's tables hold, without creating an object per weight."""
+        """Compare what the module's tables hold.
+
+        They are many, and in nobody's cache: no object is made for any, and none is visited more often than it must be.
+        """
         return (
             bool(self._tables)
             and not self._state.computed
-            and sum(map(len, self._tables)) == sum(map(len, self._filled)) == len(self._values)
-            and sum(map(len, self._hooks)) == self._hooked
+            and not any(self._empty)
+            and sum(map(len, self._filled)) == self._entries
             and self._transient == self._were_transient
-            and _are(chain.from_iterable(map(dict.values, self._filled)), self._values)
-            and list(chain.from_iterable(self._filled)) == self._names
+            and all(map(operator.is_, map(dict.get, self._owners, self._names), self._values))
+            and list(chain.from_iterable(self._long)) == self._order
         )
 
     def _is_resharded(self) -> bool:
@@ -139,15 +162,19 @@ class ModuleWeights:
             for table in (module._modules, module._parameters, module._buffers)  # noqa: SLF001  (seen, not touched)
         ]
         self._tables = tables if all(isinstance(table, dict) for table in tables) else []  # a script's are not
-        self._filled = [table for table in self._tables if table]
-        self._names = list(chain.from_iterable(self._filled))
-        self._values = list(chain.from_iterable(map(dict.values, self._filled)))
-        self._hooks = [
+        hooks = [
             hooks
             for module in modules
             for hooks in (module._state_dict_hooks, module._state_dict_pre_hooks)  # noqa: SLF001
         ]
-        self._hooked = sum(map(len, self._hooks))
+        self._empty = [table for table in (*self._tables, *hooks) if not table]
+        self._filled = [table for table in (*self._tables, *hooks) if table]
+        self._entries = sum(map(len, self._filled))
+        self._owners = [table for table in self._tables for _ in table]
+        self._names = list(chain.from_iterable(self._tables))
+        self._values = list(map(dict.get, self._owners, self._names))
+        self._long = [table for table in self._tables if len(table) > 1]
+        self._order = list(chain.from_iterable(self._long))
         self._transient = [
             module._non_persistent_buffers_set  # noqa: SLF001
             for module in modules
@@ -161,7 +188,3 @@ class ModuleWeights:
         if not (state.is_same(self._state) and self._whereabouts.unchanged):
             self._state, self._whereabouts = state, Whereabouts((*state.weights.values(), *state.tied))
         self.looks += 1
-
-
-def _are(found: Iterable[object], expected: Iterable[object]) -> bool:
-    return all(map(operator.is_, found, expected))

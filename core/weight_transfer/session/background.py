@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -32,6 +32,22 @@ def start(call: Callable[[], T], name: str) -> asyncio.Future[T]:
 
     threading.Thread(target=run, name=name, daemon=True).start()
     return asyncio.wrap_future(outcome)
+
+
+async def finished(call: Callable[[], T], name: str, give_up: Callable[[], object] | None = None) -> T:
+    """Call on a new thread, and return what it returns; the event loop goes on meanwhile.
+
+    A task that is cancelled in it has ``give_up`` called on another thread, and ends once the call has ended.
+    """
+    running = start(call, name)
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        if give_up is not None:
+            start(give_up, f"{name}, given up")
+        with suppress(Exception):  # the failure of what nobody wants any more
+            await asyncio.shield(running)
+        raise
 
 
 def _current_stream() -> AbstractContextManager[object]:

@@ -20,6 +20,7 @@ from weight_transfer.errors import (
     WeightTransferError,
     extract,
 )
+from weight_transfer.session.inbox import Bell, Inbox
 from weight_transfer.session.peers import Peer
 from weight_transfer.values.deadline import LONG, Deadline
 
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 ABORT_TIMEOUT = 10.0
 """Seconds that workers get at most to abort a failed update."""
 
+_FEW = 8  # workers: their answers are read by whoever waits for them, those of more by the thread of the channels
 _GRACE = 0.5  # seconds
 _NAMED = 8  # workers in one message
 _PHASES = {"status": "init", "weight_needs": "init", "begin_weight_update": "update"}
@@ -84,6 +86,7 @@ class Calls:
         patience: until when a call waits for an earlier one to the same channel to end; None for an abort, which may
             come while another call is under way.
         blocks: whether ``call`` waits, whatever the channel is.
+        bell: wakes whoever waits.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class Calls:
         on_failure: Callable[[Peer], None] | None = None,
         patience: Deadline | None = None,
         blocks: bool = False,
+        bell: Bell | None = None,
     ) -> None:
         self._method = method
         self._phase = _PHASES.get(method, method.partition("_")[0])
@@ -103,7 +107,7 @@ class Calls:
         self._tickets = {peer: peer.turns.ticket() for peer in peers}
         self._begun: set[Peer] = set()
         self._aborts: dict[Peer, Deadline] = {}
-        self._answers: queue.SimpleQueue[tuple[Peer | None, WeightTransferError | None]] = queue.SimpleQueue()
+        self._answers: Inbox[tuple[Peer | None, WeightTransferError | None]] = Inbox(bell or Bell())
         self._pending = dict.fromkeys(peers)
         self.failures: dict[Peer, WeightTransferError] = {}
         self.results: dict[Peer, object] = {}
@@ -166,7 +170,8 @@ class Calls:
 
     def _take(self, timeout: float, heeds_cancel: bool = True) -> None:
         """Wait for one answer."""
-        peer, error = self._answers.get(timeout=timeout)
+        wires = [peer.wire for peer in self._pending] if len(self._pending) <= _FEW else []
+        peer, error = self._answers.get(timeout, [wire for wire in wires if wire is not None])
         if peer is None:
             if not heeds_cancel:
                 return

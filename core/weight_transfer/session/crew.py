@@ -147,6 +147,12 @@ class Crew:
         if error is not None:
             self._forget()
 
+    def start_over(self, reason: str) -> None:
+        """Have all other ranks send anew: they meet again."""
+        self.on_failure = None
+        self._tell({"do": "end", "anew": reason})
+        self._forget()
+
     def close(self) -> None:
         """Let go of the ranks."""
         self._forget()

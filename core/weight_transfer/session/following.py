@@ -22,6 +22,7 @@ from weight_transfer.model.manifest import Manifest
 from weight_transfer.plan.layout import Layout
 from weight_transfer.session.guarded import GuardedSource, named
 from weight_transfer.session.meeting import find_leader, meet_leader, name_of
+from weight_transfer.session.part import StartOver
 from weight_transfer.session.sharing import Keeper, Sharing
 from weight_transfer.values.deadline import Deadline
 from weight_transfer.values.report import TransferReport
@@ -70,6 +71,7 @@ class Follower:
 
         Raises:
             WeightTransferError: the update failed; all ranks raise the same.
+            StartOver: all ranks have to send anew.
         """
         self._stopped = False
         deadline = Deadline(self._config.timeout + _LATER)
@@ -118,6 +120,8 @@ class Follower:
 
     def _hearing(self, orders: queue.SimpleQueue[Message | None]) -> Callable[[Message | None], None]:
         def hear(message: Message | None) -> None:
+            if orders is not self._orders:  # the line was given up, and its end is no news
+                return
             if message is None or message.get("aside") == "abort" or message.get("error"):
                 self._stop()
             elif message.get("aside") == "lose_worker" and self._engine is not None:
@@ -176,6 +180,8 @@ class Follower:
     def _outcome(self, order: Message) -> TransferReport:
         if order.get("error"):
             raise error_from_dict(order["error"])
+        if order.get("anew"):
+            raise StartOver(order["anew"])
         if self._engine is not None:
             self._engine.release_source()
         report: TransferReport = structure(order["report"], TransferReport, "report of trainer rank 0")
@@ -187,6 +193,7 @@ class Follower:
         self._told.clear()
         self._sharings.clear()
         self._plans.clear()
+        self._orders = queue.SimpleQueue()
         if self._line is not None:
             self._line.close()
             self._line = None
@@ -244,9 +251,10 @@ class Follower:
         if outgoing is not None:
             assert self._engine is not None
             self._engine.send_regions(outgoing, deadline, lambda _nbytes: None)
+        answer = {"done": "send", "right": part.confirm()}
         if outgoing is None or self._config.verify == "none":
-            return {"done": "send"}
-        return {"done": "send", "digests": sharing.digests(outgoing)}
+            return answer
+        return {**answer, "digests": sharing.digests(outgoing)}
 
     def _do_drop(self, _order: Message, _part: Part, _deadline: Deadline) -> None:
         self._drop()

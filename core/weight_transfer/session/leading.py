@@ -6,18 +6,18 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from weight_transfer.config.settings import RECEIVER
 from weight_transfer.config.structuring import unstructure
-from weight_transfer.errors import LifecycleError, TransferTimeoutError, WeightTransferError
-from weight_transfer.memory.gpu_digests import Geometry
+from weight_transfer.errors import WeightTransferError
 from weight_transfer.session.asking import Asking
-from weight_transfer.session.calls import ECHOES, refused_in
+from weight_transfer.session.calls import ECHOES
 from weight_transfer.session.guarded import named
-from weight_transfer.session.part import Part, require_alike
-from weight_transfer.session.progress import Progress, timed
+from weight_transfer.session.moving import Moving, Refused
+from weight_transfer.session.outgoing import MANY
+from weight_transfer.session.part import Part, StartOver, require_alike
+from weight_transfer.session.progress import timed
 from weight_transfer.session.region_plan import RegionPlan
 from weight_transfer.session.running import Running
 from weight_transfer.values.deadline import Deadline
@@ -26,15 +26,10 @@ from weight_transfer.values.report import TransferReport, WorkerReport
 
 if TYPE_CHECKING:
     from weight_transfer.config.settings import WeightTransferConfig
-    from weight_transfer.engine import TrainerWeightTransferEngine
-    from weight_transfer.model.info import WeightTransferUpdateInfo
-    from weight_transfer.plan.exchange import OutgoingRegions
     from weight_transfer.plugins.manager import LoadedBackend
-    from weight_transfer.session.calls import Calls, Lost
-    from weight_transfer.session.comparing import SentTables
+    from weight_transfer.session.calls import Lost
     from weight_transfer.session.crew import Crew
     from weight_transfer.session.fleet import Fleet
-    from weight_transfer.session.guarded import GuardedSource
     from weight_transfer.session.lines import Message
     from weight_transfer.session.outgoing import Outgoing
     from weight_transfer.session.peers import Peer
@@ -42,7 +37,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MANY = 500  # weights for each worker: fewer are looked at in less time than it takes to tell it of the update
 _GRACE = 1.0  # seconds in which a rank that was stopped by an abort says so
 _LATE = 1.0  # seconds in which the other ranks may call send, to learn of an error that came before
 
@@ -63,7 +57,7 @@ class Leader:
         self._fleet = fleet
         self._crew = crew
         self._plans: dict[str, RegionPlan] = {}
-        self._geometry = Geometry()
+        self._moving = Moving(backend.notify, config, fleet, crew)
 
     def send(self, prepare: Callable[[], Part], outgoing: Outgoing, choose: Callable[[], Version]) -> TransferReport:
         """Bring all workers to this rank's and the others' weights.
@@ -75,11 +69,12 @@ class Leader:
 
         Raises:
             WeightTransferError: the update failed; all ranks raise the same.
+            StartOver: all ranks have to send anew.
         """
         met = False
         self._fleet.serve_with(self._crew)
         try:
-            if outgoing.params >= _MANY * len(self._fleet.peers):
+            if outgoing.params >= MANY * len(self._fleet.peers):
                 self._fleet.expect()
             asks = RECEIVER in self._config.cast.values()  # then workers join while it prepares, on every rank
             early = None if asks else prepare()
@@ -96,19 +91,22 @@ class Leader:
                 with suppress(WeightTransferError):  # what they are to hear is the error itself
                     self._crew.meet(Deadline(_LATE))
             self._plans.clear()
+            if isinstance(error, StartOver):
+                self._crew.start_over(str(error))
+                self._fleet.forget_echoes()
+                raise
             known = named(error, self._config.backend, None) if self._crew.size > 1 else error
             self._crew.end(None, known)
             if known is error:
                 raise
             raise known from error
         self._crew.end(unstructure(report), None)
-        outgoing.params = report.params
         return report
 
     def forget(self) -> None:
         """Let go of the weights."""
         self._plans.clear()
-        self._geometry = Geometry()
+        self._moving.forget()
 
     def close(self) -> None:
         """Let go of the other ranks."""
@@ -126,20 +124,21 @@ class Leader:
         started = TransferStarted(**common, params=len(part.manifest.params), workers=len(self._fleet.peers))
         self._backend.notify("weight_transfer_started", started)
         since = time.monotonic()
-        ended: dict[str, Any] = {"phases": {}}
+        ended: dict[str, Any] = {"link": self._config.link}
         update = Running(part, outgoing, version)
         try:
             try:
-                report = self._send(update, readies, ended["phases"], self._fleet.may_begin and self._crew.size == 1)
-            except _Refused as refusal:
+                report = self._send(update, readies, self._fleet.may_begin)
+            except Refused as refusal:
+                if self._crew.size > 1:
+                    raise StartOver(str(refusal.error)) from refusal
                 logger.info("joining all workers anew, since one has refused the update: %s", refusal.error)
                 self._fleet.abort(str(refusal.error))
-                ended["phases"].clear()
-                report = self._send(update, readies, ended["phases"], begins=False)
-            ended |= {"workers": report.workers, "lost": report.lost}
+                report = self._send(update, readies, begins=False)
+            ended |= {"workers": report.workers, "lost": report.lost, "worker_phases": report.worker_seconds}
             return report
         except BaseException as error:
-            known = update.named(error, self._config.backend)
+            known = error if isinstance(error, StartOver) else update.named(error, self._config.backend)
             self._fleet.abort(str(known) or type(known).__name__)  # Ctrl-C says nothing
             known = self._fleet.tenure.cause(known)
             ended |= {"error": str(known) or type(known).__name__, "error_type": type(known).__name__}
@@ -149,30 +148,29 @@ class Leader:
         finally:
             with suppress(Exception) if "error" in ended else nullcontext():  # a collective that broke does so again
                 update.drain()
-            event = TransferFinished(**common, seconds=time.monotonic() - since, **ended)
+            phases = update.seconds()
+            event = TransferFinished(**common, seconds=time.monotonic() - since, phases=phases, **ended)
             self._backend.notify("weight_transfer_finished", event)
 
-    def _send(
-        self, update: Running, readies: Sequence[Message], seconds: dict[str, float], begins: bool
-    ) -> TransferReport:
+    def _send(self, update: Running, readies: Sequence[Message], begins: bool) -> TransferReport:
         """Run the update; if it ``begins`` with one call, workers hear of its start and of its weights at once.
 
-        ``seconds`` takes in what each phase takes.
-
         Raises:
-            _Refused: a worker has refused to begin; it may join again.
+            Refused: a worker has refused to begin; it may join again.
         """
         lost: Lost = {}
-        fleet, part = self._fleet, update.part
+        seconds: dict[str, float] = {}
+        fleet, part, within = self._fleet, update.part, update.phases.within
         fleet.place(part.device)
-        with timed(seconds, "init"):
+        with timed(seconds, "init"), within("init"):
             lost |= fleet.join()
             fleet.require_one(lost)
             if not part.allow_rollback:
                 fleet.require_forward(part.target, update.version)
-            plan = self._plan(part, readies, lost)
+            with within("plan"):
+                plan = self._plan(part, readies, lost)
         deadline = Deadline(self._config.timeout)
-        with timed(seconds, "start"):
+        with timed(seconds, "start"), within("start"):
             if begins and fleet.may_begin:  # while the others joined one may have been lost
                 fleet.begin()
             else:
@@ -181,11 +179,11 @@ class Leader:
             fleet.require_one(lost)
             if lost and deadline.expired:  # whoever was waited for is to be named, not who is called next
                 raise next(reversed(lost.values()))
-        with timed(seconds, "update"):
-            failures, noticed = self._update(update, plan, deadline, begins)
+        with timed(seconds, "update"), within("plan"):
+            failures, noticed = self._moving.run(update, plan, deadline, begins)
             lost |= failures
             fleet.require_one(lost)
-        with timed(seconds, "finish"):
+        with timed(seconds, "finish"), within("commit"):
             lost |= fleet.finish(update.version, part.target, update.outgoing.update, deadline)
             fleet.require_one(lost)
         return self._report(update, plan, seconds, lost, noticed)
@@ -197,137 +195,6 @@ class Leader:
         if self._crew.size > 1 and (changed or any(ready["plan"] != plan.id for ready in readies)):
             self._crew.ask("plan", "to plan", Deadline(self._config.timeout), **plan.to_wire())
         return plan
-
-    def _update(
-        self, update: Running, plan: RegionPlan, deadline: Deadline, begins: bool
-    ) -> tuple[Lost, dict[Peer, WorkerReport]]:
-        """Move the bytes; return the workers that were lost, and what each has noticed."""
-        engine, fleet, crew = self._fleet.engines.own, self._fleet, self._crew
-        assert engine is not None
-        source = update.begin(plan, self._geometry if self._verifies else None)
-        manifest = source.manifest()
-        fields = engine.describe_update(source, manifest, deadline)
-        outgoing = plan.outgoing(update.part)
-        shares = self._shares(engine, plan, outgoing, deadline) if outgoing is not None else None
-        if crew.size > 1:
-            update.in_lockstep = True
-            crew.order("send", deadline)
-        info: WeightTransferUpdateInfo = engine.update_info_cls(
-            manifest=plan.manifest,
-            timeout=max(deadline.remaining(), 1e-3),
-            version=update.version,
-            is_checkpoint_format=self._config.is_checkpoint_format,
-            target=update.part.target,
-            update=source.update,
-            allow_rollback=update.part.allow_rollback,
-            base=update.outgoing.update if plan.manifest.partial else None,
-            verify=None if self._config.verify == "none" else self._config.verify,
-            layout=plan.wire,
-            shares=shares,
-            kept=plan.kept,
-            **fields,
-        )
-        messages = update.outgoing.messages(info, fleet.started)
-        if begins:
-            method, call = "begin_weight_update", lambda peer: peer.begin(messages[peer])
-        else:
-            method, call = "update_weights", lambda peer: peer.update(messages[peer])
-        calls = fleet.call(list(messages), call, method, deadline, fleet.react)
-        fleet.require_going_on()
-        progress = Progress(self._backend.notify, info, self._config.backend)
-        try:
-            if manifest.params:
-                with source.watched(), update.noting(partial(self._go_on, deadline)):
-                    engine.send_weights(source, manifest, deadline, progress)
-                    source.finish()
-            if outgoing is not None:
-                engine.send_regions(outgoing, deadline, progress)
-            regions = [plan.digests(outgoing)] if outgoing is not None and self._verifies else []
-            answers = crew.answers("to give their weights", deadline)
-            failures = calls.wait(deadline)
-        except Exception as error:
-            cause = self._lost_in(source) or source.error or self._cause(error, calls)
-            refusal = refused_in(calls.failures) if begins else None
-            if refusal is not None and cause is refusal:
-                raise _Refused(refusal) from error
-            if cause is error:
-                raise
-            raise cause from error
-        refusal = refused_in(failures) if begins else None
-        if refusal is not None:
-            raise _Refused(refusal)
-        noticed = {peer: WorkerReport.of(calls.results.get(peer)) for peer in messages}
-        if self._verifies:
-            regions += [answer.get("digests", {}) for answer in answers] if regions else []
-            answered = {peer: report for peer, report in noticed.items() if peer not in failures}
-            failures |= self._unlike(update.tables(plan, regions), answered, deadline)
-        update.outgoing.remember(info, list(messages), failures)
-        lost = fleet.settle(failures)
-        progress(progress.left)
-        engine.release_source()
-        update.outgoing.update = source.update
-        for peer, report in noticed.items():
-            if report.asks_again:
-                peer.kept.pop(update.part.target, None)
-        return lost, noticed
-
-    @property
-    def _verifies(self) -> bool:
-        return self._config.verify != "none"
-
-    def _unlike(self, sent: SentTables, answered: dict[Peer, WorkerReport], deadline: Deadline) -> Lost:
-        """Return the workers that have received something else than was sent; they give up what they have."""
-        refusals = ((peer, sent.refusal(peer, report.receipts)) for peer, report in answered.items())
-        unlike: Lost = {peer: refusal for peer, refusal in refusals if refusal is not None}
-        if unlike and self._config.on_worker_failure == "continue":  # else all workers are to give up
-            aborting = list(unlike)
-            calls = self._fleet.call(
-                aborting, lambda peer: peer.abort(str(unlike[peer])), "abort_weight_update", deadline
-            )
-            calls.wait(deadline)
-        return unlike
-
-    def _go_on(self, deadline: Deadline) -> None:
-        """Raise if this rank need not go on with its own work on an update."""
-        deadline.check("taking digests of the weights", backend=self._config.backend, phase="update")
-        self._fleet.require_going_on()
-
-    def _shares(
-        self,
-        engine: TrainerWeightTransferEngine[Any, Any],
-        plan: RegionPlan,
-        outgoing: OutgoingRegions,
-        deadline: Deadline,
-    ) -> tuple[dict[str, Any], ...]:
-        """Return what the engines of all ranks say of their shards; the same object while that is unchanged."""
-        if self._crew.size > 1:
-            self._crew.order("share", deadline)
-        own = engine.share_regions(outgoing, deadline)
-        answers = self._crew.answers("to share their weights", deadline)
-        return plan.shares([own, *(answer["share"] for answer in answers)])
-
-    def _lost_in(self, source: GuardedSource) -> Exception | None:
-        """Return the error of the rank that is gone, if a collective has failed: that does not say which one it was."""
-        foreign = source.collective and source.error is not None and not isinstance(source.error, WeightTransferError)
-        return self._crew.lost(_GRACE) if foreign else None
-
-    def _cause(self, error: Exception, calls: Calls) -> Exception:
-        """Return what is behind an error: a rank that is gone or fails by itself, a worker's failure, or itself."""
-        failed = self._fleet.failed
-        if failed is not None and not self._fleet.failed_after_others:
-            return failed
-        known = failed or error
-        if not isinstance(known, WeightTransferError):
-            return known
-        cause = calls.explain(known)
-        silent = ""
-        if isinstance(cause, ECHOES):
-            self._crew.abort()
-            silent = self._crew.silent(Deadline(_GRACE))
-        if not silent:
-            return cause
-        message = "It does not answer; what others say follows from that."
-        return TransferTimeoutError(message, phase="update", peer=silent, cause=str(cause))
 
     def _report(
         self,
@@ -356,12 +223,5 @@ class Leader:
             gathered=update.gathered,
             gathered_because=plan.reason if update.gathered else "",
             receipts={peer.address: report.receipts for peer, report in noticed.items() if report.receipts},
+            worker_seconds={peer.address: dict(report.seconds) for peer, report in noticed.items() if report.seconds},
         )
-
-
-class _Refused(Exception):  # noqa: N818  (the update may still succeed)
-    """A worker does not let this trainer begin an update: it was started anew, or has joined another one."""
-
-    def __init__(self, error: LifecycleError) -> None:
-        super().__init__(str(error))
-        self.error = error

@@ -26,9 +26,13 @@ class Occupied:
 
     Args:
         config: the worker's.
+
+    Attributes:
+        config: the same.
     """
 
     def __init__(self, config: WeightTransferConfig) -> None:
+        self.config = config
         self._changed = Signal()
         self._served = Served(self._changed)
         self._lifecycle = Lifecycle(self._changed, config.timeout, config.backend)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from weight_transfer.control.message import Message
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from weight_transfer.model.manifest import Manifest
     from weight_transfer.session.peers import Peer
     from weight_transfer.values.events import Version
+
+MANY = 500
+"""Weights: fewer are looked at in less time than it takes to tell somebody of them."""
 
 
 class Outgoing:
@@ -46,6 +50,7 @@ class Outgoing:
         self._cast: CastSource | None = None
         self._uncast: WeightSource | None = None
         self._part: PartialSource | None = None
+        self._recalled: ModuleSource | None = None
         self._shards: RankShards | None = None
 
     def whole(self, weights: nn.Module | WeightSource) -> WeightSource:
@@ -60,6 +65,25 @@ class Outgoing:
                 return source
             self._module = source
         return self._module
+
+    @contextmanager
+    def recalling(self, source: WeightSource) -> Iterator[None]:
+        """Let a source of many weights speak, inside of a ``with`` block, of what it has read before; see `confirm`."""
+        module = source if type(source) is ModuleSource and self.params >= MANY else None
+        if module is None:
+            yield
+            return
+        module.recall(True)
+        self._recalled = module
+        try:
+            yield
+        finally:
+            self._recalled = None
+            module.recall(False)
+
+    def confirm(self) -> bool:
+        """Return whether what the source has said is right: while bytes move, and before they count."""
+        return self._recalled is None or self._recalled.confirm()
 
     def cast(self, source: WeightSource, *chosen: Callable[[Manifest], Mapping[str, str]]) -> WeightSource:
         """Return a source whose weights are cast to the dtypes that are ``chosen``, one choice after the other."""
@@ -78,7 +102,7 @@ class Outgoing:
     def forget(self) -> None:
         """Let go of all sources, and thereby of the weights."""
         self.encoder = WireEncoder()
-        self._module = self._cast = self._uncast = self._part = self._shards = None
+        self._module = self._cast = self._uncast = self._part = self._recalled = self._shards = None
 
     def messages(self, info: WeightTransferUpdateInfo, peers: Sequence[Peer]) -> dict[Peer, Message]:
         """Return what each worker is told of an update: one object for all that know the same and joined together."""

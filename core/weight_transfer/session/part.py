@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -21,6 +22,10 @@ _SHARED = ("backend", "cast", "verify", "is_checkpoint_format", "bucket_bytes", 
 """Configuration that all ranks must have alike."""
 
 
+class StartOver(Exception):  # noqa: N818  (the update may still succeed)
+    """All trainer ranks have to begin this update anew: one of them has other weights than it thought, say."""
+
+
 @attrs.define(eq=False)
 class Part:
     """What this rank sends.
@@ -36,6 +41,7 @@ class Part:
         manifest: of ``source``.
         shards: this rank's.
         regions: what it holds; None if nothing may go by region.
+        confirm: tells, while bytes move, whether the source had read rightly; see `ModuleSource.recall`.
     """
 
     config: WeightTransferConfig
@@ -48,6 +54,7 @@ class Part:
     manifest: Manifest
     shards: RankShards
     regions: Regions | None
+    confirm: Callable[[], bool]
     _whole: tuple[Layout, WeightSource] | None = None
 
     @property

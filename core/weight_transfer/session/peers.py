@@ -21,6 +21,7 @@ from weight_transfer.values.lease import Lease
 if TYPE_CHECKING:
     from weight_transfer.config.settings import WeightTransferConfig
     from weight_transfer.control.message import Message
+    from weight_transfer.session.inbox import Wire
 
 _METHODS = ("init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update")
 _NAMED = ("session", "update")  # arguments that a channel's methods have under these names, wherever they stand
@@ -86,6 +87,12 @@ class Peer:
     def submits(self) -> bool:
         """Whether calls to the channel need no thread that waits."""
         return getattr(self.channel, "submits", False) is True
+
+    @property
+    def wire(self) -> Wire | None:
+        """The connection on which answers come, if whoever waits for them may read it."""
+        wire: Wire | None = getattr(self.channel, "wire", None) if self.submits else None
+        return wire
 
     @property
     def begins(self) -> bool:

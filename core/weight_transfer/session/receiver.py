@@ -5,24 +5,24 @@ Its states are drawn in `weight_transfer.session.lifecycle`.
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from weight_transfer.config.settings import ParallelConfig, WeightTransferConfig
+from weight_transfer.config.settings import ParallelConfig
 from weight_transfer.model.dtypes import dtypes_answer
 from weight_transfer.model.info import MODEL
 from weight_transfer.plugins.manager import add_observers, load_backend
 from weight_transfer.plugins.read_config import load_config
+from weight_transfer.session.awaited import AwaitedCalls
 from weight_transfer.session.lifecycle import ANYONE, ReceiverState
-from weight_transfer.session.occupied import Occupied, lease_in
-from weight_transfer.session.serving import Watch
+from weight_transfer.session.occupied import lease_in
+from weight_transfer.session.served_models import device_of, further_target, targets_of
+from weight_transfer.session.told import Told
 from weight_transfer.session.update import Update
-from weight_transfer.session.updating import Joined, device_of, further_target, targets_of
-from weight_transfer.values.deadline import Deadline
+from weight_transfer.session.updating import Joined
 from weight_transfer.values.versions import as_version, is_same
 
 if TYPE_CHECKING:
@@ -35,15 +35,13 @@ if TYPE_CHECKING:
 __all__ = ["ReceiverState", "WeightReceiver"]
 
 _IDLE = (ReceiverState.CREATED, ReceiverState.READY, ReceiverState.FAILED)
-_ANSWER = 0.9
-"""Part of ``timeout`` after which samplers are given up, so that their names reach the trainer in time."""
 
 
-class WeightReceiver(Occupied):
+class WeightReceiver(AwaitedCalls, Told):
     """Receives weight versions into a model of this process. Its methods may be called from any thread.
 
-    Give it to `serve`, to a `WeightSender` of the same process, or call
-    the methods that carry vLLM's names from your own RPC.
+    Give it to `serve`, to a `WeightSender` of the same process, or call the methods that carry vLLM's names from your
+    own RPC. Those that may take a while have a variant for asyncio: ``await receiver.aupdate_weights(...)``.
 
     Args:
         config: anything that `load_config` takes.
@@ -83,88 +81,17 @@ class WeightReceiver(Occupied):
         needs: Needs | None = None,
         version: Version | None = None,
     ) -> None:
-        self.config: WeightTransferConfig = load_config(config)
-        super().__init__(self.config)
+        super().__init__(load_config(config))
         self._targets = targets_of(
             model, load_weights, process_weights_after_loading, targets or {}, ignore, needs, self.config.staging
         )
         self._ignore = ignore
         parallel = parallel_config or ParallelConfig()
         self.parallel_config = attrs.evolve(parallel, device=parallel.device or device_of(model))
-        self._id = secrets.token_hex(8)
         self._backend = load_backend(self.config.backend)
         add_observers(self._backend, self.config.observers, observers)
         if version is not None:
             self._served.publish(MODEL, as_version(version), None)
-
-    @property
-    def state(self) -> ReceiverState:
-        """Where this receiver stands now."""
-        self._give_up_if_abandoned()
-        return self._lifecycle.state
-
-    @property
-    def version(self) -> Version | None:
-        """The model's version that is served; None before the first, during an update and after a failure."""
-        self._give_up_if_abandoned()
-        return self._served.current
-
-    @property
-    def versions(self) -> dict[str, Version | None]:
-        """The version of each target, by its name; None as long as its weights are no whole version."""
-        with self._changed:
-            return {target: self._served.versions.get(target) for target in self._targets}
-
-    def serving(self, timeout: float | None = None) -> AbstractContextManager[Version]:
-        """Hold one version still while sampling from it: ``with receiver.serving() as version: ...``.
-
-        Waits until a version is served. An update that arrives meanwhile waits until the block is left. A block inside
-        another one, on the same thread or task or on one that was started inside, does not wait.
-
-        Args:
-            timeout: seconds to wait for a version; default is ``config.timeout``.
-
-        Raises:
-            TransferTimeoutError: no version was served within that time.
-            LifecycleError: the receiver is closed; or the wait would block the event loop that runs on this thread, on
-                which `aserving` waits.
-        """
-
-        def look() -> None:
-            self._give_up_on_thread()
-            self._lifecycle.require_open("serving")
-
-        return self._served.hold(self._watch(look, timeout))
-
-    def aserving(self, timeout: float | None = None) -> AbstractAsyncContextManager[Version]:
-        """`serving` for asyncio: ``async with receiver.aserving() as version: ...``; the event loop goes on meanwhile.
-
-        Args:
-            timeout: seconds to wait for a version; default is ``config.timeout``.
-
-        Raises:
-            TransferTimeoutError: no version was served within that time.
-            LifecycleError: the receiver is closed.
-        """
-
-        def look() -> None:
-            self._give_up_on_thread()
-            self._lifecycle.require_open("aserving")
-
-        return self._served.ahold(self._watch(look, timeout))
-
-    def when_sampled(self, tell: Callable[[], object]) -> Callable[[], None]:
-        """Have ``tell`` called when somebody enters `serving` for the first time, or at once if that has happened.
-
-        Until then no update waits for samplers, so a trainer may begin one on all workers at once.
-
-        Args:
-            tell: called on whichever thread that is; returns at once.
-
-        Returns:
-            What takes that back.
-        """
-        return self._served.when_sampled(tell)
 
     def add_target(self, name: str, model: nn.Module, load_weights: Callable[[Weights], object] | None = None) -> None:
         """Take in one more model, or another one in the place of one that was taken in before.
@@ -246,23 +173,8 @@ class WeightReceiver(Occupied):
             self._update = update = Update(self.config.timeout)
             self._lifecycle.set(ReceiverState.UPDATING)
             if self.config.staging == "none":
-                self._hold_samplers(update, "start")
-
-    def _hold_samplers(self, update: Update, phase: str) -> None:
-        """Let nobody begin to sample, and wait until nobody samples; end the update if that takes too long."""
-        with self._changed:
-            self._served.held_back = True
-            answer = Deadline(_ANSWER * self.config.timeout)  # the trainer's deadline comes a moment later
-
-            def check(what: str) -> None:
-                answer.check(what, backend=self.config.backend, phase=phase)
-                update.check(what)
-
-            try:
-                self._served.await_samplers(check, answer)
-            except BaseException as error:
-                self._end_update(str(error))
-                raise
+                with update.phases.within("start"):
+                    self._hold_samplers(update, "start")
 
     def update_weights(self, update_info: dict[str, Any]) -> dict[str, Any]:
         """Receive and load every weight; returns when all of them are in place and verified.
@@ -311,20 +223,6 @@ class WeightReceiver(Occupied):
             with self._without_samplers() if disturbs else nullcontext():
                 return self._joined.needs(request, self._targets)
 
-    @contextmanager
-    def _without_samplers(self) -> Iterator[None]:
-        """Wait until nobody samples, and let nobody begin to, for the length of a block."""
-        deadline = Deadline(_ANSWER * self.config.timeout)
-        with self._changed:
-            self._served.held_back = True
-        try:
-            self._served.await_samplers(
-                lambda what: deadline.check(what, backend=self.config.backend, phase="init"), deadline
-            )
-            yield
-        finally:
-            self._served.resume()
-
     def finish_weight_update(
         self, weight_version: Version | None = None, session: str | None = None, update: str | None = None
     ) -> None:
@@ -356,6 +254,7 @@ class WeightReceiver(Occupied):
                     why = f"these weights were announced as version {arrived.version!r}, not {version!r}"
                     raise self._lifecycle.refusal(method, why)
                 version = arrived.version
+            arrived.phases.enter("commit")
             if arrived.staged is not None:
                 self._swap_in(arrived)
             self._joined.tell_end(arrived, version, None)
@@ -405,53 +304,6 @@ class WeightReceiver(Occupied):
         """
         self._abort("leave", reason, ANYONE)
 
-    @property
-    def failed(self) -> bool:
-        """Whether a failed update has spoiled the weights: then nothing is served until a good one."""
-        self._give_up_if_abandoned()
-        return bool(self._served.torn)
-
-    def status(self) -> dict[str, Any]:
-        """Return how this receiver stands, JSON-safe.
-
-        | key | |
-        |---|---|
-        | ``state`` | see `ReceiverState` |
-        | ``version`` | that is served; None as long as none is |
-        | ``versions`` | by target, of those whose weights are whole |
-        | ``published`` | when the model's version was, in seconds since 1970; None if none is served |
-        | ``committed`` | by target, the last that was published, whether or not its weights are still whole |
-        | ``updates`` | by target, the id of the update that brought the weights |
-        | ``digests`` | by target, the digest of its receipt, if bytes were compared |
-        | ``prepared`` | ``target``, ``version`` and ``update`` of what has arrived and is not published yet, or None |
-        | ``lease`` | ``number`` and ``holder`` of the newest trainer; None if none has come with a lease |
-        | ``backend`` | its name |
-        | ``workers`` | 1 |
-        | ``error`` | of the time since the last good update, or None |
-        | ``id`` | this receiver's own, by which a trainer knows a worker that it was given under two addresses |
-        """
-        version = self.version
-        with self._changed:
-            update, lease = self._update, self._lifecycle.lease
-            prepared = update if update is not None and update.complete else None
-            return {
-                "state": str(self._lifecycle.state),
-                "version": version,
-                "versions": self.versions,
-                "published": None if version is None else self._served.published,
-                "committed": dict(self._served.committed),
-                "updates": dict(self._served.updates),
-                "digests": dict(self._served.digests),
-                "prepared": None
-                if prepared is None
-                else {"target": prepared.target, "version": prepared.version, "update": prepared.id},
-                "lease": None if lease is None else attrs.asdict(lease),
-                "backend": self.config.backend,
-                "workers": 1,
-                "error": self._last_error,
-                "id": self._id,
-            }
-
     def close(self) -> None:
         """Abort a running update and shut the engine down. The model keeps its weights, and nothing here keeps it."""
         self._abort("close", "the worker is closing", ANYONE)
@@ -467,7 +319,3 @@ class WeightReceiver(Occupied):
 
     def __repr__(self) -> str:
         return f"<WeightReceiver {self.config.backend}: {self._lifecycle.state}, version {self._served.current!r}>"
-
-    def _watch(self, look: Callable[[], None], timeout: float | None) -> Watch:
-        deadline = Deadline(self.config.timeout if timeout is None else timeout)
-        return Watch(look, deadline, lambda: self._lifecycle.state, self.config.backend)

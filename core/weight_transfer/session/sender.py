@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
+import logging
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from weight_transfer.errors import CommitError, ConfigError, LifecycleError
@@ -21,7 +21,7 @@ from weight_transfer.session.following import Follower
 from weight_transfer.session.leading import Leader
 from weight_transfer.session.meeting import next_key
 from weight_transfer.session.outgoing import Outgoing
-from weight_transfer.session.part import Part
+from weight_transfer.session.part import Part, StartOver
 from weight_transfer.session.ranks import ALONE, detected_ranks, ranks_of
 from weight_transfer.values.versions import as_version, following
 
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from weight_transfer.model.source import WeightSource
     from weight_transfer.values.events import Version
     from weight_transfer.values.report import TransferReport
+
+logger = logging.getLogger(__name__)
 
 
 class WeightSender:
@@ -138,35 +140,65 @@ class WeightSender:
         with self._operation("send"):
             outgoing = self._targets.setdefault(target, Outgoing(target))
             whole = outgoing.whole(weights)
-            first = (
-                None if self.parallel_config is not None else whole.manifest()
-            )  # it knows then whether it is sharded
-            ranks = self.parallel_config or ranks_of(whole)
-            role = self._role_of(ranks)
+            with outgoing.recalling(whole):
+                try:
+                    return self._send(whole, outgoing, version, only, allow_rollback)
+                except StartOver as reason:
+                    logger.info("beginning anew: %s", reason)
+            return self._send(whole, outgoing, version, only, allow_rollback)
 
-            def prepare() -> Part:
-                read = whole.manifest() if first is None else first
-                source = outgoing.part(self._cast.around(whole, outgoing), only)
-                manifest = read if source is whole else source.manifest()
-                outgoing.require_base(manifest)
-                if not manifest.params and source.whole:
-                    raise ConfigError("The weights to send have no parameters.")
-                shards = outgoing.shards(ranks.rank, ranks.device or source.device)
-                regions = shards.read(source, manifest) if self._by_region else None
-                called = as_version(version) if version is not None else None
-                some = tuple(only) if only is not None else None
-                return Part(self.config, target, called, some, allow_rollback, read, source, manifest, shards, regions)
+    def _send(
+        self,
+        whole: WeightSource,
+        outgoing: Outgoing,
+        version: Version | None,
+        only: Sequence[str] | None,
+        allow_rollback: bool,
+    ) -> TransferReport:
+        """Send once.
 
-            try:
-                if isinstance(role, Follower):
-                    report = role.send(prepare)
-                else:
-                    report = role.send(prepare, outgoing, lambda: self._next(version, outgoing))
-            except CommitError as error:
-                outgoing.version = error.version
-                raise
-            outgoing.version = report.version
-            return report
+        Raises:
+            StartOver: all ranks have to send anew, with all that a source says read anew.
+        """
+        first = None if self.parallel_config is not None else whole.manifest()  # it knows then whether it is sharded
+        ranks = self.parallel_config or ranks_of(whole)
+        role = self._role_of(ranks)
+
+        def prepare() -> Part:
+            read = whole.manifest() if first is None else first
+            source = outgoing.part(self._cast.around(whole, outgoing), only)
+            manifest = read if source is whole else source.manifest()
+            outgoing.require_base(manifest)
+            if not manifest.params and source.whole:
+                raise ConfigError("The weights to send have no parameters.")
+            shards = outgoing.shards(ranks.rank, ranks.device or source.device)
+            regions = shards.read(source, manifest) if self._by_region else None
+            called = as_version(version) if version is not None else None
+            some = tuple(only) if only is not None else None
+            return Part(
+                self.config,
+                outgoing.target,
+                called,
+                some,
+                allow_rollback,
+                read,
+                source,
+                manifest,
+                shards,
+                regions,
+                outgoing.confirm,
+            )
+
+        try:
+            if isinstance(role, Follower):
+                report = role.send(prepare)
+            else:
+                report = role.send(prepare, outgoing, lambda: self._next(version, outgoing))
+        except CommitError as error:
+            outgoing.version = error.version
+            raise
+        outgoing.version, outgoing.params = report.version, report.params
+        return report
 
     async def asend(
         self,
@@ -182,17 +214,11 @@ class WeightSender:
         A task that is cancelled in it aborts the update on all workers, and ends once nothing reads the weights any
         more.
         """
-        sending = background.start(
+        return await background.finished(
             lambda: self.send(weights, version, target=target, only=only, allow_rollback=allow_rollback),
             "weight-transfer send",
+            self._cancel,
         )
-        try:
-            return await asyncio.shield(sending)
-        except asyncio.CancelledError:
-            background.start(self._cancel, "weight-transfer cancel")
-            with suppress(Exception):  # the failure of an update that nobody wants any more
-                await asyncio.shield(sending)
-            raise
 
     def add_worker(self, worker: str | ControlChannel) -> None:
         """Send to one more worker or replica, from the next `send` on.

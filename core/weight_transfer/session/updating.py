@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from weight_transfer.config.structuring import structure
 from weight_transfer.errors import (
-    ConfigError,
     ManifestMismatchError,
     TransferError,
     TransferTimeoutError,
@@ -21,123 +19,27 @@ from weight_transfer.errors import (
 )
 from weight_transfer.memory.gpu_digests import Geometry
 from weight_transfer.memory.place import place_of
-from weight_transfer.model.autograd_modes import Writing, reading
-from weight_transfer.model.checkpoint_loading import loader_for
-from weight_transfer.model.declared import declared_for
+from weight_transfer.model.autograd_modes import reading
 from weight_transfer.model.info import MODEL, WeightNeeds, WeightTransferInitInfo, WireDecoder
 from weight_transfer.model.loading import ExpectantLoader
 from weight_transfer.model.manifest import digest_json
-from weight_transfer.model.staged_loading import StagedLoader
 from weight_transfer.session.arrived import Arrived
 from weight_transfer.session.incoming import Incoming
 from weight_transfer.session.keeping import Keeping
-from weight_transfer.session.update import InPlace
 from weight_transfer.values.events import TransferFinished, TransferStarted
 from weight_transfer.values.report import Receipt, WorkerReport
 from weight_transfer.values.versions import require_forward
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from weight_transfer.config.settings import Staging
     from weight_transfer.engine import WeightTransferEngine
     from weight_transfer.model.info import WeightTransferUpdateInfo
-    from weight_transfer.model.loading import WeightLoader, Weights
-    from weight_transfer.model.targets import Needs
+    from weight_transfer.model.loading import WeightLoader
     from weight_transfer.plugins.manager import LoadedBackend
     from weight_transfer.session.keeping import Arrivals
+    from weight_transfer.session.served_models import ServedModel
     from weight_transfer.session.serving import Served
     from weight_transfer.session.update import Update
     from weight_transfer.values.events import TransferProgress, Version
-
-
-class ServedModel:
-    """A model that weights are for.
-
-    Args:
-        model: the module.
-        load_weights: see `WeightReceiver`, as for the others.
-        process_weights_after_loading: see there.
-        ignore: see there.
-        needs: see there.
-        staging: see `WeightTransferConfig`.
-
-    Attributes:
-        loaders: by whether they take checkpoint format.
-        writing: the mode in which its weights are written.
-        in_place: where they may be written directly.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        load_weights: Callable[[Weights], object] | None,
-        process_weights_after_loading: Callable[[nn.Module], object] | None,
-        ignore: Sequence[str],
-        needs: Needs | None = None,
-        staging: Staging = "none",
-    ) -> None:
-        self.loaders = loader_for(model, load_weights, process_weights_after_loading, ignore)
-        if needs is not None:
-            self.loaders = declared_for(needs, model, self.loaders, process_weights_after_loading)
-        if staging != "none":
-            self.loaders = {format_: StagedLoader(loader, staging) for format_, loader in self.loaders.items()}
-        self.writing = Writing(model)
-        self.in_place = InPlace()
-
-
-def targets_of(
-    model: nn.Module,
-    load_weights: Callable[[Weights], object] | None,
-    process_weights_after_loading: Callable[[nn.Module], object] | None,
-    others: Mapping[str, nn.Module],
-    ignore: Sequence[str],
-    needs: Needs | None,
-    staging: Staging,
-) -> dict[str, ServedModel]:
-    """Return a receiver's targets by name; the arguments are those of `WeightReceiver`, and of its configuration.
-
-    Raises:
-        ConfigError: one is no module, or has no name of its own; or what is needed is declared wrongly.
-    """
-    if not isinstance(others, Mapping):
-        raise ConfigError(f'targets: expected models by name, such as {{"draft": draft_model}}, got {others!r}.')
-    first = _module("model", model)
-    targets = {MODEL: ServedModel(first, load_weights, process_weights_after_loading, ignore, needs, staging)}
-    return targets | {name: further_target(name, other, None, ignore, staging) for name, other in others.items()}
-
-
-def further_target(
-    name: str,
-    model: nn.Module,
-    load_weights: Callable[[Weights], object] | None,
-    ignore: Sequence[str],
-    staging: Staging,
-) -> ServedModel:
-    """Return a target beside the first one.
-
-    Raises:
-        ConfigError: it is no module, or has no name of its own.
-    """
-    if not isinstance(name, str) or not name or name == MODEL:
-        raise ConfigError(f"targets: {name!r} is no name for a further model; {MODEL!r} is the first one's.")
-    return ServedModel(_module(f"targets: {name}", model), load_weights, None, ignore, staging=staging)
-
-
-def device_of(model: nn.Module) -> str:
-    """Return the device on which a model lies: that of its first weight that has memory.
-
-    Raises:
-        ConfigError: all of its weights are on the meta device.
-    """
-    devices = [weight.device for weight in chain(model.parameters(), model.buffers())]
-    found = next((device for device in devices if device.type != "meta"), None)
-    if found is None and devices:
-        raise ConfigError(
-            "The model's weights are all on the meta device, which does not say where they will lie; say it: "
-            'WeightReceiver(..., parallel_config=ParallelConfig(device="cuda:0")).'
-        )
-    return str(found or "cpu")
 
 
 class Joined:
@@ -153,6 +55,7 @@ class Joined:
         self.text_versions = False
         self._backend = backend
         self._name = backend.backend.name
+        self._link = engine.config.link
         self._decoders: dict[str, WireDecoder] = {}
         self._kept: dict[tuple[str, bool], Keeping] = {}
         self._worker = 0
@@ -222,7 +125,8 @@ class Joined:
         targets: Mapping[str, ServedModel],
         served: Served,
     ) -> WorkerReport:
-        engine = self.engine
+        engine, phases = self.engine, update.phases
+        phases.enter("plan")
         name, target = _chosen(update_info, targets)
         update.target = name
         decoder = self._decoders.setdefault(name, WireDecoder())
@@ -249,6 +153,7 @@ class Joined:
         update.begin(info, progress, self._name, arrivals, target.in_place, arrived)
         self._backend.notify("weight_transfer_started", self._started(update))
         moved: list[int] = []
+        phases.enter("wire")
         with target.writing(loader, info.manifest):
             if arrivals is None:
                 engine.receive_weights(info, update)
@@ -256,13 +161,15 @@ class Joined:
                 moved = self._receive_both(info, update, arrivals)
             update.finish()
         _synchronize(engine.parallel_config.device)
+        seconds = phases.told()
+        phases.enter("wait")
         decoder.remember(update_info, info)
         self._latest = loader
         kept = arrivals.nbytes if arrivals is not None else 0
         again = keeping.asks_again(info.manifest, loader)
         update.receipt = self._receipt(info, arrivals, arrived)
         warnings = (*engine.warnings, *loader.warnings)
-        return WorkerReport(engine.transport, warnings, kept, tuple(moved), again, (update.receipt,))
+        return WorkerReport(engine.transport, warnings, kept, tuple(moved), again, (update.receipt,), seconds)
 
     def _receipt(self, info: WeightTransferUpdateInfo, arrivals: Arrivals | None, arrived: Arrived | None) -> Receipt:
         whole = info.manifest if arrivals is None else arrivals.layout.whole
@@ -321,6 +228,8 @@ class Joined:
             seconds=time.monotonic() - update.since,
             error=error,
             target=update.target,
+            phases=update.phases.told(),
+            link=self._link,
         )
         self._backend.notify("weight_transfer_finished", event)
 
@@ -364,14 +273,6 @@ def _named(error: BaseException, backend: str, phase: str, update: Update | None
         return error
     kind = TransferTimeoutError if isinstance(error, TimeoutError) else TransferError
     return kind(f"The worker failed in phase {phase}.", cause=f"{type(error).__name__}: {error}", **fields)
-
-
-def _module(what: str, value: object) -> nn.Module:
-    from torch import nn
-
-    if not isinstance(value, nn.Module):
-        raise ConfigError(f"{what}: expected the nn.Module that serves, got {type(value).__name__}.")
-    return value
 
 
 def _synchronize(device: str | None) -> None:

@@ -1,0 +1,201 @@
+"""The middle of an update, on trainer rank 0: all ranks give their weights, and all workers take them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from weight_transfer.errors import LifecycleError, TransferTimeoutError, WeightTransferError
+from weight_transfer.memory.gpu_digests import Geometry
+from weight_transfer.session.calls import ECHOES, refused_in
+from weight_transfer.session.part import StartOver
+from weight_transfer.session.progress import Progress
+from weight_transfer.values.deadline import Deadline
+from weight_transfer.values.report import WorkerReport
+
+if TYPE_CHECKING:
+    from weight_transfer.config.settings import WeightTransferConfig
+    from weight_transfer.engine import TrainerWeightTransferEngine
+    from weight_transfer.model.info import WeightTransferUpdateInfo
+    from weight_transfer.plan.exchange import OutgoingRegions
+    from weight_transfer.session.calls import Calls, Lost
+    from weight_transfer.session.comparing import SentTables
+    from weight_transfer.session.crew import Crew
+    from weight_transfer.session.fleet import Fleet
+    from weight_transfer.session.guarded import GuardedSource
+    from weight_transfer.session.peers import Peer
+    from weight_transfer.session.region_plan import RegionPlan
+    from weight_transfer.session.running import Running
+
+_GRACE = 1.0  # seconds in which a rank that was stopped by an abort says so
+
+
+class Refused(Exception):  # noqa: N818  (the update may still succeed)
+    """A worker does not let this trainer begin an update: it was started anew, or has joined another one."""
+
+    def __init__(self, error: LifecycleError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class Moving:
+    """Moves the bytes of updates.
+
+    Args:
+        notify: tells the listeners.
+        config: the trainer's.
+        fleet: the workers, on which an update is open.
+        crew: the other ranks.
+    """
+
+    def __init__(
+        self, notify: Callable[[str, object], object], config: WeightTransferConfig, fleet: Fleet, crew: Crew
+    ) -> None:
+        self._notify = notify
+        self._config = config
+        self._fleet = fleet
+        self._crew = crew
+        self._geometry = Geometry()
+
+    def forget(self) -> None:
+        """Let go of the weights."""
+        self._geometry = Geometry()
+
+    def run(
+        self, update: Running, plan: RegionPlan, deadline: Deadline, begins: bool
+    ) -> tuple[Lost, dict[Peer, WorkerReport]]:
+        """Move the bytes; return the workers that were lost, and what each has noticed."""
+        engine, fleet, crew = self._fleet.engines.own, self._fleet, self._crew
+        assert engine is not None
+        source = update.begin(plan, self._geometry if self._verifies else None)
+        manifest = source.manifest()
+        fields = engine.describe_update(source, manifest, deadline)
+        outgoing = plan.outgoing(update.part)
+        shares = self._shares(engine, plan, outgoing, deadline) if outgoing is not None else None
+        if crew.size > 1:
+            update.in_lockstep = True
+            crew.order("send", deadline)
+        info: WeightTransferUpdateInfo = engine.update_info_cls(
+            manifest=plan.manifest,
+            timeout=max(deadline.remaining(), 1e-3),
+            version=update.version,
+            is_checkpoint_format=self._config.is_checkpoint_format,
+            target=update.part.target,
+            update=source.update,
+            allow_rollback=update.part.allow_rollback,
+            base=update.outgoing.update if plan.manifest.partial else None,
+            verify=None if self._config.verify == "none" else self._config.verify,
+            layout=plan.wire,
+            shares=shares,
+            kept=plan.kept,
+            **fields,
+        )
+        messages = update.outgoing.messages(info, fleet.started)
+        if begins:
+            method, call = "begin_weight_update", lambda peer: peer.begin(messages[peer])
+        else:
+            method, call = "update_weights", lambda peer: peer.update(messages[peer])
+        calls = fleet.call(list(messages), call, method, deadline, fleet.react)
+        fleet.require_going_on()
+        progress = Progress(self._notify, info, self._config.backend)
+        update.phases.enter("wire")
+        try:
+            if manifest.params:
+                with source.watched(), update.noting(partial(self._go_on, deadline)):
+                    engine.send_weights(source, manifest, deadline, progress)
+                    source.finish()
+            if outgoing is not None:
+                engine.send_regions(outgoing, deadline, progress)
+            is_right = update.part.confirm()
+            regions = [plan.digests(outgoing)] if outgoing is not None and self._verifies else []
+            answers = crew.answers("to give their weights", deadline)
+            if not (is_right and all(answer.get("right", True) for answer in answers)):
+                raise StartOver("weights were replaced since the last update")
+            failures = calls.wait(deadline)
+        except StartOver:
+            raise
+        except Exception as error:
+            cause = self._lost_in(source) or source.error or self._cause(error, calls)
+            refusal = refused_in(calls.failures) if begins else None
+            if refusal is not None and cause is refusal:
+                raise Refused(refusal) from error
+            if cause is error:
+                raise
+            raise cause from error
+        refusal = refused_in(failures) if begins else None
+        if refusal is not None:
+            raise Refused(refusal)
+        noticed = {peer: WorkerReport.of(calls.results.get(peer)) for peer in messages}
+        if self._verifies:
+            regions += [answer.get("digests", {}) for answer in answers] if regions else []
+            answered = {peer: report for peer, report in noticed.items() if peer not in failures}
+            with update.phases.within("verify"):
+                failures |= self._unlike(update.tables(plan, regions), answered, deadline)
+        update.outgoing.remember(info, list(messages), failures)
+        lost = fleet.settle(failures)
+        progress(progress.left)
+        engine.release_source()
+        update.outgoing.update = source.update
+        for peer, report in noticed.items():
+            if report.asks_again:
+                peer.kept.pop(update.part.target, None)
+        return lost, noticed
+
+    @property
+    def _verifies(self) -> bool:
+        return self._config.verify != "none"
+
+    def _unlike(self, sent: SentTables, answered: dict[Peer, WorkerReport], deadline: Deadline) -> Lost:
+        """Return the workers that have received something else than was sent; they give up what they have."""
+        refusals = ((peer, sent.refusal(peer, report.receipts)) for peer, report in answered.items())
+        unlike: Lost = {peer: refusal for peer, refusal in refusals if refusal is not None}
+        if unlike and self._config.on_worker_failure == "continue":  # else all workers are to give up
+            aborting = list(unlike)
+            calls = self._fleet.call(
+                aborting, lambda peer: peer.abort(str(unlike[peer])), "abort_weight_update", deadline
+            )
+            calls.wait(deadline)
+        return unlike
+
+    def _go_on(self, deadline: Deadline) -> None:
+        """Raise if this rank need not go on with its own work on an update."""
+        deadline.check("taking digests of the weights", backend=self._config.backend, phase="update")
+        self._fleet.require_going_on()
+
+    def _shares(
+        self,
+        engine: TrainerWeightTransferEngine[Any, Any],
+        plan: RegionPlan,
+        outgoing: OutgoingRegions,
+        deadline: Deadline,
+    ) -> tuple[dict[str, Any], ...]:
+        """Return what the engines of all ranks say of their shards; the same object while that is unchanged."""
+        if self._crew.size > 1:
+            self._crew.order("share", deadline)
+        own = engine.share_regions(outgoing, deadline)
+        answers = self._crew.answers("to share their weights", deadline)
+        return plan.shares([own, *(answer["share"] for answer in answers)])
+
+    def _lost_in(self, source: GuardedSource) -> Exception | None:
+        """Return the error of the rank that is gone, if a collective has failed: that does not say which one it was."""
+        foreign = source.collective and source.error is not None and not isinstance(source.error, WeightTransferError)
+        return self._crew.lost(_GRACE) if foreign else None
+
+    def _cause(self, error: Exception, calls: Calls) -> Exception:
+        """Return what is behind an error: a rank that is gone or fails by itself, a worker's failure, or itself."""
+        failed = self._fleet.failed
+        if failed is not None and not self._fleet.failed_after_others:
+            return failed
+        known = failed or error
+        if not isinstance(known, WeightTransferError):
+            return known
+        cause = calls.explain(known)
+        silent = ""
+        if isinstance(cause, ECHOES):
+            self._crew.abort()
+            silent = self._crew.silent(Deadline(_GRACE))
+        if not silent:
+            return cause
+        message = "It does not answer; what others say follows from that."
+        return TransferTimeoutError(message, phase="update", peer=silent, cause=str(cause))
