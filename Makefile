@@ -25,8 +25,8 @@ $(INSTALLED): pyproject.toml $(PLUGINS) constraints.txt
 demo: $(INSTALLED) ## Train a small model and send it to two workers: 40 seconds on two cores (ARGS="--steps 50")
 	$(BIN)/weight-transfer demo $(ARGS)
 
-test: $(INSTALLED) ## Run the tests, four at a time: eleven minutes on two cores (ARGS="-k name")
-	@echo "The whole suite takes about eleven minutes on two CPU cores."
+test: $(INSTALLED) ## Run the tests, four at a time: a quarter of an hour on two cores (ARGS="-k name")
+	@echo "The whole suite takes about a quarter of an hour on two CPU cores."
 	$(BIN)/python -m pytest -n 4 --dist worksteal -m 'not slow' $(ARGS)
 
 test-slow: $(INSTALLED) ## Run the tests that are too slow for each change, one at a time
