@@ -250,13 +250,15 @@ def main() -> None:
         own(arguments.own, arguments.config, arguments.device)
         return
     kind = torch.device(arguments.device).type
+    cases = [case for case in CASES[kind] if arguments.case in case]
+    if not cases:
+        parser.error(f"no case has {arguments.case!r} in its name; on {kind} there are {', '.join(CASES[kind])}")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; medians of {arguments.rounds} rounds")
     for transport in (arguments.transport or ("auto" if kind == "cuda" else "shm,tcp")).split(","):
         config = {"backend": "rdma", "timeout": LONG, "rdma": {"transport": transport}}
-        for case in CASES[kind]:
+        for case in cases:
             for workers in map(int, arguments.workers.split(",")):
-                if arguments.case in case:
-                    measure(case, arguments.rounds, workers, config, kind)
+                measure(case, arguments.rounds, workers, config, kind)
 
 
 if __name__ == "__main__":
