@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Self
@@ -94,7 +95,8 @@ class Member:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         else:
-            torch.set_num_threads(1)  # more would wait for each other, where processes share cores
+            beside = self.scene.trainers if self.member < len(self.scene.trainers) else self.scene.workers
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // len(beside)))  # the other side waits meanwhile
 
     def perform(self, stage: Stage) -> None:
         """Do what is asked, until nobody asks any more."""
