@@ -98,7 +98,8 @@ class Worker(Member):
         spans: list[Span] = []
         for method, since, (wall, _) in self._calls:
             if not spans:
-                spans.append(("check", began, max(0.0, since - began)))
+                began = min(began, since)  # the observer is told a moment after the end
+                spans.append(("check", began, since - began))
             spans.append((_METHODS[method], since, wall))
             began = since + wall
         return [*spans, ("commit", began, max(0.0, ended - began))]
