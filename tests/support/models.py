@@ -1,13 +1,18 @@
-"""Small models with everything that makes weights awkward."""
+"""Small models, of which one has everything that makes weights awkward, and configurations for them."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
 
 from weight_transfer.testing.models import digest, randomise
 
-__all__ = ["Odd", "digest", "model"]
+__all__ = ["CONTINUE", "LOOPBACK", "Odd", "digest", "model"]
+
+LOOPBACK: dict[str, Any] = {"backend": "loopback", "timeout": 20, "init_timeout": 5}
+CONTINUE = LOOPBACK | {"on_worker_failure": "continue"}
 
 
 def model(value: float = 0.0) -> nn.Linear:

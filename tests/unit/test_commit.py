@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from support.models import digest, model
+from support.models import CONTINUE, LOOPBACK, digest, model
 from support.scripted import INIT, Worker, breaks
 from weight_transfer import (
     CommitError,
@@ -24,9 +24,6 @@ from weight_transfer import (
 )
 
 pytestmark = pytest.mark.timeout(60)
-
-LOOPBACK: dict[str, Any] = {"backend": "loopback", "timeout": 20, "init_timeout": 5}
-CONTINUE = LOOPBACK | {"on_worker_failure": "continue"}
 
 
 # The id of what is published.

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from support.models import digest, model
+from support.models import LOOPBACK, digest, model
 from support.scripted import INIT, Worker
 from weight_transfer import (
     ConfigError,
@@ -26,8 +26,6 @@ from weight_transfer import (
 from weight_transfer.values.lease import Lease, session_of
 
 pytestmark = pytest.mark.timeout(60)
-
-LOOPBACK: dict[str, Any] = {"backend": "loopback", "timeout": 20, "init_timeout": 5}
 
 
 def joins(worker: Worker, number: int, holder: str, join: int = 1) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from support.models import digest, model
+from support.models import LOOPBACK, digest, model
 from weight_transfer import (
     ConfigError,
     LifecycleError,
@@ -27,8 +27,6 @@ from weight_transfer.session import serving
 from weight_transfer.testing.actors import eventually
 
 pytestmark = pytest.mark.timeout(60)
-
-LOOPBACK: dict[str, Any] = {"backend": "loopback", "timeout": 20, "init_timeout": 5}
 
 
 class Pair:

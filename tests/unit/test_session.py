@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from support.models import digest, model
+from support.models import CONTINUE, LOOPBACK, digest, model
 from support.scripted import INIT, STATES, Worker, to_ready, to_received, to_updating
 from weight_transfer import (
     ConfigError,
@@ -34,9 +34,6 @@ from weight_transfer.testing.actors import eventually
 from weight_transfer.values import versions
 
 pytestmark = pytest.mark.timeout(60)
-
-LOOPBACK: dict[str, Any] = {"backend": "loopback", "timeout": 20, "init_timeout": 5}
-CONTINUE = LOOPBACK | {"on_worker_failure": "continue"}
 
 
 Call = Callable[[WeightReceiver, str | None], object]

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_GRACE = 1.0  # seconds in which a rank that was stopped by an abort says so
 _LATE = 1.0  # seconds in which the other ranks may call send, to learn of an error that came before
 
 
