@@ -222,7 +222,8 @@ def test_an_abort_overtakes_the_update_on_the_same_line() -> None:
         http.abort_weight_update("enough", "s")
         with pytest.raises(wt.TransferError, match=r"It was aborted\.$"):
             running.result(20)
-    assert channel.calls == [("start", "s"), ("update", "s"), ("abort", "enough", "s")]
+        # Before the line is closed: a server may abort once more what it answered a moment before.
+        assert channel.calls == [("start", "s"), ("update", "s"), ("abort", "enough", "s")]
 
 
 def test_whoever_leaves_while_an_update_runs_has_it_aborted() -> None:
