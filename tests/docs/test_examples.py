@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import ast
-import json
-import os
 import re
 import shlex
 import socket
-import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,6 +14,7 @@ from pathlib import Path
 import click
 import pytest
 
+from support.actors import Actor
 from support.pages import PAGES, ROOT, Block, blocks
 from weight_transfer.cli import main
 from weight_transfer.plugins.read_config import load_config
@@ -73,12 +70,23 @@ def test_the_examples_run(page: Path, tmp_path: Path) -> None:
             workers.append(stack.enter_context(example(page, tmp_path, [(0, standard, False)])))
         if trainer:
             with example(page, tmp_path, with_ports(trainer, ports)) as process:
-                finish(process, tmp_path)
-        for block in sharded:  # each a script of its own
-            with example(page, tmp_path, with_ports([block], ports), ranks=2) as process:
-                finish(process, tmp_path)
-        for process in workers:
-            finish(process, tmp_path)
+                finish([process], tmp_path)
+        for block in sharded:  # each a script of its own, as torchrun starts it
+            with ExitStack() as ranks:
+                where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ranks.enter_context(free_port()))}
+                script = with_ports([block], ports)
+                finish(
+                    [
+                        ranks.enter_context(
+                            example(
+                                page, tmp_path, script, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", **where
+                            )
+                        )
+                        for rank in range(2)
+                    ],
+                    tmp_path,
+                )
+        finish(workers, tmp_path)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -150,36 +158,20 @@ def write_files(page: Path, folder: Path, ports: dict[str, int]) -> None:
 
 
 @contextmanager
-def example(
-    page: Path, folder: Path, code: list[tuple[int, str, bool]], ranks: int = 1
-) -> Iterator[subprocess.Popen[bytes]]:
-    """Run code of a page in a process, or under torchrun; the process has ended when the block is left."""
-    path = os.pathsep.join([str(folder), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("WEIGHT_TRANSFER_")} | {"PYTHONPATH": path}
-    command = [sys.executable, "-m", "support.example", name_of(page)]
-    if ranks > 1:
-        script = folder / "example.py"
-        script.write_text("".join(text for _, text, _ in code))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command.append(str(script))
-    with open(folder / "log", "a") as log:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log)
+def example(page: Path, folder: Path, code: list[tuple[int, str, bool]], **environ: str) -> Iterator[Actor]:
+    """Run code of a page in a process; the process has ended when the block is left."""
+    log = str(folder / "log")
+    process = Actor("example", page=name_of(page), folder=str(folder), code=code, log=log, environ=environ)
     try:
-        assert process.stdin is not None
-        if ranks == 1:
-            process.stdin.write(json.dumps(code).encode() + b"\n")
-            process.stdin.flush()
         yield process
     finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+        process.stop()
 
 
-def finish(process: subprocess.Popen[bytes], folder: Path) -> None:
-    """Let a process run to its end; if it fails, show what all of the page's processes printed."""
+def finish(processes: list[Actor], folder: Path) -> None:
+    """Wait until processes have run their examples; if one fails, show what all of the page's processes printed."""
     try:
-        process.communicate(timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        pytest.fail(f"did not end within {SECONDS} s:\n{(folder / 'log').read_text()}")
-    assert process.returncode == 0, (folder / "log").read_text()
+        for process in processes:
+            process.reply(SECONDS)
+    except AssertionError as error:
+        pytest.fail(f"{error}\n{(folder / 'log').read_text()}")

@@ -1,14 +1,17 @@
-"""Runs examples of one page in one process: ``python -m support.example PAGE`` takes ``[[line, code, whole], ...]``.
+"""Runs examples of one page in one process, as an actor: ``[[line, code, whole], ...]``.
 
-They come on stdin, as JSON. A whole script is given nothing; the others share their names, and are given some.
-After the last one the process lives until stdin ends, so that what it serves stays up.
+A whole script is given nothing; the others share their names, and are given some. When the last one has ended the
+process says so, and lives until it is told to end, so that what it serves stays up.
 """
 
 from __future__ import annotations
 
-import json
+import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from support.actors import Stage
 
 
 def given() -> dict[str, Any]:
@@ -21,7 +24,6 @@ def given() -> dict[str, Any]:
             for parameter in model.parameters():
                 parameter.add_(1)
 
-    torch.set_num_threads(1)
     return {
         "__name__": "__main__",
         "model": nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4)),
@@ -30,14 +32,22 @@ def given() -> dict[str, Any]:
     }
 
 
-def main(page: str) -> None:
+def main(
+    stage: Stage, page: str, folder: str, code: list[tuple[int, str, bool]], log: str, environ: dict[str, str]
+) -> None:
+    import torch
+
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    os.environ.update(environ)
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    torch.set_num_threads(1)
     names, scopes = given(), []
-    for line, code, whole in json.loads(sys.stdin.readline()):
-        compiled = compile("\n" * line + code, page, "exec")  # tracebacks then speak of the page's own lines
+    for line, text, whole in code:
+        compiled = compile("\n" * line + text, page, "exec")  # tracebacks then speak of the page's own lines
         scopes.append({"__name__": "__main__"} if whole else names)  # kept, so that what serves goes on
         exec(compiled, scopes[-1])
-    sys.stdin.read()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    stage.say("done")
+    stage.serve({})

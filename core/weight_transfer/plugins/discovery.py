@@ -6,13 +6,14 @@ the standard library's finder; the two must never be mixed.
 
 from __future__ import annotations
 
+import os
 import sys
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import attrs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from importlib.metadata import EntryPoint
 
 BACKENDS_GROUP = "weight_transfer.backends"
@@ -46,7 +47,8 @@ def entry_points(group: str, name: str | None = None) -> tuple[BackendRef, ...]:
 
     The same distribution can be seen twice, through two entries of ``sys.path`` or an editable install beside a wheel.
     """
-    return tuple(sorted({_ref(point) for point in _select(group, name)}))
+    found = _installed(group, _whereabouts())
+    return found if name is None else tuple(ref for ref in found if ref.name == name)
 
 
 def backends() -> tuple[BackendRef, ...]:
@@ -54,14 +56,26 @@ def backends() -> tuple[BackendRef, ...]:
     return entry_points(BACKENDS_GROUP)
 
 
-def _select(group: str, name: str | None) -> Iterable[EntryPoint]:
-    wanted = {"group": group} if name is None else {"group": group, "name": name}
+@lru_cache(maxsize=16)
+def _installed(group: str, _whereabouts: tuple[object, ...]) -> tuple[BackendRef, ...]:
+    """Read the metadata of all distributions, which takes milliseconds, once for each state of ``sys.path``."""
     if sys.version_info >= (3, 12):
         from importlib.metadata import entry_points as installed
     else:
         from importlib_metadata import entry_points as installed
-    points: Iterable[EntryPoint] = installed(**wanted)
-    return points
+    return tuple(sorted({_ref(point) for point in installed(group=group)}))
+
+
+def _whereabouts() -> tuple[object, ...]:
+    """Return what differs after something was installed or removed: where is looked, and when it last changed."""
+    return (*map(id, sys.meta_path), *((entry, _changed(entry)) for entry in sys.path))
+
+
+def _changed(entry: str) -> int | None:
+    try:
+        return os.stat(entry or os.curdir).st_mtime_ns
+    except OSError:  # there is no such folder
+        return None
 
 
 def _ref(point: EntryPoint) -> BackendRef:

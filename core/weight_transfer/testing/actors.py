@@ -40,6 +40,7 @@ _CONTEXT.set_forkserver_preload(
         "weight_transfer.testing.rank",
         "weight_transfer.testing.trainer",
         "weight_transfer.testing.worker",
+        "weight_transfer.testing.warmed",  # last
     ]
 )
 
