@@ -25,6 +25,7 @@ $(INSTALLED): pyproject.toml $(PLUGINS) constraints.txt
 demo: $(INSTALLED) ## Train a small model and send it to two workers: 40 seconds on two cores (ARGS="--steps 50")
 	$(BIN)/weight-transfer demo $(ARGS)
 
+test: export PYTHONDONTWRITEBYTECODE = # whatever the shell says: the tests start hundreds of processes
 test: $(INSTALLED) ## Run the tests, four at a time: a quarter of an hour on two cores (ARGS="-k name")
 	@echo "The whole suite takes about a quarter of an hour on two CPU cores."
 	$(BIN)/python -m pytest -n 4 --dist worksteal -m 'not slow' $(ARGS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -136,6 +137,22 @@ def test_a_listed_backend_tells_its_provenance(install: Install) -> None:
     install("acme", {BACKENDS: {"acme": "acme_plugin"}}, version="2.3")
     (ref,) = [ref for ref in backends() if ref.name == "acme"]
     assert str(ref.provider) == "acme 2.3 [acme_plugin]"
+
+
+def test_what_is_installed_and_removed_meanwhile_is_noticed(install: Install) -> None:
+    def listed(tick: int) -> set[str]:
+        os.utime(site, (tick, tick))  # file systems count time by ticks, some by seconds
+        return {ref.name for ref in backends()} & {"acme", "zeta"}
+
+    site = install("acme", {BACKENDS: {"acme": "acme_plugin"}})
+    assert listed(1) == {"acme"}
+    info = site / "zeta-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: zeta\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{BACKENDS}]\nzeta = zeta_plugin\n")
+    assert listed(2) == {"acme", "zeta"}
+    shutil.rmtree(info)
+    assert listed(3) == {"acme"}
 
 
 # Loading.
