@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -18,6 +17,7 @@ from weight_transfer.memory.export import Export
 from weight_transfer.plan.exchange import OutgoingRegions, Taker
 from weight_transfer.plan.layout import Layout
 from weight_transfer.plan.pieces import plan_pieces
+from weight_transfer.testing.actors import PROCESSES
 from weight_transfer.values.deadline import Deadline
 
 
@@ -137,9 +137,8 @@ class Remote:
     """An actor in a process of its own; a call is begun by `begin`, and `end` returns its result."""
 
     def __init__(self, kind: type[Any], *arguments: Any) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self.process = context.Process(target=answer_calls, args=(kind, arguments, theirs), daemon=True)
+        self._pipe, theirs = PROCESSES.Pipe()
+        self.process = PROCESSES.Process(target=answer_calls, args=(kind, arguments, theirs), daemon=True)
         self.process.start()
         theirs.close()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from weight_transfer.testing import gpus
+from weight_transfer.testing.actors import PROCESSES
 from weight_transfer.testing.gpus import taken, visible_gpus
 
 pytest_plugins = ["pytester"]
@@ -30,9 +30,8 @@ class Holder:
     """A process that takes GPUs, says which, and gives them back when it is told."""
 
     def __init__(self, count: int, folder: Path) -> None:
-        context = multiprocessing.get_context("forkserver")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_take, args=(count, folder, theirs))
+        self._pipe, theirs = PROCESSES.Pipe()
+        self._process = PROCESSES.Process(target=_take, args=(count, folder, theirs))
         self._process.start()
         theirs.close()
 

@@ -26,8 +26,9 @@ PATIENCE = 60.0
 
 _ENDING = 5.0  # seconds from the end of its pipe to that of a process
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
+PROCESSES = multiprocessing.get_context("forkserver")
+"""How processes are started: `Actor`, and whoever needs another kind."""
+PROCESSES.set_forkserver_preload(
     [
         "torch._dynamo",  # FSDP2 imports it when it is first used
         "torch.distributed.fsdp",
@@ -63,13 +64,13 @@ class Actor:
 
     def __init__(self, role: str, *, in_process: bool = False, called: str | None = None, **spec: Any) -> None:
         self.called = called or role
-        self._pipe, theirs = _CONTEXT.Pipe()
+        self._pipe, theirs = PROCESSES.Pipe()
         self._body: Any
         if in_process:
             self._body = threading.Thread(target=_perform, args=(role, spec, theirs), name=self.called, daemon=True)
             self._body.start()
         else:
-            self._body = _CONTEXT.Process(target=_perform, args=(role, spec, theirs), name=self.called, daemon=True)
+            self._body = PROCESSES.Process(target=_perform, args=(role, spec, theirs), name=self.called, daemon=True)
             self._body.start()
             theirs.close()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import signal
 import threading
@@ -26,6 +25,7 @@ from weight_transfer.model.regions import Region
 from weight_transfer.plan.exchange import IncomingRegions, OutgoingRegions, Taker
 from weight_transfer.plan.layout import Layout, Regions
 from weight_transfer.plan.pieces import plan_pieces
+from weight_transfer.testing.actors import PROCESSES
 from weight_transfer.values.deadline import Deadline
 from weight_transfer_rdma.receiving import RdmaWorkerEngine
 from weight_transfer_rdma.sending import RdmaTrainerEngine
@@ -298,10 +298,8 @@ class Actor:
     """An actor in another process: ``begin`` a call, then ``end`` it."""
 
     def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-        self._connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
+        self._connection, theirs = PROCESSES.Pipe()
+        self.process = PROCESSES.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
         self.process.start()
         theirs.close()
 
