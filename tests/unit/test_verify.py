@@ -284,7 +284,9 @@ def test_a_worker_that_cannot_say_what_arrives_is_refused_when_it_joins(
 def test_of_a_replica_all_workers_have_to_say_what_arrives(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     _, channel = scene.halves(LOOPBACK)
     sender = scene.sender(LOOPBACK, [channel])
-    monkeypatch.setattr(channel._receivers[1], "init_weight_transfer_engine", lambda _info: None)
+    receiver = channel._receivers[1]
+    joins = receiver.init_weight_transfer_engine
+    monkeypatch.setattr(receiver, "init_weight_transfer_engine", lambda info: joins(info) and None)
     with pytest.raises(wt.HandshakeError, match=SAYS_NOTHING):
         sender.connect()
     monkeypatch.undo()
@@ -293,7 +295,7 @@ def test_of_a_replica_all_workers_have_to_say_what_arrives(scene: Scene, monkeyp
 
 @pytest.mark.parametrize("call", ["init", "update"])
 def test_with_continue_a_worker_that_cannot_say_what_arrived_is_left_behind(scene: Scene, call: str) -> None:
-    config = LOOPBACK | {"on_worker_failure": "continue"}
+    config = IPC | {"on_worker_failure": "continue"}
     one, other = (scene.receiver(config, Net(seed)) for seed in (7, 8))
     sender = scene.sender(config, [one, Deaf(other, call)])
     for version in (1, 2):
@@ -302,6 +304,15 @@ def test_with_continue_a_worker_that_cannot_say_what_arrived_is_left_behind(scen
         assert address == "worker 1" and "set verify = 'none' on the trainer" in error
         assert (one.version, other.version) == (version, None)
         assert other.state in (wt.ReceiverState.CREATED, wt.ReceiverState.FAILED), "it has left the trainer"
+
+
+def test_where_all_have_to_join_anew_a_worker_that_cannot_say_what_arrives_fails_all(scene: Scene) -> None:
+    config = LOOPBACK | {"on_worker_failure": "continue"}
+    one, other = (scene.receiver(config, Net(seed), version=3) for seed in (7, 8))
+    with pytest.raises(wt.HandshakeError, match=SAYS_NOTHING) as caught:
+        scene.sender(config, [one, Deaf(other, "init")]).send(Net(1))
+    assert caught.value.peer == "worker 1"
+    assert (one.version, other.version) == (3, 3)
 
 
 def test_a_worker_that_does_not_say_what_has_arrived_publishes_nothing(scene: Scene) -> None:

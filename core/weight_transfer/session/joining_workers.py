@@ -135,7 +135,10 @@ class JoiningWorkers(CalledWorkers):
                 raise cause from error
         failures = calls.wait(deadline)
         if self._config.verify != "none":
-            failures |= self.refuse({peer: incomparable(peer, own) for peer, own in calls.results.items()}, deadline)
+            refused = self.refuse({peer: incomparable(peer, own) for peer, own in calls.results.items()}, deadline)
+            if refused and not self.goes_on:  # they have joined the engine, which does not work without them
+                raise next(iter(refused.values()))
+            failures |= refused
         lost |= self.settle(failures)
         for peer in joining:
             peer.joined = peer not in lost
