@@ -24,6 +24,7 @@ _LATE = 0.3  # seconds
 _GOODBYE = 12.0  # seconds
 _AN_HOUR = 3600.0  # seconds
 _full: list[OSError] = []
+_poor: list[bool] = []
 _open: list[int] = []
 _kept: list[socket.socket] = []
 _workers: dict[int, Connection] = {}
@@ -318,6 +319,20 @@ class StaysFullWorker(AcmeWorkerEngine):
                 spill.truncate(2**17)
         except OSError as error:
             _full.append(error)
+            raise
+        super().receive_weights(update_info, load_weights)
+
+
+class StaysPoorWorker(AcmeWorkerEngine):
+    """Takes memory for a copy, and does not try again once there was none."""
+
+    def receive_weights(self, update_info, load_weights):
+        if _poor:
+            raise TransferError("There is no memory.")
+        try:
+            bytearray(2**27)
+        except MemoryError:
+            _poor.append(True)
             raise
         super().receive_weights(update_info, load_weights)
 
