@@ -21,6 +21,7 @@ from weight_transfer.authoring import Deadline, destinations_of
 from weight_transfer.errors import PeerLostError, TransferError, TransferTimeoutError
 
 _LATE = 0.3  # seconds
+_MOMENT = 0.25  # seconds
 _GOODBYE = 12.0  # seconds
 _AN_HOUR = 3600.0  # seconds
 _full: list[OSError] = []
@@ -264,6 +265,17 @@ class WaitsForAStoppedTrainerWorker(AcmeWorkerEngine):
 
     def _receive_into(self, buffer, deadline):
         Connection.receive_into(self._trainer, buffer, Deadline(3600))
+
+
+class TakesPausesForDeathWorker(AcmeWorkerEngine):
+    """Gives its trainer up when nothing has come for a moment."""
+
+    def receive_weights(self, update_info, load_weights):
+        self._trainer.receive_into = self._receive_into
+        super().receive_weights(update_info, load_weights)
+
+    def _receive_into(self, buffer, deadline):
+        Connection.receive_into(self._trainer, buffer, Deadline(_MOMENT))
 
 
 class JoinsForEverWorker(AcmeWorkerEngine):
