@@ -13,6 +13,7 @@ from torch import nn
 
 import weight_transfer as wt
 from weight_transfer import IntegrityError, ParallelConfig, Region, Target
+from weight_transfer.control import joint_init
 from weight_transfer.copying import host
 from weight_transfer.model.loading import KernelFormatLoader
 from weight_transfer.session.incoming import Incoming
@@ -279,6 +280,23 @@ def test_a_worker_that_cannot_say_what_arrives_is_refused_when_it_joins(
     assert receiver.version == 3, "it serves what it has"
     assert scene.sender(LOOPBACK | {"verify": "none"}, [channel]).send(Net(1)).version == 4
     assert receiver.version == 4
+
+
+@pytest.mark.parametrize(
+    ("answers", "joint"),
+    [
+        ([{"digests": "a"}, {"digests": "a"}], {"digests": "a"}),
+        ([{"digests": "a"}, {"digests": "b"}], None),
+        ([{"digests": "a"}, None], None),
+        ([{"digests": ["a"]}, {"digests": ["a"]}], {"digests": ["a"]}),
+        ([{"digests": "a", "dtypes": {"x": ["w"]}}] * 2, {"digests": "a", "dtypes": {"x": ["w"]}}),
+        ([{"digests": "a", "dtypes": {"x": ["w"]}}, {"digests": "a"}], {"digests": "a"}),
+        ([{"dtypes": {"x": ["w"]}}, {"digests": "a", "dtypes": {"x": ["w"]}}], {"dtypes": {"x": ["w"]}}),
+        (["done", "done"], None),
+    ],
+)
+def test_a_replica_says_what_all_of_its_workers_say(answers: list[Any], joint: object) -> None:
+    assert joint_init(answers) == joint
 
 
 def test_of_a_replica_all_workers_have_to_say_what_arrives(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
