@@ -244,6 +244,17 @@ MUTANTS = [
         "test_files_that_cannot_grow_are_an_error_or_no_matter[worker]",
         passes="test_files_that_cannot_grow_are_an_error_or_no_matter[trainer]",
     ),
+    Mutant(
+        "StaysPoor",
+        "remembers that there was no memory",
+        "test_memory_that_cannot_be_had_is_an_error_or_no_matter[worker]",
+        passes="test_memory_that_cannot_be_had_is_an_error_or_no_matter[trainer]",
+    ),
+    Mutant(
+        "TakesPausesForDeath",
+        "takes a pause of the network for the death of its trainer",
+        "test_a_connection_that_falls_silent_is_an_error_in_time_and_a_pause_is_no_failure",
+    ),
     Mutant("TrustsTheClock", "measures time by the wall clock", "test_a_clock_that_jumps_matters_to_nobody"),
     Mutant("CopiesEverything", "copies all tensors at once", "test_copies_of_passing_tensors_are_bounded"),
     Mutant(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import xxhash
@@ -23,8 +23,9 @@ class HostDigests:
     """
 
     def __init__(self, nbytes: Sequence[int]) -> None:
-        self._nbytes: Words = np.array(nbytes, dtype=np.uint64)
-        counts = chunks_of(self._nbytes)
+        self._nbytes = nbytes
+        self._words: Words = np.array(nbytes, dtype=np.uint64)
+        counts = chunks_of(self._words)
         self._first = (counts.cumsum() - counts).tolist()
         self._chunks = [_EMPTY] * int(counts.sum())
 
@@ -36,16 +37,29 @@ class HostDigests:
             start: the first byte, a multiple of `CHUNK`.
             memory: a multiple of that, too, or up to the tensor's end.
         """
-        starts = range(0, len(memory), CHUNK)
         first = self._first[number] + start // CHUNK
+        if len(memory) <= CHUNK:  # of thousands of small tensors the slices below would cost more than the bytes
+            self._chunks[first] = xxhash.xxh3_64_intdigest(memory)
+            return
+        starts = range(0, len(memory), CHUNK)
         self._chunks[first : first + len(starts)] = [xxhash.xxh3_64_intdigest(memory[at : at + CHUNK]) for at in starts]
 
-    def take_all(self, number: int, address: int) -> None:
-        """Take a whole tensor, whose bytes lie at ``address``."""
-        nbytes = int(self._nbytes[number])
-        blocks = range(0, nbytes, BLOCK)
-        share_out(blocks, lambda at: self.take(number, at, memory_at(address + at, min(BLOCK, nbytes - at))))
+    def take_all(self, addresses: Mapping[int, int]) -> None:
+        """Take whole tensors, whose bytes lie at these addresses, by number."""
+        large: list[tuple[int, int]] = []
+        for number, address in addresses.items():
+            nbytes = self._nbytes[number]
+            if nbytes <= CHUNK:
+                self._chunks[self._first[number]] = xxhash.xxh3_64_intdigest(memory_at(address, nbytes))
+            else:
+                large += [(number, at) for at in range(0, nbytes, BLOCK)]
+
+        def take(block: tuple[int, int]) -> None:
+            number, at = block
+            self.take(number, at, memory_at(addresses[number] + at, min(BLOCK, self._nbytes[number] - at)))
+
+        share_out(large, take)
 
     def digests(self) -> Words:
         """Return them, uint64 ``[tensors]``, once all bytes were taken."""
-        return joined(np.array(self._chunks, dtype=np.uint64), self._nbytes)
+        return joined(np.array(self._chunks, dtype=np.uint64), self._words)

@@ -58,9 +58,9 @@ class SharedMemory(mmap.mmap):
             os.ftruncate(fd, nbytes)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
             memory = super().__new__(cls, fd, nbytes)
-        except OSError:
+        except OSError as error:
             os.close(fd)
-            raise
+            raise _not_had(nbytes, error) from error
         memory.fd, memory.nbytes, memory.parted, memory._parts = fd, nbytes, False, parts
         if nbytes >= _HUGE_PAGE:
             advise_huge_pages(memory)
@@ -132,7 +132,10 @@ class PrivateView:
         try:
             if os.fstat(fd).st_size < nbytes:
                 raise OSError(f"a shared segment has {os.fstat(fd).st_size} bytes, {nbytes} were announced")
-            self._mapping = mmap.mmap(fd, nbytes, flags=mmap.MAP_PRIVATE | _MAP_NORESERVE)
+            try:
+                self._mapping = mmap.mmap(fd, nbytes, flags=mmap.MAP_PRIVATE | _MAP_NORESERVE)
+            except OSError as error:
+                raise _not_had(nbytes, error) from error
         finally:
             os.close(fd)
         if nbytes >= _HUGE_PAGE:
@@ -145,6 +148,10 @@ class PrivateView:
         end = len(self._mapping) if nbytes is None else start + nbytes
         if end > begin and _written(self.data.data_ptr() + begin, end - begin):
             self._mapping.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+
+def _not_had(nbytes: int, error: OSError) -> OSError:
+    return OSError(error.errno, f"{nbytes:,} bytes of shared memory cannot be had: {error.strerror}")
 
 
 def _written(address: int, nbytes: int) -> bool:

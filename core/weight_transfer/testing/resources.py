@@ -125,7 +125,7 @@ def _device_memory() -> int:
     return torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
 
 
-def _give_back_freed() -> None:
+def give_back_freed() -> None:
     """Have glibc give back what was freed: it keeps blocks of up to 32 MiB, of whoever asked for them once."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -136,25 +136,26 @@ class MemoryMark:
     """Measures by how many bytes this process's memory grows from now on."""
 
     def __init__(self) -> None:
-        self._resident = _status("VmRSS")  # with what malloc keeps and will use again: no growth
-        _give_back_freed()
+        self._resident = memory_of("VmRSS")  # with what malloc keeps and will use again: no growth
+        give_back_freed()
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
         if torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats()
-        self._private, self._device = _status("RssAnon"), _device_memory()
+        self._private, self._device = memory_of("RssAnon"), _device_memory()
 
     def growth(self) -> dict[str, int]:
         """Return the growth in bytes: ``private`` to this moment, ``peak`` at the worst one, with shared memory.
 
         Where CUDA is in use ``private`` is that of device memory: libraries that are loaded take host memory.
         """
-        _give_back_freed()
+        give_back_freed()
         if not torch.cuda.is_initialized():
-            return {"private": _status("RssAnon") - self._private, "peak": _status("VmHWM") - self._resident}
+            return {"private": memory_of("RssAnon") - self._private, "peak": memory_of("VmHWM") - self._resident}
         peak = torch.cuda.max_memory_allocated() - self._device
-        return {"private": _device_memory() - self._device, "peak": max(_status("VmHWM") - self._resident, peak)}
+        return {"private": _device_memory() - self._device, "peak": max(memory_of("VmHWM") - self._resident, peak)}
 
 
-def _status(field: str) -> int:
+def memory_of(field: str) -> int:
+    """Return bytes of this process that ``/proc/self/status`` tells, such as ``"VmRSS"``."""
     line = next(line for line in _lines("/proc/self/status") if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024

@@ -6,6 +6,7 @@ import builtins
 import json
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -112,19 +113,20 @@ class Trainer:
         self.channels = [RecordingChannel(url, timeout, self._before_call) for url in workers]
         self.sender = WeightSender(config, self.channels)
 
-    def send(self, seed: int | None, version: int, inference: bool = False) -> dict[str, Any]:
+    def send(self, seed: int | None, version: int, inference: bool = False, scarce: bool = False) -> dict[str, Any]:
         """Randomise, send, and randomise again at once: the source may change as soon as ``send`` returns.
 
         Args:
             seed: of the bits; None to send the weights as they are.
             version: of the weights; it may go back, as the seed does.
             inference: call ``send`` in torch's inference mode.
+            scarce: have no more memory meanwhile; see `Outages.limit_memory`.
         """
         if seed is not None:
             randomise(self.model, seed)
         before = hashes(self.model)
         meant = before if self._served is None else hashes(cast(self.model, self._served))
-        with torch.inference_mode(inference):
+        with torch.inference_mode(inference), Outages().short_of_memory() if scarce else nullcontext():
             report = self.sender.send(self._source, version=version, allow_rollback=True)
         left = hashes(self.model)
         randomise(self.model, _AFTERWARDS)
@@ -246,6 +248,7 @@ def main(stage: Stage, threads: int | None = None) -> None:
                 "open": open_,
                 "close": lambda name: trainers.pop(name).close(),
                 "close_sender": lambda name: trainers[name].sender.close(),
+                "connect": lambda name: trainers[name].sender.connect(),
                 "send": lambda name, **what: trainers[name].send(**what),
                 "send_part": lambda name, **what: trainers[name].send_part(**what),
                 "send_draft": lambda name, **what: trainers[name].send_draft(**what),

@@ -50,7 +50,9 @@ def test_actors_receive_every_bit_while_they_are_busy(backend: str, place: Any) 
     with wt.WeightSender(config(backend), channels) as sender:
         for version, model in enumerate([A, B, A], start=1):
             busy = plain.hold.remote()
-            sender.send(model, version)
+            report = sender.send(model, version)
+            (one,), (other,) = report.receipts.values()
+            assert one.digest == other.digest != "", "bytes are compared by default"
             assert not ray.wait([busy], timeout=0)[0], "the actor's own method has ended, so it was not busy"
             ask(plain.let_go.options(concurrency_group="weight_transfer_interrupts").remote())
             assert ask(busy) == version

@@ -83,9 +83,25 @@ def test_each_rank_gets_the_bits_that_it_keeps_whichever_way_vllm_is_met(
             assert serves(vllm, model, str(version))
     status = vllms.status()
     assert report.workers == (vllms.address,)
+    receipts = report.receipts[vllms.address]
+    assert [receipt.worker for receipt in receipts] == [0, 1]
+    assert all(receipt.digest for receipt in receipts), "bytes are compared by default"
     assert (status["workers"], status["version"], status["backend"]) == (2, 2, backend)
     if backend == "ipc":  # by region: together the ranks keep each matrix once, and nothing else went by region
         assert report.kept == {vllms.address: A.up.weight.nbytes + A.down.weight.nbytes}
+
+
+def test_ranks_of_another_version_are_refused_before_generation_is_paused(
+    vllm: FakeVllm, sender: wt.WeightSender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joins = wt.WeightReceiver.init_weight_transfer_engine
+    monkeypatch.setattr(wt.WeightReceiver, "init_weight_transfer_engine", lambda *given: joins(*given) and None)
+    with pytest.raises(wt.HandshakeError, match=r"another version of weight-transfer\. Hand the answers on"):
+        sender.send(A)
+    assert not vllm.paused and not any(event.startswith("pause") for event in vllm.events)
+    monkeypatch.undo()
+    sender.send(B, version=1)
+    assert serves(vllm, B, "1")
 
 
 @pytest.mark.parametrize("backend", ["ipc"])  # it asks what the workers keep

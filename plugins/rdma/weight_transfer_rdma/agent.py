@@ -38,8 +38,10 @@ class Calls:
 
     def share(self, message: Message, nbytes: int) -> Message:
         """Map and register a segment; reply with its address here."""
-        mapping = mmap.mmap(message.fds[0], nbytes)
-        os.close(message.fds[0])
+        try:
+            mapping = mmap.mmap(message.fds[0], nbytes)
+        finally:
+            os.close(message.fds[0])
         if nbytes >= _HUGE_PAGE:
             with contextlib.suppress(OSError):  # a kernel without huge pages for shared memory; only speed differs
                 mapping.madvise(mmap.MADV_HUGEPAGE)

@@ -21,9 +21,11 @@ from weight_transfer.authoring import Deadline, destinations_of
 from weight_transfer.errors import PeerLostError, TransferError, TransferTimeoutError
 
 _LATE = 0.3  # seconds
+_MOMENT = 0.25  # seconds
 _GOODBYE = 12.0  # seconds
 _AN_HOUR = 3600.0  # seconds
 _full: list[OSError] = []
+_poor: list[bool] = []
 _open: list[int] = []
 _kept: list[socket.socket] = []
 _workers: dict[int, Connection] = {}
@@ -265,6 +267,17 @@ class WaitsForAStoppedTrainerWorker(AcmeWorkerEngine):
         Connection.receive_into(self._trainer, buffer, Deadline(3600))
 
 
+class TakesPausesForDeathWorker(AcmeWorkerEngine):
+    """Gives its trainer up when nothing has come for a moment."""
+
+    def receive_weights(self, update_info, load_weights):
+        self._trainer.receive_into = self._receive_into
+        super().receive_weights(update_info, load_weights)
+
+    def _receive_into(self, buffer, deadline):
+        Connection.receive_into(self._trainer, buffer, Deadline(_MOMENT))
+
+
 class JoinsForEverWorker(AcmeWorkerEngine):
     """Waits for the trainer's welcome without a deadline."""
 
@@ -318,6 +331,20 @@ class StaysFullWorker(AcmeWorkerEngine):
                 spill.truncate(2**17)
         except OSError as error:
             _full.append(error)
+            raise
+        super().receive_weights(update_info, load_weights)
+
+
+class StaysPoorWorker(AcmeWorkerEngine):
+    """Takes memory for a copy, and does not try again once there was none."""
+
+    def receive_weights(self, update_info, load_weights):
+        if _poor:
+            raise TransferError("There is no memory.")
+        try:
+            bytearray(2**27)
+        except MemoryError:
+            _poor.append(True)
             raise
         super().receive_weights(update_info, load_weights)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,16 @@ import pytest
 from weight_transfer.errors import TransferTimeoutError, WeightTransferError
 from weight_transfer.plugins.backend import Capability
 from weight_transfer.testing.conformance.kit import Kit, assert_same, needs
+from weight_transfer.testing.models import weight
 from weight_transfer.testing.proxy import Proxy
 
 if TYPE_CHECKING:
-    from weight_transfer.testing.conformance.cast import Cast
+    from weight_transfer.testing.conformance.cast import Cast, Member
 
 _SLOW = 0.02  # seconds by which all that passes is late
+_LARGE = weight("large", "float32", 2**23)  # 32 MiB, for which no memory is left
+_PAUSE = 0.3  # seconds
+_MANY = [weight(f"part{number}", "float32", 2**19) for number in range(8)]  # more than what sockets hold in between
 _DAY = 86_400.0  # seconds
 
 
@@ -55,6 +60,41 @@ class OutagesTests(Kit):
                 sent = trainer.ask("send", seed=version + 1, version=version + 1)
                 assert_same(sent["hashes"], worker.ask("hashes"))
 
+    @needs(Capability.CROSS_PROCESS, Capability.CPU)
+    def test_a_connection_that_falls_silent_is_an_error_in_time_and_a_pause_is_no_failure(self, cast: Cast) -> None:
+        """All packets that come to the worker are lost, but those of the control channel: for a moment, or for good.
+
+        Where weights do not come over TCP connections of this process, updates are good all the same.
+
+        If this fails: a wait for the transport has no deadline, perhaps in ``abort_update`` or ``shutdown``; or it is
+        in a library that does not return. What it is in the middle of may arrive later: do not let it be written.
+        """
+        worker, trainer = cast.worker(_MANY, device="cpu"), None
+        for version, is_over in ((1, True), (2, False), (3, True)):
+            config = {} if is_over else {"timeout": 2 * self.deadline}
+            trainer = cast.trainer([worker], _MANY, beside=trainer, device="cpu", config=config)
+            trainer.ask("connect")
+            worker.ask("arm", block_at=1)
+            trainer.tell("send", seed=version, version=version)
+            assert worker.reply() == "blocked"
+            worker.ask("silence", silent=True, but=[worker.port])
+            worker.ask("release")
+            if is_over:
+                time.sleep(_PAUSE)
+                worker.ask("silence", silent=False, but=[worker.port])
+            sent = outcome(trainer, 2 * self.deadline + self.grace)
+            if isinstance(sent, WeightTransferError):
+                assert not is_over, f"the deadline is longer than the pause: {sent}"
+                assert self.settled(worker)["version"] is None
+                quiet = worker.ask("hashes")
+                worker.ask("silence", silent=False, but=[worker.port])
+                time.sleep(_PAUSE)
+                assert worker.ask("hashes") == quiet, "written after the error"
+            else:
+                worker.ask("silence", silent=False, but=[worker.port])
+                assert_same(sent["hashes"], worker.ask("hashes"))
+            worker.ask("arm")
+
     @needs(Capability.CROSS_PROCESS)
     @pytest.mark.parametrize("side", ["trainer", "worker"])
     def test_files_that_cannot_grow_are_an_error_or_no_matter(self, cast: Cast, side: str) -> None:
@@ -70,10 +110,36 @@ class OutagesTests(Kit):
         for version in (1, 2):
             member.ask("limit_files", limited=version == 1)
             trainer.tell("send", seed=version, version=version)
-            try:
-                sent: dict[str, Any] = trainer.reply(self.grace + self.deadline)
-            except WeightTransferError:
-                assert version == 1, "there is room again"
+            sent = outcome(trainer, self.deadline + self.grace)
+            if isinstance(sent, WeightTransferError):
+                assert version == 1, f"there is room again: {sent}"
+                assert self.settled(worker)["version"] is None
+            else:
+                assert_same(sent["hashes"], worker.ask("hashes"))
+
+    @needs(Capability.CROSS_PROCESS, Capability.CPU)
+    @pytest.mark.parametrize("side", ["trainer", "worker"])
+    def test_memory_that_cannot_be_had_is_an_error_or_no_matter(self, cast: Cast, side: str) -> None:
+        """In the first update there is none for buckets: an error that says so, and a good update when there is.
+
+        Who needs none sends as ever. Nobody dies of it.
+
+        If this fails: let `MemoryError`, `OSError` and torch's error through, and keep nothing of what was begun. What
+        another process is to allocate it has to answer for.
+        """
+        config = {"timeout": self.grace, "bucket_bytes": "32MiB"}
+        worker = cast.worker([_LARGE], in_place=True, device="cpu", config=config)
+        trainer = cast.trainer([worker], [_LARGE], passing=True, device="cpu", config=config)
+        trainer.ask("connect")
+        for version in (1, 2, 3):
+            is_scarce = version == 1
+            worker.ask("limit_memory", limited=is_scarce and side == "worker")
+            trainer.tell("send", seed=version, version=version, scarce=is_scarce and side == "trainer")
+            sent = outcome(trainer, self.deadline + self.grace)
+            worker.ask("limit_memory", limited=False)
+            if isinstance(sent, WeightTransferError):
+                assert is_scarce, f"there is memory again: {sent}"
+                assert "memory" in str(sent).lower(), str(sent)
                 assert self.settled(worker)["version"] is None
             else:
                 assert_same(sent["hashes"], worker.ask("hashes"))
@@ -95,3 +161,12 @@ class OutagesTests(Kit):
             trainer.tell("release")
             assert_same(trainer.reply()["hashes"], worker.ask("hashes"))
             trainer.ask("shift_clock", seconds=-seconds)
+
+
+def outcome(trainer: Member, within: float) -> dict[str, Any] | WeightTransferError:
+    """Return what a trainer replies to ``send``, or the error that it does."""
+    try:
+        sent: dict[str, Any] = trainer.reply(within)
+    except WeightTransferError as error:
+        return error
+    return sent
