@@ -6,6 +6,8 @@ import operator
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from torch._C._dynamo.guards import dict_version  # another one after each write, as torch's guards compare it
+
 from weight_transfer.errors import ConfigError
 from weight_transfer.model.overlap import overlapping
 from weight_transfer.model.resharding import Resharding
@@ -13,7 +15,7 @@ from weight_transfer.model.state import State, copies_of, is_lazy, local_part, s
 from weight_transfer.model.whereabouts import Whereabouts
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import torch
     from torch import nn
@@ -42,12 +44,10 @@ class ModuleWeights:
         self._tables: list[dict[str, Any]] = []
         self._empty: list[dict[Any, Any]] = []
         self._filled: list[dict[Any, Any]] = []
-        self._entries = 0
-        self._owners: list[dict[str, Any]] = []
-        self._names: list[str] = []
+        self._generations: list[int] = []
+        self._counts: list[int] = []
+        self._keys: list[Any] = []
         self._values: list[object] = []
-        self._long: list[dict[str, Any]] = []
-        self._order: list[str] = []
         self._whereabouts = Whereabouts(())
         self._transient: list[set[str]] = []
         self._were_transient: list[set[str]] = []
@@ -131,16 +131,23 @@ class ModuleWeights:
     def _unchanged(self) -> bool:
         """Compare what the module's tables hold.
 
-        They are many, and in nobody's cache: no object is made for any, and none is visited more often than it must be.
+        They are many, and in nobody's cache: no object is made for any, and what they hold is visited only if something
+        was written there.
         """
+        if not self._tables or self._state.computed or any(self._empty) or self._transient != self._were_transient:
+            return False
+        generations = list(map(dict_version, self._filled))
+        if generations != self._generations:
+            if not self._holds_the_same():
+                return False
+            self._generations = generations
+        return True
+
+    def _holds_the_same(self) -> bool:
         return (
-            bool(self._tables)
-            and not self._state.computed
-            and not any(self._empty)
-            and sum(map(len, self._filled)) == self._entries
-            and self._transient == self._were_transient
-            and all(map(operator.is_, map(dict.get, self._owners, self._names), self._values))
-            and list(chain.from_iterable(self._long)) == self._order
+            list(map(len, self._filled)) == self._counts
+            and list(chain.from_iterable(self._filled)) == self._keys
+            and all(map(operator.is_, _values_of(self._filled), self._values))
         )
 
     def _is_resharded(self) -> bool:
@@ -169,12 +176,10 @@ class ModuleWeights:
         ]
         self._empty = [table for table in (*self._tables, *hooks) if not table]
         self._filled = [table for table in (*self._tables, *hooks) if table]
-        self._entries = sum(map(len, self._filled))
-        self._owners = [table for table in self._tables for _ in table]
-        self._names = list(chain.from_iterable(self._tables))
-        self._values = list(map(dict.get, self._owners, self._names))
-        self._long = [table for table in self._tables if len(table) > 1]
-        self._order = list(chain.from_iterable(self._long))
+        self._generations = list(map(dict_version, self._filled))
+        self._counts = list(map(len, self._filled))
+        self._keys = list(chain.from_iterable(self._filled))
+        self._values = list(_values_of(self._filled))
         self._transient = [
             module._non_persistent_buffers_set  # noqa: SLF001
             for module in modules
@@ -188,3 +193,7 @@ class ModuleWeights:
         if not (state.is_same(self._state) and self._whereabouts.unchanged):
             self._state, self._whereabouts = state, Whereabouts((*state.weights.values(), *state.tied))
         self.looks += 1
+
+
+def _values_of(tables: Sequence[dict[Any, Any]]) -> Iterator[object]:
+    return chain.from_iterable(map(dict.values, tables))
