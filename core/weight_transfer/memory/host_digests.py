@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
 
-from weight_transfer.copying.host import BLOCK, memory_at
+from weight_transfer.copying.host import BLOCK, LARGE, memory_at
 from weight_transfer.copying.threads import share_out
 from weight_transfer.memory.chunks import CHUNK, Words, chunks_of, joined
+from weight_transfer.memory.plain import lies_plain, plain
 
-assert BLOCK % CHUNK == 0
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+assert BLOCK % CHUNK == 0 and LARGE <= CHUNK
 _EMPTY = xxhash.xxh3_64_intdigest(b"")
+_SOME = 4096  # small tensors between two looks at whether to go on
 
 
 class HostDigests:
@@ -25,8 +32,8 @@ class HostDigests:
     def __init__(self, nbytes: Sequence[int]) -> None:
         self._nbytes: Words = np.array(nbytes, dtype=np.uint64)
         counts = chunks_of(self._nbytes)
-        self._first = (counts.cumsum() - counts).tolist()
-        self._chunks = [_EMPTY] * int(counts.sum())
+        self._first = counts.cumsum() - counts
+        self._chunks: Words = np.full(int(counts.sum()), _EMPTY, dtype=np.uint64)
 
     def take(self, number: int, start: int, memory: memoryview) -> None:
         """Take some bytes of a tensor.
@@ -37,8 +44,13 @@ class HostDigests:
             memory: a multiple of that, too, or up to the tensor's end.
         """
         starts = range(0, len(memory), CHUNK)
-        first = self._first[number] + start // CHUNK
+        first = int(self._first[number]) + start // CHUNK
         self._chunks[first : first + len(starts)] = [xxhash.xxh3_64_intdigest(memory[at : at + CHUNK]) for at in starts]
+
+    def take_each(self, numbers: Sequence[int], memories: Sequence[memoryview]) -> None:
+        """Take some whole tensors of at most `CHUNK` bytes, by number, and the bytes of each."""
+        digests = map(xxhash.xxh3_64_intdigest, memories)
+        self._chunks[self._first[numbers]] = np.fromiter(digests, np.uint64, len(memories))
 
     def take_all(self, number: int, address: int) -> None:
         """Take a whole tensor, whose bytes lie at ``address``."""
@@ -48,4 +60,41 @@ class HostDigests:
 
     def digests(self) -> Words:
         """Return them, uint64 ``[tensors]``, once all bytes were taken."""
-        return joined(np.array(self._chunks, dtype=np.uint64), self._nbytes)
+        return joined(self._chunks, self._nbytes)
+
+
+class HostReading:
+    """The digests of some tensors, which are read in host memory, again and again as long as they lie where they lay.
+
+    Args:
+        tensors: and the dtype in which the bytes of each count.
+    """
+
+    def __init__(self, tensors: Sequence[tuple[torch.Tensor, torch.dtype]]) -> None:
+        self._tensors = tensors
+        self._nbytes = [tensor.numel() * dtype.itemsize for tensor, dtype in tensors]
+        in_place = [not each[0].is_cuda and lies_plain(*each) for each in tensors]
+        small = [
+            number
+            for number, (nbytes, is_in_place) in enumerate(zip(self._nbytes, in_place, strict=True))
+            if is_in_place and nbytes <= CHUNK
+        ]
+        self._small = [self._memories(small[start : start + _SOME]) for start in range(0, len(small), _SOME)]
+        known = set(small)
+        self._others = [(number, in_place[number]) for number in range(len(tensors)) if number not in known]
+
+    def digests(self, go_on: Callable[[], object] = tuple) -> Words:
+        """Return them, uint64 ``[tensors]``; ``go_on`` is called again and again, and raises to end it."""
+        found = HostDigests(self._nbytes)
+        for numbers, memories in self._small:
+            go_on()
+            found.take_each(numbers, memories)
+        for number, is_in_place in self._others:
+            go_on()
+            tensor, dtype = self._tensors[number]
+            data = tensor if is_in_place else plain(tensor.cpu(), dtype)
+            found.take_all(number, data.data_ptr())
+        return found.digests()
+
+    def _memories(self, numbers: list[int]) -> tuple[list[int], list[memoryview]]:
+        return numbers, [memory_at(self._tensors[number][0].data_ptr(), self._nbytes[number]) for number in numbers]
