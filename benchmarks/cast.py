@@ -87,7 +87,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     places = ("cuda:0", "cuda:1" if peer else "cuda:0") if kind == "cuda" else ("cpu", "cpu")
     if kind == "cuda" and torch.cuda.device_count() <= int(places[1][-1]):
         raise SystemExit(f"needs {places[1]}; this machine has {torch.cuda.device_count()} CUDA devices")
-    config: dict[str, Any] = {"backend": arguments.backend, "timeout": 60, "init_timeout": 60}
+    config: dict[str, Any] = {"backend": arguments.backend, "verify": "none", "timeout": 60, "init_timeout": 60}
     config |= {"bucket_bytes": arguments.bucket} if arguments.bucket else {}
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()

@@ -1,12 +1,14 @@
 """Cost of ``verify``: the same weights sent without it, with ``wire`` and with ``loaded``, in the same run.
 
-    python benchmarks/verify.py [--backend ipc nccl rdma] [--device cuda] [--peer] [--layers 8] [--json FILE]
+    python benchmarks/verify.py [--backend ipc nccl rdma] [--device cuda] [--peer] [--json FILE]
+        [--layers 8 | --tensors 9000 --bytes 2048] [--workers 2]
 
-Trainer and worker are two processes and talk over HTTP; the worker copies by name. Rounds alternate between the three,
+Trainer and workers are a process each and talk over HTTP; the workers copy by name. Rounds alternate between the three,
 medians of whole sends are compared, and the best ones, which a busy machine disturbs least. Before, the worker's bytes
 are compared with the trainer's after A, then B, then A again, for each of the three. With ``--peer`` the worker is on
 another GPU, which ``nccl`` on CUDA always needs. Shapes are Llama-3.1-8B's with ``--layers`` layers, or all 32; on the
-CPU half as wide, with a quarter of the vocabulary, 1 GB.
+CPU half as wide, with a quarter of the vocabulary, 1 GB. With ``--tensors`` they are that many small ones instead, of
+``--bytes`` each, whose cost is not that of the bytes.
 
 On the CPU the limit is measured beside it: the same bytes copied by all threads, copied with digests of each block, and
 read by all threads, one after another in each round. Where no core is idle, ``wire`` cannot cost less than a copy with
@@ -36,10 +38,17 @@ LIFE = 540.0  # seconds of the worker's process
 PATIENCE = 120.0  # seconds of one answer
 
 
-def model(layers: int, device: str) -> shapes.Weights:
-    wide = device != "cpu"
-    names = shapes.llama(layers, 4096, 14336, 32, 8, 128256) if wide else shapes.llama(layers, 2048, 5632, 16, 8, 32064)
-    return shapes.Weights(names, torch.bfloat16, device)
+def chosen(options: argparse.Namespace) -> dict[str, tuple[int, ...]]:
+    """Return what is sent."""
+    if options.tensors:
+        return shapes.tiny(options.tensors, options.bytes)
+    if options.device == "cuda":
+        return shapes.llama(options.layers or 32, 4096, 14336, 32, 8, 128256)
+    return shapes.llama(options.layers or 8, 2048, 5632, 16, 8, 32064)
+
+
+def model(named: dict[str, tuple[int, ...]], device: str) -> shapes.Weights:
+    return shapes.Weights(named, torch.bfloat16, device)
 
 
 def quiet(device: str) -> None:
@@ -50,10 +59,10 @@ def quiet(device: str) -> None:
 class Worker:
     """One model, and a receiver for each sender; made inside of its process."""
 
-    def __init__(self, config: dict[str, Any], layers: int, device: str) -> None:
+    def __init__(self, config: dict[str, Any], named: dict[str, tuple[int, ...]], device: str) -> None:
         if device != "cpu":
             torch.cuda.set_device(device)
-        self._weights = model(layers, device)
+        self._weights = model(named, device)
         self._receivers = [wt.WeightReceiver(config, self._weights) for _ in WAYS]
         self._servers = [wt.serve(receiver) for receiver in self._receivers]
 
@@ -74,22 +83,26 @@ class Worker:
             receiver.close()
 
 
-def measure(backend: str, places: tuple[str, str], layers: int, rounds: int) -> dict[str, Any]:
-    """Return what sends cost over a backend."""
+def measure(
+    backend: str, places: tuple[str, str], named: dict[str, tuple[int, ...]], count: int, rounds: int
+) -> dict[str, Any]:
+    """Return what sends to ``count`` workers cost over a backend."""
     config = {"backend": backend, "timeout": 60, "init_timeout": 60}
-    worker = actors.Actor("worker", LIFE, Worker, config, layers, places[1])
-    weights = model(layers, places[0])
+    workers = [actors.Actor(f"worker {each}", LIFE, Worker, config, named, places[1]) for each in range(count)]
+    weights = model(named, places[0])
     times: dict[str, list[float]] = {way: [] for way in WAYS}
     try:
-        (urls,) = actors.ask([worker], PATIENCE, "urls")
-        senders = {way: wt.WeightSender({**config, "verify": way}, [url]) for way, url in zip(WAYS, urls, strict=True)}
+        of_ways = zip(*actors.ask(workers, PATIENCE, "urls"), strict=True)
+        senders = {
+            way: wt.WeightSender({**config, "verify": way}, urls) for way, urls in zip(WAYS, of_ways, strict=True)
+        }
         for way, sender in senders.items():
             for seed in (1, 2, 1):
                 weights.randomise(seed)
-                actors.ask([worker], PATIENCE, "forget")
+                actors.ask(workers, PATIENCE, "forget")
                 sender.send(weights)
-                if actors.ask([worker], PATIENCE, "digests") != [tensor_digests(list(weights.parameters()))]:
-                    raise SystemExit(f"{backend}, {way}: the worker has other bytes than the trainer")
+                if actors.ask(workers, PATIENCE, "digests") != [tensor_digests(list(weights.parameters()))] * count:
+                    raise SystemExit(f"{backend}, {way}: a worker has other bytes than the trainer")
         for _ in range(rounds + 1):
             for way, sender in senders.items():
                 quiet(places[0])
@@ -99,7 +112,7 @@ def measure(backend: str, places: tuple[str, str], layers: int, rounds: int) -> 
         for sender in senders.values():
             sender.close()
     finally:
-        actors.end([worker])
+        actors.end(workers)
     medians = {way: statistics.median(values[1:]) for way, values in times.items()}
     best = {way: min(values[1:]) for way, values in times.items()}
     return {
@@ -107,6 +120,7 @@ def measure(backend: str, places: tuple[str, str], layers: int, rounds: int) -> 
         "devices": places,
         "device": torch.cuda.get_device_name(0) if places[0] != "cpu" else f"{torch.get_num_threads()} threads",
         "torch": torch.__version__,
+        "workers": count,
         "tensors": report.params,
         "bytes": report.nbytes,
         "rounds": rounds,
@@ -117,9 +131,9 @@ def measure(backend: str, places: tuple[str, str], layers: int, rounds: int) -> 
     }
 
 
-def limits(layers: int, rounds: int) -> dict[str, float]:
+def limits(named: dict[str, tuple[int, ...]], rounds: int) -> dict[str, float]:
     """Return the seconds in which one process copies the model, copies and digests it, and reads it."""
-    sent, received = model(layers, "cpu"), model(layers, "cpu")
+    sent, received = model(named, "cpu"), model(named, "cpu")
     sent.randomise(1)
     source, target = list(sent.parameters()), list(received.parameters())
     copies, numbers = HostCopies(target, source), range(len(source))
@@ -150,13 +164,16 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--peer", action="store_true", help="put the worker on another GPU")
     parser.add_argument("--layers", type=int, help="default is 32 on CUDA, 8 on the CPU")
+    parser.add_argument("--tensors", type=int, help="send so many small ones instead")
+    parser.add_argument("--bytes", type=int, default=2048, help="of each of these")
+    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args()
-    layers = options.layers or (32 if options.device == "cuda" else 8)
+    named = chosen(options)
     results: list[dict[str, Any]] = []
     if options.device == "cpu":
-        limit = limits(layers, options.rounds)
+        limit = limits(named, options.rounds)
         tell_limits(limit)
         results.append({"limits": limit})
     for backend in options.backend:
@@ -165,11 +182,11 @@ def main() -> None:
         if options.device == "cuda" and torch.cuda.device_count() <= int(places[1][-1]):
             print(f"{backend}: left out, it needs {places[1]}", flush=True)
             continue
-        found = measure(backend, places, layers, options.rounds)
+        found = measure(backend, places, named, options.workers, options.rounds)
         results.append(found)
         print(
-            f"{backend}, {' -> '.join(places)} ({found['device']}): {found['tensors']} tensors, "
-            f"{found['bytes'] / 1e9:.2f} GB; medians of {options.rounds} rounds",
+            f"{backend}, {' -> '.join(places)} ({found['device']}): {found['workers']} workers, "
+            f"{found['tensors']} tensors, {found['bytes'] / 1e9:.2f} GB; medians of {options.rounds} rounds",
             flush=True,
         )
         for way, seconds in found["seconds"].items():

@@ -1,4 +1,7 @@
-"""A server that speaks vLLM's four calls and nothing else, as vLLM's own does, with receivers behind it."""
+"""A server that speaks vLLM's four calls and nothing else, as vLLM's own does, with receivers behind it.
+
+It drops what workers answer, so nothing can be compared.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.timeout(60)
 
-CONFIG = wt.load_config(backend="loopback", timeout=20, init_timeout=10)
+CONFIG = wt.load_config(backend="loopback", timeout=20, init_timeout=10, verify="none")
 CALLS = ("init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update")
 
 
@@ -130,6 +133,18 @@ def test_a_server_of_four_calls_gets_every_bit_and_is_named_no_session(new: New)
             assert server.serves == [(version, digest(Small(seed)))]
     assert server.asked == ["status", CALLS[0], *CALLS[1:] * 3]
     assert "session" not in json.dumps(server.bodies)
+
+
+@pytest.mark.parametrize("verify", ["wire", "loaded"])
+def test_with_verify_a_server_that_drops_answers_is_refused_before_it_is_touched(new: New, verify: str) -> None:
+    server = new(Small(9))
+    sender = wt.WeightSender(wt.load_config(CONFIG, verify=verify), [server.url])
+    with sender, pytest.raises(wt.HandshakeError, match="drops what workers answer") as caught:
+        sender.send(Small(1))
+    assert "Hand the answers on, or set verify = 'none' on the trainer." in str(caught.value)
+    assert (caught.value.peer, caught.value.phase) == (server.url, "init")
+    assert server.asked == ["status", CALLS[0], "abort_weight_update"]
+    assert server.serves == [(None, digest(Small(9)))]
 
 
 def test_what_the_server_does_not_offer_is_no_error(new: New) -> None:

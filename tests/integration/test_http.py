@@ -377,8 +377,8 @@ def test_a_users_own_channel_without_sessions_works_behind_http(bare: bool) -> N
         def __init__(self, receiver: wt.WeightReceiver) -> None:
             self._receiver = receiver
 
-        def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-            self._receiver.init_weight_transfer_engine(init_info)
+        def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any]:
+            return self._receiver.init_weight_transfer_engine(init_info)
 
         def start_weight_update(self) -> None:
             self._receiver.start_weight_update()

@@ -15,8 +15,8 @@ import weight_transfer as wt
 from weight_transfer.values import events
 
 PHASES = {
-    "trainer": ["init", "start", "plan", "wire", "commit"],
-    "worker": ["start", "plan", "wire", "load", "wait", "commit"],
+    "trainer": ["init", "start", "plan", "wire", "verify", "commit"],
+    "worker": ["start", "plan", "wire", "load", "verify", "wait", "commit"],
 }
 LINK = 8.0  # GB/s
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana.json"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Unjoinable(wt.WeightReceiver):
     """Answers, but can never join."""
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any]:
         raise RuntimeError("this worker was told not to join")
 
 

@@ -16,8 +16,8 @@ from weight_transfer.model.checkpoint import CheckpointSource
 from weight_transfer.session.phases import Phases
 from weight_transfer.values.events import PHASES
 
-TRAINER = {"init", "start", "plan", "wire", "commit"}
-WORKER = {"start", "plan", "wire", "load", "wait", "commit"}
+TRAINER = {"init", "start", "plan", "wire", "verify", "commit"}
+WORKER = {"start", "plan", "wire", "load", "verify", "wait", "commit"}
 
 
 class Heard:
@@ -72,7 +72,7 @@ def test_no_more_is_moved_than_has_passed() -> None:
     ("config", "trainer", "worker"),
     [
         ({}, TRAINER, WORKER),
-        ({"verify": "wire"}, TRAINER | {"verify"}, WORKER | {"verify"}),
+        ({"verify": "none"}, TRAINER - {"verify"}, WORKER - {"verify"}),
         ({"staging": "host"}, TRAINER, WORKER - {"start"}),
     ],
 )
@@ -109,5 +109,5 @@ def test_an_update_that_fails_tells_the_phases_that_it_came_to() -> None:
         pytest.raises(wt.TransferError, match="full"),
     ):
         sender.send(nn.Linear(4, 2))
-    assert set(heard.ends["trainer"].phases) == TRAINER - {"commit"}
-    assert set(heard.ends["worker"].phases) == {"start", "plan", "wire", "load"}
+    assert set(heard.ends["trainer"].phases) == TRAINER - {"verify", "commit"}
+    assert set(heard.ends["worker"].phases) == WORKER - {"wait", "commit"}

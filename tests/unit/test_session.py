@@ -155,16 +155,16 @@ class Bare:
         self.receiver = receiver
         self.infos: list[dict[str, Any]] = []
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any]:
         self.infos.append(init_info)
-        self.receiver.init_weight_transfer_engine(init_info)
+        return self.receiver.init_weight_transfer_engine(init_info)
 
     def start_weight_update(self) -> None:
         self.receiver.start_weight_update()
 
-    def update_weights(self, update_info: dict[str, Any]) -> None:
+    def update_weights(self, update_info: dict[str, Any]) -> dict[str, Any]:
         self.infos.append(update_info)
-        self.receiver.update_weights(update_info)
+        return self.receiver.update_weights(update_info)
 
     def finish_weight_update(self, weight_version: int | str | None = None) -> None:
         self.receiver.finish_weight_update(weight_version)
@@ -501,9 +501,9 @@ class Held(LocalChannel):
         self._hold("status")
         return super().status()
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any] | None:
         self._hold("init")
-        super().init_weight_transfer_engine(init_info)
+        return super().init_weight_transfer_engine(init_info)
 
     def start_weight_update(self, session: str | None = None) -> None:
         self._hold("start")

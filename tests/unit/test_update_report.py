@@ -77,8 +77,9 @@ def test_a_run_is_told_update_by_update_in_the_folder_that_the_environment_names
     assert page.fetched == ["data:,"] and "script" not in page.elements
     assert page.updates == ["version 4", "version 3"]
     phases = [title.partition(" ")[0] for title in page.titles if title.endswith(("ms", " s"))]
-    of_trainer, of_worker = ["init", "start", "plan", "wire", "commit"], ["start", "plan", "wire", "load"]
-    failed = of_trainer[:-1]  # it did not come to the commit
+    of_trainer = ["init", "start", "plan", "wire", "verify", "commit"]
+    of_worker = ["start", "plan", "wire", "load", "verify"]
+    failed = of_trainer[:-2]  # it did not come to these
     assert phases == failed[1:] + failed + of_trainer[1:] + of_trainer + of_worker
     assert len(page.told("of the link")) == 1
     (error,) = page.told("error")

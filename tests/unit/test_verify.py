@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -112,8 +113,9 @@ def test_workers_that_received_the_same_have_the_same_receipt(
 
 def test_without_verify_a_receipt_counts_alone(scene: Scene) -> None:
     receiver = scene.receiver(LOOPBACK, Net())
-    scene.sender(LOOPBACK | {"verify": "wire"}, [receiver]).send(Net())
-    report = scene.sender(LOOPBACK, [receiver]).send(Net())
+    scene.sender(LOOPBACK, [receiver]).send(Net())
+    assert receiver.status()["digests"], "the default is to compare"
+    report = scene.sender(LOOPBACK | {"verify": "none"}, [receiver]).send(Net())
     (receipt,) = report.receipts["worker 0"]
     assert (receipt.names, receipt.nbytes, receipt.digest) == (5, report.nbytes, "")
     assert receiver.status()["digests"] == {}
@@ -236,26 +238,92 @@ def test_several_wrong_weights_are_among_those_that_are_named(scene: Scene, monk
     assert "'a.weight'" in str(caught.value)
 
 
-class Deaf:
-    """A channel whose server drops what a worker answers."""
+class Deaf(wt.LocalChannel):
+    """A channel whose server answers one of the calls itself."""
 
-    def __init__(self, receiver: wt.WeightReceiver) -> None:
-        self.init_weight_transfer_engine = receiver.init_weight_transfer_engine
-        self.start_weight_update = receiver.start_weight_update
-        self.finish_weight_update = receiver.finish_weight_update
-        self._receiver = receiver
+    def __init__(self, receiver: wt.WeightReceiver, call: str, answer: object = None) -> None:
+        super().__init__(receiver)
+        self._call, self._answer = call, answer
 
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        self._receiver.update_weights(update_info)
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> Any:
+        answer = super().init_weight_transfer_engine(init_info)
+        return self._answer if self._call == "init" else answer
+
+    def update_weights(self, update_info: dict[str, Any]) -> Any:
+        answer = super().update_weights(update_info)
+        return self._answer if self._call == "update" else answer
 
 
-def test_a_worker_that_does_not_say_what_arrived_is_refused(scene: Scene) -> None:
+SAYS_NOTHING = "drops what workers answer, or it has another version of weight-transfer. Hand the answers on, or set"
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (None, SAYS_NOTHING),
+        ("done", SAYS_NOTHING),
+        ({"dtypes": {}}, SAYS_NOTHING),
+        ({"digests": "crc32"}, "by 'crc32' and the trainer by 'xxh3-64/131072', so bytes cannot be compared. Install"),
+        ({"digests": ["xxh3"]}, "Install the same version of weight-transfer on both sides, or set"),
+    ],
+)
+def test_a_worker_that_cannot_say_what_arrives_is_refused_when_it_joins(
+    scene: Scene, answer: object, words: str
+) -> None:
+    receiver = scene.receiver(LOOPBACK, Net(), version=3)
+    channel = Deaf(receiver, "init", answer)
+    with pytest.raises(wt.HandshakeError, match=re.escape(words)) as caught:
+        scene.sender(LOOPBACK, [channel]).send(Net(1))
+    assert str(caught.value).count("set verify = 'none' on the trainer") == 1
+    assert (caught.value.peer, caught.value.phase) == ("worker 0", "init")
+    assert receiver.version == 3, "it serves what it has"
+    assert scene.sender(LOOPBACK | {"verify": "none"}, [channel]).send(Net(1)).version == 4
+    assert receiver.version == 4
+
+
+def test_of_a_replica_all_workers_have_to_say_what_arrives(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, channel = scene.halves(LOOPBACK)
+    sender = scene.sender(LOOPBACK, [channel])
+    receiver = channel._receivers[1]
+    joins = receiver.init_weight_transfer_engine
+    monkeypatch.setattr(receiver, "init_weight_transfer_engine", lambda info: joins(info) and None)
+    with pytest.raises(wt.HandshakeError, match=SAYS_NOTHING):
+        sender.connect()
+    monkeypatch.undo()
+    assert sender.send(Halved()).receipts
+
+
+@pytest.mark.parametrize("call", ["init", "update"])
+def test_with_continue_a_worker_that_cannot_say_what_arrived_is_left_behind(scene: Scene, call: str) -> None:
+    config = IPC | {"on_worker_failure": "continue"}
+    one, other = (scene.receiver(config, Net(seed)) for seed in (7, 8))
+    sender = scene.sender(config, [one, Deaf(other, call)])
+    for version in (1, 2):
+        report = sender.send(Net(version), version=version)
+        ((address, error),) = report.lost
+        assert address == "worker 1" and "set verify = 'none' on the trainer" in error
+        assert (one.version, other.version) == (version, None)
+        assert other.state in (wt.ReceiverState.CREATED, wt.ReceiverState.FAILED), "it has left the trainer"
+
+
+def test_where_all_have_to_join_anew_a_worker_that_cannot_say_what_arrives_fails_all(scene: Scene) -> None:
+    config = LOOPBACK | {"on_worker_failure": "continue"}
+    one, other = (scene.receiver(config, Net(seed), version=3) for seed in (7, 8))
+    with pytest.raises(wt.HandshakeError, match=SAYS_NOTHING) as caught:
+        scene.sender(config, [one, Deaf(other, "init")]).send(Net(1))
+    assert caught.value.peer == "worker 1"
+    assert (one.version, other.version) == (3, 3)
+
+
+def test_a_worker_that_does_not_say_what_has_arrived_publishes_nothing(scene: Scene) -> None:
     receiver = scene.receiver(LOOPBACK, Net())
-    with pytest.raises(wt.TransferError, match="does not say what has arrived") as caught:
-        scene.sender(LOOPBACK | {"verify": "wire"}, [Deaf(receiver)]).send(Net(1))
-    assert caught.value.peer == "worker 0"
+    channel = Deaf(receiver, "update", {"transport": "mine"})
+    with pytest.raises(wt.TransferError, match="answer to update_weights does not say what has arrived") as caught:
+        scene.sender(LOOPBACK, [channel]).send(Net(1))
+    assert "have its server hand that answer on, or set verify = 'none' on the trainer" in str(caught.value)
+    assert (caught.value.peer, caught.value.phase) == ("worker 0", "update")
     assert receiver.version is None
-    assert scene.sender(LOOPBACK, [Deaf(receiver)]).send(Net(1)).receipts == {}
+    assert scene.sender(LOOPBACK | {"verify": "none"}, [channel]).send(Net(1)).receipts == {}
 
 
 # Wrong bytes in the model.

@@ -152,8 +152,9 @@ class WeightTransferConfig:
         is_checkpoint_format: True if names and shapes are the checkpoint's, to be loaded by the model's loader;
             False if they already are the worker's own (kernel format), to be copied in place.
         verify: ``"wire"``: position-sensitive digests of what was sent and of what arrived are compared before any
-            worker publishes; ``"loaded"``: and each worker reads back what lies in its model once it is loaded. The
-            trainer's counts.
+            worker publishes; ``"loaded"``: and each worker reads back what lies in its model once it is loaded;
+            ``"none"``: nothing is compared. The trainer's counts. Workers whose answers cannot say what has arrived are
+            refused when they join, unless it is ``"none"``.
         staging: ``"host"`` or ``"device"``: the receiver keeps what arrives in memory of that kind, serves the old
             version meanwhile, and loads when all is there and the trainer has compared it, so that an update that fails
             before changes nothing. It takes memory for all weights during an update, and a copy. The receiver's counts.
@@ -186,7 +187,7 @@ class WeightTransferConfig:
     )
     buckets: int = attrs.field(default=2, validator=positive, metadata={"minimum": 2})
     is_checkpoint_format: bool = True
-    verify: Literal["none", "wire", "loaded"] = "none"
+    verify: Literal["none", "wire", "loaded"] = "wire"
     staging: Staging = "none"
     on_worker_failure: Literal["abort", "continue"] = "abort"
     observers: tuple[str, ...] = attrs.field(default=(), converter=_to_tuple)

@@ -54,13 +54,16 @@ class ControlChannel(Protocol):
     """
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any] | None:
-        """Join the trainer; return the names of the model's weights by dtype, as ``{"dtypes": ...}``, if it asks."""
+        """Join the trainer; return what the workers answer, or None if that does not come through.
+
+        With ``verify`` the sender then refuses the channel.
+        """
 
     def start_weight_update(self) -> None:
         """Begin an update."""
 
     def update_weights(self, update_info: dict[str, Any]) -> dict[str, Any] | None:
-        """Receive and load the weights; return a `WorkerReport` as a dict, or None."""
+        """Receive and load the weights; return a `WorkerReport` as a dict. None will do if nothing is compared."""
 
     def finish_weight_update(self, weight_version: Version | None = None) -> None:
         """Publish the version."""

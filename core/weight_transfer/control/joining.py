@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 
 def joint_init(answers: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
-    """Return the answer to ``init_weight_transfer_engine``; None if a worker does not know its dtypes."""
-    return joint_answer(answers)
+    """Return the answer to ``init_weight_transfer_engine``: what all workers say; None if that is nothing."""
+    schemes = [answer.get("digests") if isinstance(answer, Mapping) else None for answer in answers]
+    digests = {"digests": schemes[0]} if schemes[0] is not None and schemes.count(schemes[0]) == len(schemes) else {}
+    return {**digests, **(joint_answer(answers) or {})} or None
 
 
 def joint_needs(answers: Sequence[dict[str, Any] | None]) -> dict[str, Any]:

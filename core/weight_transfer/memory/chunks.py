@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 
 CHUNK = 128 * 2**10
 """Bytes that have a digest of their own; of more than 64 KiB, xxhash lets other threads run meanwhile."""
+SCHEME = f"xxh3-64/{CHUNK}"
+"""How digests are made; two sides that name it alike can compare theirs."""
 Words = NDArray[np.uint64]
 
 GOLDEN = 0x9E3779B97F4A7C15

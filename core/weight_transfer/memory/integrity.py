@@ -130,11 +130,16 @@ class Digester:
 
 def _groups(tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> Iterator[list[int]]:
     """Yield the numbers of those whose digests are computed together: of one device, and with bounded copies."""
-    open_groups: dict[object, tuple[list[int], int]] = {}
+    on_host = [number for number, tensor in enumerate(tensors) if not tensor.is_cuda]
+    if on_host:
+        yield on_host
+    open_groups: dict[torch.device, tuple[list[int], int]] = {}
     for number, (tensor, dtype) in enumerate(zip(tensors, dtypes, strict=True)):
-        device = tensor.device if tensor.is_cuda else None
+        if not tensor.is_cuda:
+            continue
+        device = tensor.device
         group, temporary = open_groups.get(device, ([], 0))
-        if device is not None and not lies_plain(tensor, dtype):
+        if not lies_plain(tensor, dtype):
             copied = tensor.numel() * dtype.itemsize
             if group and temporary + copied > _TEMPORARY:
                 yield group

@@ -22,8 +22,8 @@ class TypedLoader(Protocol):
         """Return the dtype's name of each of the worker's weights, under each of its names; None if it knows none."""
 
 
-def dtypes_answer(info: WeightTransferInitInfo, loaders: Mapping[bool, WeightLoader]) -> dict[str, Any] | None:
-    """Return a worker's answer to its handshake: the names of its weights by dtype, or None.
+def dtypes_answer(info: WeightTransferInitInfo, loaders: Mapping[bool, WeightLoader]) -> dict[str, Any]:
+    """Return what a worker's answer to its handshake says of its weights: their names by dtype, or nothing.
 
     Args:
         info: what the trainer asks.
@@ -32,7 +32,7 @@ def dtypes_answer(info: WeightTransferInitInfo, loaders: Mapping[bool, WeightLoa
     loader = loaders[info.report_dtypes == "checkpoint"]
     dtypes = loader.dtypes() if info.report_dtypes is not None and isinstance(loader, TypedLoader) else None
     if dtypes is None:
-        return None
+        return {}
     names: dict[str, list[str]] = {}
     for name, dtype in dtypes.items():
         names.setdefault(dtype, []).append(name)

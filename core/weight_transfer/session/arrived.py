@@ -89,14 +89,19 @@ class Arrived:
             own = digests[pieces.rank == rank]
             self._tables.append(DigestTable.of(own).to_text() if len(own) else "")
 
+    @property
+    def reads_back(self) -> bool:
+        """Whether what is loaded is to be read back."""
+        return self._landed is not None
+
     def read_back(self) -> None:
-        """The loader has finished: see that what has arrived lies in the model, if that is asked for.
+        """The loader has finished: see that what has arrived lies in the model.
 
         Raises:
             IntegrityError: something else does.
         """
-        if self._landed is not None:
-            self._landed.require(self._whole.digests())
+        assert self._landed is not None
+        self._landed.require(self._whole.digests())
 
     @property
     def tables(self) -> tuple[str, ...]:

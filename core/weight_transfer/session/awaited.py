@@ -25,7 +25,7 @@ class AwaitedCalls(ABC):
     model any more; in another call it ends when that does.
     """
 
-    async def ainit_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any] | None:
+    async def ainit_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any]:
         """`init_weight_transfer_engine` for asyncio."""
         call = partial(self.init_weight_transfer_engine, init_info)
         return await self._aborting(call, "init_weight_transfer_engine", init_info.get("session"))
@@ -76,7 +76,7 @@ class AwaitedCalls(ABC):
         return await finished(call, f"weight-transfer {name}", give_up)
 
     @abstractmethod
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any] | None: ...
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any]: ...
 
     @abstractmethod
     def start_weight_update(self, session: str | None = None) -> None: ...

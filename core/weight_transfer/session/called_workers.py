@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from weight_transfer.errors import ReplacedError, SessionError, TransferError, WeightTransferError
@@ -100,6 +100,15 @@ class CalledWorkers:
             self.engines.lose(peer.address)
         else:
             self.engines.abort()
+
+    def refuse(self, reasons: Mapping[Peer, WeightTransferError | None], deadline: Deadline) -> Lost:
+        """Have those workers give up that may not go on though they have not failed: that have a reason. Return it."""
+        refused: Lost = {peer: reason for peer, reason in reasons.items() if reason is not None}
+        if refused and self._may_lose:  # else all workers are to give up
+            peers = [peer for peer in refused if hasattr(peer.channel, "abort_weight_update")]
+            calls = self.call(peers, lambda peer: peer.abort(str(refused[peer])), "abort_weight_update", deadline)
+            calls.wait(deadline)
+        return refused
 
     def settle(self, failures: Lost) -> Lost:
         """Decide about workers that failed: raise the first error, or go on without them, as the config says.

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from weight_transfer.errors import IntegrityError, TransferError
+from weight_transfer.config.structuring import brief
+from weight_transfer.errors import HandshakeError, IntegrityError, TransferError
+from weight_transfer.memory.chunks import SCHEME
 from weight_transfer.memory.digest_table import DigestTable
 from weight_transfer.model.manifest import Manifest, digest_json
 from weight_transfer.session.region_plan import RegionPlan
@@ -17,6 +19,30 @@ if TYPE_CHECKING:
     from weight_transfer.values.report import Receipt
 
 _NAMED = 3  # names in a message, at most
+
+
+def incomparable(peer: Peer, answer: object) -> HandshakeError | None:
+    """Return why nothing that a worker will receive could be compared; None if it can.
+
+    Args:
+        peer: the workers behind a channel.
+        answer: theirs to ``init_weight_transfer_engine``.
+    """
+    scheme = answer.get("digests") if isinstance(answer, dict) else None
+    if scheme == SCHEME:
+        return None
+    if scheme is None:
+        why = (
+            "Its answer to init_weight_transfer_engine does not say how it digests what arrives, so bytes cannot be "
+            "compared: its server drops what workers answer, or it has another version of weight-transfer. Hand the "
+            "answers on"
+        )
+    else:
+        why = (
+            f"It digests what arrives by {brief(scheme)} and the trainer by {SCHEME!r}, so bytes cannot be compared. "
+            "Install the same version of weight-transfer on both sides"
+        )
+    return HandshakeError(f"{why}, or set verify = 'none' on the trainer.", peer=peer.address, phase="init")
 
 
 @attrs.frozen
@@ -42,8 +68,8 @@ class SentTables:
         places = 1 + len(self.regions)
         if by_worker.keys() != set(numbers) or any(len(receipt.tables) != places for receipt in receipts):
             return TransferError(
-                "Its answer does not say what has arrived, so there is nothing to compare: its server drops the answer "
-                "to update_weights, or it has another version of weight-transfer. Set verify = 'none' on the trainer.",
+                "Its answer to update_weights does not say what has arrived, so there is nothing to compare; have its "
+                "server hand that answer on, or set verify = 'none' on the trainer.",
                 peer=peer.address,
                 phase="update",
             )

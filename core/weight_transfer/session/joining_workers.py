@@ -10,6 +10,7 @@ from weight_transfer.config.structuring import structure, unstructure
 from weight_transfer.errors import ConfigError, WeightTransferError
 from weight_transfer.model.dtypes import dtypes_by_name
 from weight_transfer.session.called_workers import CalledWorkers
+from weight_transfer.session.comparing import incomparable
 from weight_transfer.session.greeting import Greeting, require_distinct
 from weight_transfer.session.peers import Peer, make_peer, make_slots
 from weight_transfer.session.waiting import logged_wait
@@ -132,7 +133,13 @@ class JoiningWorkers(CalledWorkers):
                 if cause is error:
                     raise
                 raise cause from error
-        lost |= self.settle(calls.wait(deadline))
+        failures = calls.wait(deadline)
+        if self._config.verify != "none":
+            refused = self.refuse({peer: incomparable(peer, own) for peer, own in calls.results.items()}, deadline)
+            if refused and not self.goes_on:  # they have joined the engine, which does not work without them
+                raise next(iter(refused.values()))
+            failures |= refused
+        lost |= self.settle(failures)
         for peer in joining:
             peer.joined = peer not in lost
             peer.dtypes = dtypes_by_name(calls.results.get(peer), peer.address)

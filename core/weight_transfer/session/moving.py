@@ -148,15 +148,8 @@ class Moving:
 
     def _unlike(self, sent: SentTables, answered: dict[Peer, WorkerReport], deadline: Deadline) -> Lost:
         """Return the workers that have received something else than was sent; they give up what they have."""
-        refusals = ((peer, sent.refusal(peer, report.receipts)) for peer, report in answered.items())
-        unlike: Lost = {peer: refusal for peer, refusal in refusals if refusal is not None}
-        if unlike and self._config.on_worker_failure == "continue":  # else all workers are to give up
-            aborting = list(unlike)
-            calls = self._fleet.call(
-                aborting, lambda peer: peer.abort(str(unlike[peer])), "abort_weight_update", deadline
-            )
-            calls.wait(deadline)
-        return unlike
+        refusals = {peer: sent.refusal(peer, report.receipts) for peer, report in answered.items()}
+        return self._fleet.refuse(refusals, deadline)
 
     def _go_on(self, deadline: Deadline) -> None:
         """Raise if this rank need not go on with its own work on an update."""

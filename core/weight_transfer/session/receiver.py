@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from weight_transfer.config.settings import ParallelConfig
+from weight_transfer.memory.chunks import SCHEME
 from weight_transfer.model.dtypes import dtypes_answer
 from weight_transfer.model.info import MODEL
 from weight_transfer.plugins.manager import add_observers, load_backend
@@ -113,14 +114,14 @@ class WeightReceiver(AwaitedCalls, Told):
             if self._joined is not None:
                 self._joined.forget(name)
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any] | None:
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any]:
         """Join a trainer. In a later call the previous engine is shut down first; a served version stays served.
 
         What another session has under way is given up first, be it an update or a join: its trainer may stand still.
 
         Returns:
-            The names of the model's weights by dtype, as ``{"dtypes": ...}``, if the trainer asks and the loader copies
-            by name; else None.
+            How this worker digests what arrives, as ``{"digests": ...}``; and the names of the model's weights by
+            dtype, as ``"dtypes"``, if the trainer asks and the loader copies by name.
 
         Raises:
             ConfigError: ``init_info`` is wrong; the sentence names the key.
@@ -143,7 +144,7 @@ class WeightReceiver(AwaitedCalls, Told):
                 self._lifecycle.set(ReceiverState.CREATED)
                 raise
             self._lifecycle.set(ReceiverState.READY)
-            return dtypes_answer(info, self._targets[MODEL].loaders)
+            return {"digests": SCHEME, **dtypes_answer(info, self._targets[MODEL].loaders)}
 
     def expect_weight_update(self, session: str | None = None) -> None:
         """Do what can be done before an update that is about to start; it changes nothing that anybody sees.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from weight_transfer.memory.gpu_digests import Geometry
     from weight_transfer.model.manifest import Manifest
 
-_SOME = 16  # tensors that are digested between two looks at whether to stop
+_SOME = 64 * 2**20  # bytes that are digested between two looks at whether to stop, about
 
 
 class Sent:
@@ -81,6 +81,19 @@ class Sent:
 Numbered = Sequence[tuple[int, torch.Tensor]]
 
 
+def _parts(tensors: Numbered) -> Iterator[Numbered]:
+    """Cut them into parts of some bytes each, or of one that is larger."""
+    part: list[tuple[int, torch.Tensor]] = []
+    nbytes = 0
+    for each in tensors:
+        part.append(each)
+        nbytes += each[1].nbytes
+        if nbytes >= _SOME:
+            yield part
+            part, nbytes = [], 0
+    yield part
+
+
 @contextmanager
 def _on_thread(digester: Digester, tensors: Numbered, go_on: Callable[[], None]) -> Iterator[None]:
     """Digest tensors in host memory on a thread, which has ended when the block has."""
@@ -88,11 +101,10 @@ def _on_thread(digester: Digester, tensors: Numbered, go_on: Callable[[], None])
 
     def take() -> None:
         with reading():
-            for start in range(0, len(tensors), _SOME):
+            for some in _parts(tensors):
                 if stopped.is_set():
                     return
                 go_on()
-                some = tensors[start : start + _SOME]
                 digester.add([number for number, _ in some], [tensor for _, tensor in some])
 
     with ThreadPoolExecutor(1, thread_name_prefix="weight-transfer digests") as pool:

@@ -234,7 +234,7 @@ class Update:
             self._read_back()
 
     def _read_back(self) -> None:
-        if self._arrived is not None:
+        if self._arrived is not None and self._arrived.reads_back:
             with self.phases.within("verify"):
                 self._arrived.read_back()
 

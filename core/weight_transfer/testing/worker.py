@@ -104,7 +104,7 @@ class Receiver(WeightReceiver):
         self.told = threading.Event()
         super().__init__(*args, observers=(_Teller(self.told), *observers), **kwargs)
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any] | None:
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> dict[str, Any]:
         self.session = init_info.get("session")
         return super().init_weight_transfer_engine(init_info)
 
