@@ -15,7 +15,6 @@ from weight_transfer.memory.plain import lies_plain, plain
 
 if TYPE_CHECKING:
     import torch
-    from numpy.typing import NDArray
 
 assert BLOCK % CHUNK == 0 and LARGE <= CHUNK
 _EMPTY = xxhash.xxh3_64_intdigest(b"")

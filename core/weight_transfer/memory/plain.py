@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from weight_transfer.plan.buckets import as_bytes, laid_out
+
+if TYPE_CHECKING:
+    import torch
 
 
 def lies_plain(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
