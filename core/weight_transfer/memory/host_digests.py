@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import compress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,7 @@ from weight_transfer.copying.host import BLOCK, LARGE, memory_at
 from weight_transfer.copying.threads import share_out
 from weight_transfer.memory.chunks import CHUNK, Words, chunks_of, joined
 from weight_transfer.memory.plain import lies_plain, plain
+from weight_transfer.model.whereabouts import addresses_of
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +65,7 @@ class HostDigests:
 
 
 class HostReading:
-    """The digests of some tensors, which are read in host memory, again and again as long as they lie where they lay.
+    """The digests of some tensors in host memory, which are taken again as long as their shapes and strides stay.
 
     Args:
         tensors: and the dtype in which the bytes of each count.
@@ -73,27 +75,27 @@ class HostReading:
         self._tensors = tensors
         self._nbytes = [tensor.numel() * dtype.itemsize for tensor, dtype in tensors]
         in_place = [not each[0].is_cuda and lies_plain(*each) for each in tensors]
-        small = [
-            number
-            for number, (nbytes, is_in_place) in enumerate(zip(self._nbytes, in_place, strict=True))
-            if is_in_place and nbytes <= CHUNK
-        ]
-        self._small = [self._memories(small[start : start + _SOME]) for start in range(0, len(small), _SOME)]
-        known = set(small)
-        self._others = [(number, in_place[number]) for number in range(len(tensors)) if number not in known]
+        is_small = [here and nbytes <= CHUNK for here, nbytes in zip(in_place, self._nbytes, strict=True)]
+        self._small = list(compress(range(len(tensors)), is_small))
+        self._others = [(number, in_place[number]) for number in range(len(tensors)) if not is_small[number]]
+        self._small_tensors = [tensors[number][0] for number in self._small]
+        self._addresses: list[int] = []
+        self._memories: list[memoryview] = []
 
     def digests(self, go_on: Callable[[], object] = tuple) -> Words:
         """Return them, uint64 ``[tensors]``; ``go_on`` is called again and again, and raises to end it."""
         found = HostDigests(self._nbytes)
-        for numbers, memories in self._small:
+        addresses = addresses_of(self._small_tensors)
+        if addresses != self._addresses:
+            sizes = (self._nbytes[number] for number in self._small)
+            self._addresses, self._memories = addresses, list(map(memory_at, addresses, sizes))
+        for start in range(0, len(self._small), _SOME):
             go_on()
-            found.take_each(numbers, memories)
+            some = slice(start, start + _SOME)
+            found.take_each(self._small[some], self._memories[some])
         for number, is_in_place in self._others:
             go_on()
             tensor, dtype = self._tensors[number]
-            data = tensor if is_in_place else plain(tensor.cpu(), dtype)
+            data = tensor if is_in_place else plain(tensor.detach().cpu(), dtype)
             found.take_all(number, data.data_ptr())
         return found.digests()
-
-    def _memories(self, numbers: list[int]) -> tuple[list[int], list[memoryview]]:
-        return numbers, [memory_at(self._tensors[number][0].data_ptr(), self._nbytes[number]) for number in numbers]

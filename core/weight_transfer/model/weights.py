@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from itertools import chain
+from itertools import chain, cycle
 from typing import TYPE_CHECKING, Any
 
 from torch._C._dynamo.guards import dict_version  # another one after each write, as torch's guards compare it
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     import torch
     from torch import nn
+
+_TABLES = ("_modules", "_parameters", "_buffers", "_state_dict_hooks", "_state_dict_pre_hooks")
 
 
 class ModuleWeights:
@@ -44,6 +46,8 @@ class ModuleWeights:
         self._tables: list[dict[str, Any]] = []
         self._empty: list[dict[Any, Any]] = []
         self._filled: list[dict[Any, Any]] = []
+        self._owners: list[dict[str, Any]] = []
+        self._written: list[dict[Any, Any]] = []
         self._generations: list[int] = []
         self._counts: list[int] = []
         self._keys: list[Any] = []
@@ -136,7 +140,7 @@ class ModuleWeights:
         """
         if not self._tables or self._state.computed or any(self._empty) or self._transient != self._were_transient:
             return False
-        generations = list(map(dict_version, self._filled))
+        generations = list(map(dict_version, self._written))
         if generations != self._generations:
             if not self._holds_the_same():
                 return False
@@ -145,7 +149,8 @@ class ModuleWeights:
 
     def _holds_the_same(self) -> bool:
         return (
-            list(map(len, self._filled)) == self._counts
+            all(map(operator.is_, map(dict.get, self._owners, cycle(_TABLES)), self._tables))
+            and list(map(len, self._filled)) == self._counts
             and list(chain.from_iterable(self._filled)) == self._keys
             and all(map(operator.is_, _values_of(self._filled), self._values))
         )
@@ -163,20 +168,14 @@ class ModuleWeights:
         self._resharding = resharding if resharding.needed else None
         self._look()  # first: it may call hooks that change what the tables hold
         modules = list(self._module.modules())
-        tables = [
-            table
-            for module in modules
-            for table in (module._modules, module._parameters, module._buffers)  # noqa: SLF001  (seen, not touched)
-        ]
+        owners = list(map(vars, modules))
+        self._owners = [owner for owner in owners for _ in _TABLES]
+        tables: list[Any] = list(map(dict.get, self._owners, cycle(_TABLES)))
         self._tables = tables if all(isinstance(table, dict) for table in tables) else []  # a script's are not
-        hooks = [
-            hooks
-            for module in modules
-            for hooks in (module._state_dict_hooks, module._state_dict_pre_hooks)  # noqa: SLF001
-        ]
-        self._empty = [table for table in (*self._tables, *hooks) if not table]
-        self._filled = [table for table in (*self._tables, *hooks) if table]
-        self._generations = list(map(dict_version, self._filled))
+        self._empty = [table for table in self._tables if not table]
+        self._filled = [table for table in self._tables if table]
+        self._written = [*owners, *self._filled]
+        self._generations = list(map(dict_version, self._written))
         self._counts = list(map(len, self._filled))
         self._keys = list(chain.from_iterable(self._filled))
         self._values = list(_values_of(self._filled))
