@@ -99,3 +99,11 @@ class HostReading:
             data = tensor if is_in_place else plain(tensor.detach().cpu(), dtype)
             found.take_all(number, data.data_ptr())
         return found.digests()
+
+
+def host_reading(tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype] | None = None) -> HostReading | None:
+    """Return what reads tensors again and again, in these dtypes or their own; None if one of them is on a GPU."""
+    if any(tensor.is_cuda for tensor in tensors):
+        return None
+    wanted = [tensor.dtype for tensor in tensors] if dtypes is None else dtypes
+    return HostReading(list(zip(tensors, wanted, strict=True)))

@@ -82,9 +82,12 @@ class Arrived:
         if self._arrivals is None:
             return
         pieces, views = self._arrivals.pieces, self._arrivals.views
-        digester = Digester(len(views), self._geometry)
-        digester.add(range(len(views)), views)
-        digests = digester.digests()
+        if self._arrivals.on_host is not None:
+            digests = self._arrivals.on_host.digests()
+        else:
+            digester = Digester(len(views), self._geometry)
+            digester.add(range(len(views)), views)
+            digests = digester.digests()
         for rank in range(len(self._arrivals.planned)):
             own = digests[pieces.rank == rank]
             self._tables.append(DigestTable.of(own).to_text() if len(own) else "")
