@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,7 +16,6 @@ from torch import nn
 from weight_transfer import hookimpl
 from weight_transfer.engine import LoadWeights, TrainerWeightTransferEngine, WeightTransferEngine, WorkerSlot
 from weight_transfer.model.info import WeightTransferInitInfo, WeightTransferUpdateInfo
-from weight_transfer.model.loading import destinations_of
 from weight_transfer.model.manifest import Manifest, ParamMeta
 from weight_transfer.model.source import WeightSource
 from weight_transfer.plugins.backend import API_VERSION, Backend, Capability
@@ -58,15 +57,11 @@ class NoBytesWorkerEngine(WeightTransferEngine[WeightTransferInitInfo, WeightTra
     transport = "nothing"
 
     def init_transfer_engine(self, init_info: WeightTransferInitInfo) -> None:
-        self._written: tuple[Mapping[str, torch.Tensor] | None, list[tuple[str, torch.Tensor]]] = (None, [])
+        pass
 
     def receive_weights(self, update_info: WeightTransferUpdateInfo, load_weights: LoadWeights) -> None:
-        destinations = destinations_of(load_weights)
-        assert destinations is not None
-        if self._written[0] is not destinations:
-            self._written = destinations, list(destinations.items())
-        load_weights.write_in_place()  # type: ignore[attr-defined]
-        load_weights(self._written[1])
+        load_weights.write_in_place()  # type: ignore[attr-defined]  # the model is copied into by name
+        load_weights.written(update_info.manifest.nbytes)  # type: ignore[attr-defined]
 
     def shutdown(self) -> None:
         pass

@@ -12,6 +12,7 @@ _MODULES = {
     "config.settings": ("ParallelConfig", "WeightTransferConfig", "to_bytes", "to_seconds"),
     "config.structuring": ("register", "structure", "unstructure"),
     "config.switches": ("tracing",),
+    "control.open_files": ("accepted",),
     "control.proofs": ("ANSWER_BYTES", "DIGEST_BYTES", "Challenge", "keyed_digest", "prove_secret"),
     "copying.boxes": ("Boxes",),
     "copying.gpu": ("LOCAL", "GpuCopies", "Tuning", "has_kernel"),

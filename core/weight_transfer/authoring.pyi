@@ -8,6 +8,7 @@ from weight_transfer.config.structuring import register as register
 from weight_transfer.config.structuring import structure as structure
 from weight_transfer.config.structuring import unstructure as unstructure
 from weight_transfer.config.switches import tracing as tracing
+from weight_transfer.control.open_files import accepted as accepted
 from weight_transfer.control.proofs import ANSWER_BYTES as ANSWER_BYTES
 from weight_transfer.control.proofs import DIGEST_BYTES as DIGEST_BYTES
 from weight_transfer.control.proofs import Challenge as Challenge

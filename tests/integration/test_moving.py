@@ -86,6 +86,19 @@ def module(model: Model) -> None:
     model.first = Layer()
 
 
+def modules_exchanged(model: Model) -> None:
+    model.first, model.second = model.second, model.first
+
+
+def exchanged(model: Model) -> None:
+    first, second = model.first._parameters, model.second._parameters
+    first["weight"], second["weight"] = second["weight"], first["weight"]
+
+
+def whole_table(model: Model) -> None:
+    model.first._parameters = {"weight": nn.Parameter(torch.zeros(6, 6))}
+
+
 def trains(model: Model) -> None:
     model.first.weight.requires_grad_(not model.first.weight.requires_grad)
 
@@ -102,6 +115,9 @@ CHANGES = [
     storage,
     pointed,
     module,
+    modules_exchanged,
+    exchanged,
+    whole_table,
     trains,
 ]
 

@@ -12,10 +12,10 @@ from weight_transfer.copying import host
 from weight_transfer.copying.host import BLOCK, HostCopies
 from weight_transfer.copying.threads import share_out
 from weight_transfer.memory.chunks import CHUNK
-from weight_transfer.memory.host_digests import HostDigests
+from weight_transfer.memory.host_digests import HostDigests, HostReading
 from weight_transfer.memory.integrity import Digester, tensor_digests
 
-SIZES = [0, 1, 255, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5]
+SIZES = [0, 1, 255, 0, 7, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5]
 
 
 def random_bytes(nbytes: int, seed: int) -> torch.Tensor:
@@ -87,6 +87,55 @@ def test_a_block_that_is_not_written_as_meant_changes_the_digest(monkeypatch: py
     assert digests_of_copies(copies) == tensor_digests([target]), "it is the digest of what lies there"
     monkeypatch.undo()
     assert digests_of_copies(copies) == tensor_digests([source])
+
+
+def test_a_small_copy_that_is_not_made_changes_one_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = [random_bytes(2048, seed) for seed in range(1000)]  # several groups of them
+    targets = [torch.zeros_like(source) for source in sources]
+    copies = HostCopies(targets, sources)
+    assert digests_of_copies(copies) == tensor_digests(sources)
+    honest = host._Small.run
+
+    def run(small: host._Small) -> None:
+        honest(small)
+        targets[700].zero_()
+
+    monkeypatch.setattr(host._Small, "run", run)
+    found, sent = digests_of_copies(copies), tensor_digests(sources)
+    assert [number for number in range(1000) if found[number] != sent[number]] == [700]
+
+
+def test_tensors_that_are_read_again_are_read_where_they_lie() -> None:
+    """Of any form, and in another dtype than they have."""
+    plain, large, strided = random_bytes(2048, 1), random_bytes(3 * CHUNK + 5, 2), torch.randn(64, 32).t()
+    odd, empty, master = random_bytes(2049, 3)[1:], torch.zeros(0), torch.randn(300)
+    tensors = [plain, large, strided, odd, empty, master]
+    dtypes = [*(tensor.dtype for tensor in tensors[:-1]), torch.bfloat16]
+    reading = HostReading(list(zip(tensors, dtypes, strict=True)))
+    seen = []
+    for _ in range(2):
+        digests = [f"{digest:016x}" for digest in reading.digests().tolist()]
+        assert digests == tensor_digests([*tensors[:-1], master.bfloat16()])
+        seen.append(digests)
+        for tensor in tensors:
+            tensor.add_(1)
+    assert [a == b for a, b in zip(*seen, strict=True)] == [False, False, False, False, True, False]
+    for tensor in (plain, large):
+        tensor.data = tensor + 1  # they lie elsewhere now
+    assert [f"{digest:016x}" for digest in reading.digests().tolist()][:2] == tensor_digests([plain, large])
+
+
+def test_whoever_reads_may_be_told_to_end() -> None:
+    reading = HostReading([(torch.zeros(8), torch.float32), (torch.zeros(CHUNK), torch.float32)])
+    told: list[int] = []
+
+    def go_on() -> None:
+        told.append(1)
+        if len(told) == 2:
+            raise TimeoutError("enough")
+
+    with pytest.raises(TimeoutError, match="enough"):
+        reading.digests(go_on)
 
 
 def test_two_blocks_that_change_places_change_the_digest() -> None:

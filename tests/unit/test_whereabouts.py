@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from weight_transfer.copying.host import HostCopies, copy_on_host
+from weight_transfer.model.weights import ModuleWeights
 from weight_transfer.model.whereabouts import Whereabouts
 
 
@@ -41,6 +43,46 @@ def test_what_says_nothing_of_memory_changes_nothing() -> None:
     with torch.inference_mode():
         assert whereabouts.unchanged
     assert Whereabouts([]).unchanged
+
+
+def popped(table: dict[str, Any], new: nn.Parameter) -> None:
+    table.pop("weight")
+    table.setdefault("weight", new)
+
+
+def emptied(table: dict[str, Any], new: nn.Parameter) -> None:
+    bias = table.pop("bias")
+    table.popitem()
+    table.clear()
+    table.update(weight=new, bias=bias)
+
+
+WRITES = [
+    lambda table, new: table.__setitem__("weight", new),
+    lambda table, new: table.update(weight=new),
+    lambda table, new: table.__ior__({"weight": new}),
+    popped,
+    emptied,
+]
+
+
+@pytest.mark.parametrize("write", WRITES, ids=["set", "updated", "merged", "popped", "emptied"])
+@pytest.mark.parametrize("kind", [dict, OrderedDict])
+def test_however_a_table_of_a_module_was_written_it_is_seen(
+    kind: type, write: Callable[[dict[str, Any], nn.Parameter], None]
+) -> None:
+    module = nn.Sequential(nn.Linear(2, 2))
+    module[0]._parameters = kind(module[0]._parameters)
+    weights = ModuleWeights(module)
+    before = weights.read()
+    assert weights.read() is before
+    module.eval(), module[0]._parameters.update(module[0]._parameters)  # nothing that a weight is
+    assert weights.read() is before
+    looks, new = weights.looks, nn.Parameter(before["0.weight"].detach().clone())
+    write(module[0]._parameters, new)
+    assert not weights.are_unchanged
+    assert weights.read()["0.weight"] is new
+    assert weights.looks == looks + 1
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 255, 2**18, 3 * 2**20 + 5])

@@ -11,14 +11,13 @@ import time
 from collections.abc import Callable
 
 from weight_transfer.control.answers import MAX_BYTES, Reply
-from weight_transfer.control.open_files import at_most_half_of_files
+from weight_transfer.control.open_files import accepted, at_most_half_of_files
 
 logger = logging.getLogger(__name__)
 
 _MAX_HEAD = 256  # bytes in which the token and the call's id must have come
 _MAX_LINES = 256  # connections without the token at once: they must not use up the process's files
 _PATIENCE = 5.0  # seconds that a connection may say nothing
-_PAUSE = 0.05  # seconds until the next attempt to take a connection, if that has failed
 _CHUNK = 2**18  # bytes
 
 
@@ -64,14 +63,9 @@ class ReplyLines:
         self._stop.close()
 
     def _accept(self, selector: selectors.BaseSelector) -> None:
-        try:
-            sock, _ = self._listener.accept()
-        except BlockingIOError:  # whoever it was has gone again
+        sock = accepted(self._listener)
+        if sock is None:
             return
-        except OSError:  # such as too many open files
-            time.sleep(_PAUSE)
-            return
-        sock.setblocking(False)
         strangers = [other for other, line in self._lines.items() if not line.is_known]
         if len(strangers) >= at_most_half_of_files(_MAX_LINES):
             self._drop(selector, strangers[0])

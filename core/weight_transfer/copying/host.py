@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import ctypes
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import repeat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import attrs
 import torch
@@ -26,17 +26,31 @@ if TYPE_CHECKING:
     Span = tuple[int, int, int]
     """Addresses of a target and of a source, and bytes."""
 
-    Note = Callable[[int, int, memoryview], object]
-    """Takes the number of a target, and bytes of it that have been copied: the first one's place, and the memory."""
-
 BLOCK = 512 * 2**10
 """Bytes that a thread copies at a time; a processor's own cache holds them."""
-_LARGE = 256 * 2**10  # bytes from which on a copy is worth a call of its own, and threads
+LARGE = 128 * 2**10
+"""Bytes from which on a copy is worth a call of its own, and threads."""
 
 _VIEW = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
     ("PyMemoryView_FromMemory", ctypes.pythonapi)
 )
 _WRITE = 0x200  # PyBUF_WRITE
+
+
+class Notes(Protocol):
+    """Is told of bytes that have been copied, and lie in the processor's cache by then."""
+
+    def take(self, number: int, start: int, memory: memoryview) -> None:
+        """Take a whole `BLOCK` of a target, or its rest; in any order, from any thread.
+
+        Args:
+            number: of the target.
+            start: the place of the first byte.
+            memory: the bytes.
+        """
+
+    def take_each(self, numbers: Sequence[int], memories: Sequence[memoryview]) -> None:
+        """Take some targets of less than `LARGE` bytes, by number, and all bytes of each."""
 
 
 class HostCopies:
@@ -58,49 +72,73 @@ class HostCopies:
         self.nbytes = [target.nbytes for target in targets]
         self.converted = {number: targets[number] for number, is_plain in enumerate(plain) if not is_plain}
         self._converted_from = [sources[number] for number in self.converted]
-        self._spans = [(number, _span(*pairs[number])) for number, is_plain in enumerate(plain) if is_plain]
+        spans = ((number, _span(*pairs[number])) for number, is_plain in enumerate(plain) if is_plain)
+        self._spans = [(number, span) for number, span in spans if span[2]]
         merged = list(_merged(span for _, span in self._spans))
-        small = [span for span in merged if span[2] < _LARGE]
-        self._targets = [memory_at(to, nbytes) for to, _, nbytes in small]
-        self._sources = [memory_at(frm, nbytes) for _, frm, nbytes in small]
-        self._blocks = list(_blocks(span for span in merged if span[2] >= _LARGE))
+        small = [span for span in merged if span[2] < LARGE]
+        self._small = _Small.of(small)
+        self._blocks = list(_blocks(span for span in merged if span[2] >= LARGE))
 
     def run(self) -> None:
         """Make them. torch's mode must be one in which the targets may be written."""
-        deque(map(memoryview.__setitem__, self._targets, repeat(slice(None)), self._sources), maxlen=0)
+        self._small.run()
         share_out(self._blocks, _move)
         self._convert()
 
-    def run_noting(self, note: Note) -> None:
-        """Make them, and tell of what goes by address, block by block: each is in the processor's cache by then.
-
-        Args:
-            note: called for each whole `BLOCK` of a target, and for its rest, in any order, by any thread.
-        """
+    def run_noting(self, notes: Notes) -> None:
+        """Make them, and tell of what goes by address: small targets some at a time, others block by block."""
         small, large = self._noted
+        for numbers, copies in small:
+            copies.run()
+            notes.take_each(numbers, copies.targets)
 
         def move(block: _Noted) -> None:
             _move(block.span)
-            note(block.number, block.start, block.memory)
+            notes.take(block.number, block.start, block.memory)
 
-        for block in small:
-            move(block)
         share_out(large, move)
         self._convert()
 
     @cached_property
-    def _noted(self) -> tuple[list[_Noted], list[_Noted]]:
-        """The small targets, and the blocks of the large ones."""
-        blocks: tuple[list[_Noted], list[_Noted]] = [], []
-        for number, whole in self._spans:
-            for span in _blocks([whole]):
-                block = _Noted(number, span[0] - whole[0], span, memory_at(span[0], span[2]))
-                blocks[whole[2] >= _LARGE].append(block)
-        return blocks
+    def _noted(self) -> tuple[list[tuple[list[int], _Small]], list[_Noted]]:
+        """The small targets, as many at a time as a processor's cache holds, and the blocks of the large ones."""
+        small: list[tuple[list[int], list[Span]]] = []
+        large: list[_Noted] = []
+        room = 0
+        for number, span in self._spans:
+            to, _, nbytes = span
+            if nbytes >= LARGE:
+                blocks = _blocks([span])
+                large += [_Noted(number, block[0] - to, block, memory_at(block[0], block[2])) for block in blocks]
+                continue
+            if nbytes > room or not small:
+                small.append(([], []))
+                room = BLOCK
+            small[-1][0].append(number)
+            small[-1][1].append(span)
+            room -= nbytes
+        return [(numbers, _Small.of(spans)) for numbers, spans in small], large
 
     def _convert(self) -> None:
         if self.converted:
             torch._foreach_copy_(list(self.converted.values()), self._converted_from)
+
+
+@attrs.frozen(eq=False)
+class _Small:
+    """Copies that are assignments between views of memory."""
+
+    targets: list[memoryview]
+    sources: list[memoryview]
+
+    @classmethod
+    def of(cls, spans: Sequence[Span]) -> _Small:
+        return cls(
+            [memory_at(to, nbytes) for to, _, nbytes in spans], [memory_at(frm, nbytes) for _, frm, nbytes in spans]
+        )
+
+    def run(self) -> None:
+        deque(map(memoryview.__setitem__, self.targets, repeat(slice(None)), self.sources), maxlen=0)
 
 
 @attrs.frozen(eq=False)
@@ -116,7 +154,7 @@ class _Noted:
 def copy_on_host(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Make copies once; see `HostCopies`."""
     large = [
-        target.nbytes >= _LARGE and _is_plain(target, source) for target, source in zip(targets, sources, strict=True)
+        target.nbytes >= LARGE and _is_plain(target, source) for target, source in zip(targets, sources, strict=True)
     ]
     pairs = list(zip(targets, sources, large, strict=True))
     others = [(target, source) for target, source, is_large in pairs if not is_large]

@@ -12,7 +12,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from weight_transfer.memory.chunks import CHUNK, LAST_SHIFT, ROUNDS, Words, chunks_of, finished, keys_of, mixed
-from weight_transfer.memory.integrity import lies_plain, plain
+from weight_transfer.memory.plain import lies_plain, plain
 from weight_transfer.plan.buckets import as_bytes
 
 _SHORT = 240  # bytes up to which XXH3 is another algorithm

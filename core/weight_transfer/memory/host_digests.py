@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from itertools import compress
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
 
-from weight_transfer.copying.host import BLOCK, memory_at
+from weight_transfer.copying.host import BLOCK, LARGE, memory_at
 from weight_transfer.copying.threads import share_out
 from weight_transfer.memory.chunks import CHUNK, Words, chunks_of, joined
+from weight_transfer.memory.plain import lies_plain, plain
+from weight_transfer.model.whereabouts import addresses_of
 
-assert BLOCK % CHUNK == 0
+if TYPE_CHECKING:
+    import torch
+
+assert BLOCK % CHUNK == 0 and LARGE <= CHUNK
 _EMPTY = xxhash.xxh3_64_intdigest(b"")
+_SOME = 4096  # small tensors between two looks at whether to go on
 
 
 class HostDigests:
@@ -23,11 +31,10 @@ class HostDigests:
     """
 
     def __init__(self, nbytes: Sequence[int]) -> None:
-        self._nbytes = nbytes
-        self._words: Words = np.array(nbytes, dtype=np.uint64)
-        counts = chunks_of(self._words)
-        self._first = (counts.cumsum() - counts).tolist()
-        self._chunks = [_EMPTY] * int(counts.sum())
+        self._nbytes: Words = np.array(nbytes, dtype=np.uint64)
+        counts = chunks_of(self._nbytes)
+        self._first = counts.cumsum() - counts
+        self._chunks: Words = np.full(int(counts.sum()), _EMPTY, dtype=np.uint64)
 
     def take(self, number: int, start: int, memory: memoryview) -> None:
         """Take some bytes of a tensor.
@@ -37,29 +44,66 @@ class HostDigests:
             start: the first byte, a multiple of `CHUNK`.
             memory: a multiple of that, too, or up to the tensor's end.
         """
-        first = self._first[number] + start // CHUNK
-        if len(memory) <= CHUNK:  # of thousands of small tensors the slices below would cost more than the bytes
-            self._chunks[first] = xxhash.xxh3_64_intdigest(memory)
-            return
         starts = range(0, len(memory), CHUNK)
+        first = int(self._first[number]) + start // CHUNK
         self._chunks[first : first + len(starts)] = [xxhash.xxh3_64_intdigest(memory[at : at + CHUNK]) for at in starts]
 
-    def take_all(self, addresses: Mapping[int, int]) -> None:
-        """Take whole tensors, whose bytes lie at these addresses, by number."""
-        large: list[tuple[int, int]] = []
-        for number, address in addresses.items():
-            nbytes = self._nbytes[number]
-            if nbytes <= CHUNK:
-                self._chunks[self._first[number]] = xxhash.xxh3_64_intdigest(memory_at(address, nbytes))
-            else:
-                large += [(number, at) for at in range(0, nbytes, BLOCK)]
+    def take_each(self, numbers: Sequence[int], memories: Sequence[memoryview]) -> None:
+        """Take some whole tensors of at most `CHUNK` bytes, by number, and the bytes of each."""
+        digests = map(xxhash.xxh3_64_intdigest, memories)
+        self._chunks[self._first[numbers]] = np.fromiter(digests, np.uint64, len(memories))
 
-        def take(block: tuple[int, int]) -> None:
-            number, at = block
-            self.take(number, at, memory_at(addresses[number] + at, min(BLOCK, self._nbytes[number] - at)))
-
-        share_out(large, take)
+    def take_all(self, number: int, address: int) -> None:
+        """Take a whole tensor, whose bytes lie at ``address``."""
+        nbytes = int(self._nbytes[number])
+        blocks = range(0, nbytes, BLOCK)
+        share_out(blocks, lambda at: self.take(number, at, memory_at(address + at, min(BLOCK, nbytes - at))))
 
     def digests(self) -> Words:
         """Return them, uint64 ``[tensors]``, once all bytes were taken."""
-        return joined(np.array(self._chunks, dtype=np.uint64), self._words)
+        return joined(self._chunks, self._nbytes)
+
+
+class HostReading:
+    """The digests of some tensors in host memory, which are taken again as long as their shapes and strides stay.
+
+    Args:
+        tensors: and the dtype in which the bytes of each count.
+    """
+
+    def __init__(self, tensors: Sequence[tuple[torch.Tensor, torch.dtype]]) -> None:
+        self._tensors = tensors
+        self._nbytes = [tensor.numel() * dtype.itemsize for tensor, dtype in tensors]
+        in_place = [not each[0].is_cuda and lies_plain(*each) for each in tensors]
+        is_small = [here and nbytes <= CHUNK for here, nbytes in zip(in_place, self._nbytes, strict=True)]
+        self._small = list(compress(range(len(tensors)), is_small))
+        self._others = [(number, in_place[number]) for number in range(len(tensors)) if not is_small[number]]
+        self._small_tensors = [tensors[number][0] for number in self._small]
+        self._addresses: list[int] = []
+        self._memories: list[memoryview] = []
+
+    def digests(self, go_on: Callable[[], object] = tuple) -> Words:
+        """Return them, uint64 ``[tensors]``; ``go_on`` is called again and again, and raises to end it."""
+        found = HostDigests(self._nbytes)
+        addresses = addresses_of(self._small_tensors)
+        if addresses != self._addresses:
+            sizes = (self._nbytes[number] for number in self._small)
+            self._addresses, self._memories = addresses, list(map(memory_at, addresses, sizes))
+        for start in range(0, len(self._small), _SOME):
+            go_on()
+            some = slice(start, start + _SOME)
+            found.take_each(self._small[some], self._memories[some])
+        for number, is_in_place in self._others:
+            go_on()
+            tensor, dtype = self._tensors[number]
+            data = tensor if is_in_place else plain(tensor.detach().cpu(), dtype)
+            found.take_all(number, data.data_ptr())
+        return found.digests()
+
+
+def host_reading(tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype] | None = None) -> HostReading | None:
+    """Return what reads tensors again and again, in these dtypes or their own; None if one of them is on a GPU."""
+    if any(tensor.is_cuda for tensor in tensors):
+        return None
+    wanted = [tensor.dtype for tensor in tensors] if dtypes is None else dtypes
+    return HostReading(list(zip(tensors, wanted, strict=True)))

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from weight_transfer.copying.gpu import has_kernel
-from weight_transfer.memory.host_digests import HostDigests
-from weight_transfer.plan.buckets import as_bytes, laid_out
+from weight_transfer.memory.host_digests import HostDigests, HostReading
+from weight_transfer.memory.plain import lies_plain
 
 if TYPE_CHECKING:
     from weight_transfer.copying.host import HostCopies
@@ -89,7 +89,11 @@ class Digester:
                 with self._stream(some[0][0].device) if beside else nullcontext():
                     self._queued.append(([numbers[at] for at in group], GpuDigests(some, self._geometry)))
             else:
-                self._digests[[numbers[at] for at in group]] = _on_host(some)
+                self.put([numbers[at] for at in group], HostReading(some).digests())
+
+    def put(self, numbers: Sequence[int], digests: Words) -> None:
+        """Take digests that are known."""
+        self._digests[numbers] = digests
 
     def hold_up(self) -> None:
         """Have what the current streams of GPUs are given next wait for what is read beside them."""
@@ -104,8 +108,8 @@ class Digester:
             copies: to be run.
         """
         digests = HostDigests(copies.nbytes)
-        copies.run_noting(digests.take)
-        self._digests[list(numbers)] = digests.digests()
+        copies.run_noting(digests)
+        self.put(numbers, digests.digests())
         self.add([numbers[at] for at in copies.converted], list(copies.converted.values()))
 
     def digests(self) -> Words:
@@ -122,30 +126,6 @@ class Digester:
             stream = self._beside[device] = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         return torch.cuda.stream(stream)
-
-
-def lies_plain(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether a kernel can read a tensor where it lies; thousands of views would take longer than it does."""
-    is_lazy = tensor.is_conj() or tensor.is_neg()
-    return tensor.dtype is dtype and tensor.is_contiguous() and not is_lazy and tensor.data_ptr() % 8 == 0
-
-
-def plain(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the bytes of a tensor in row-major order, uint8 ``[nbytes]``: its own memory, or a copy's."""
-    return as_bytes(laid_out(tensor.detach().to(dtype)))
-
-
-def _on_host(some: Sequence[tuple[torch.Tensor, torch.dtype]]) -> Words:
-    digests = HostDigests([tensor.numel() * dtype.itemsize for tensor, dtype in some])
-    in_place: dict[int, int] = {}
-    for number, (tensor, dtype) in enumerate(some):
-        if not tensor.is_cuda and lies_plain(tensor, dtype):
-            in_place[number] = tensor.data_ptr()
-        else:
-            data = plain(tensor.detach().cpu(), dtype)
-            digests.take_all({number: data.data_ptr()})
-    digests.take_all(in_place)
-    return digests.digests()
 
 
 def _groups(tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> Iterator[list[int]]:

@@ -238,8 +238,9 @@ class KernelFormatLoader:
                 self._parts[name] = _parts_of(takers, tensors)
                 sharded += filter(is_sharded, tensors)
             else:
-                self._whole[name] = tensors[0]
-                self._twins[name] = tensors[1:]
+                self._whole[name], *twins = tensors
+                if twins:
+                    self._twins[name] = twins
         self._shards = LocalParts(sharded)
         self._targets = None
         self._read, self._checked = read, manifest

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import operator
-from itertools import chain
+from itertools import chain, cycle
 from typing import TYPE_CHECKING, Any
+
+from torch._C._dynamo.guards import dict_version  # another one after each write, as torch's guards compare it
 
 from weight_transfer.errors import ConfigError
 from weight_transfer.model.overlap import overlapping
@@ -13,10 +15,12 @@ from weight_transfer.model.state import State, copies_of, is_lazy, local_part, s
 from weight_transfer.model.whereabouts import Whereabouts
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import torch
     from torch import nn
+
+_TABLES = ("_modules", "_parameters", "_buffers", "_state_dict_hooks", "_state_dict_pre_hooks")
 
 
 class ModuleWeights:
@@ -42,12 +46,12 @@ class ModuleWeights:
         self._tables: list[dict[str, Any]] = []
         self._empty: list[dict[Any, Any]] = []
         self._filled: list[dict[Any, Any]] = []
-        self._entries = 0
         self._owners: list[dict[str, Any]] = []
-        self._names: list[str] = []
+        self._written: list[dict[Any, Any]] = []
+        self._generations: list[int] = []
+        self._counts: list[int] = []
+        self._keys: list[Any] = []
         self._values: list[object] = []
-        self._long: list[dict[str, Any]] = []
-        self._order: list[str] = []
         self._whereabouts = Whereabouts(())
         self._transient: list[set[str]] = []
         self._were_transient: list[set[str]] = []
@@ -131,16 +135,24 @@ class ModuleWeights:
     def _unchanged(self) -> bool:
         """Compare what the module's tables hold.
 
-        They are many, and in nobody's cache: no object is made for any, and none is visited more often than it must be.
+        They are many, and in nobody's cache: no object is made for any, and what they hold is visited only if something
+        was written there.
         """
+        if not self._tables or self._state.computed or any(self._empty) or self._transient != self._were_transient:
+            return False
+        generations = list(map(dict_version, self._written))
+        if generations != self._generations:
+            if not self._holds_the_same():
+                return False
+            self._generations = generations
+        return True
+
+    def _holds_the_same(self) -> bool:
         return (
-            bool(self._tables)
-            and not self._state.computed
-            and not any(self._empty)
-            and sum(map(len, self._filled)) == self._entries
-            and self._transient == self._were_transient
-            and all(map(operator.is_, map(dict.get, self._owners, self._names), self._values))
-            and list(chain.from_iterable(self._long)) == self._order
+            all(map(operator.is_, map(dict.get, self._owners, cycle(_TABLES)), self._tables))
+            and list(map(len, self._filled)) == self._counts
+            and list(chain.from_iterable(self._filled)) == self._keys
+            and all(map(operator.is_, _values_of(self._filled), self._values))
         )
 
     def _is_resharded(self) -> bool:
@@ -156,25 +168,17 @@ class ModuleWeights:
         self._resharding = resharding if resharding.needed else None
         self._look()  # first: it may call hooks that change what the tables hold
         modules = list(self._module.modules())
-        tables = [
-            table
-            for module in modules
-            for table in (module._modules, module._parameters, module._buffers)  # noqa: SLF001  (seen, not touched)
-        ]
+        owners = list(map(vars, modules))
+        self._owners = [owner for owner in owners for _ in _TABLES]
+        tables: list[Any] = list(map(dict.get, self._owners, cycle(_TABLES)))
         self._tables = tables if all(isinstance(table, dict) for table in tables) else []  # a script's are not
-        hooks = [
-            hooks
-            for module in modules
-            for hooks in (module._state_dict_hooks, module._state_dict_pre_hooks)  # noqa: SLF001
-        ]
-        self._empty = [table for table in (*self._tables, *hooks) if not table]
-        self._filled = [table for table in (*self._tables, *hooks) if table]
-        self._entries = sum(map(len, self._filled))
-        self._owners = [table for table in self._tables for _ in table]
-        self._names = list(chain.from_iterable(self._tables))
-        self._values = list(map(dict.get, self._owners, self._names))
-        self._long = [table for table in self._tables if len(table) > 1]
-        self._order = list(chain.from_iterable(self._long))
+        self._empty = [table for table in self._tables if not table]
+        self._filled = [table for table in self._tables if table]
+        self._written = [*owners, *self._filled]
+        self._generations = list(map(dict_version, self._written))
+        self._counts = list(map(len, self._filled))
+        self._keys = list(chain.from_iterable(self._filled))
+        self._values = list(_values_of(self._filled))
         self._transient = [
             module._non_persistent_buffers_set  # noqa: SLF001
             for module in modules
@@ -188,3 +192,7 @@ class ModuleWeights:
         if not (state.is_same(self._state) and self._whereabouts.unchanged):
             self._state, self._whereabouts = state, Whereabouts((*state.weights.values(), *state.tied))
         self.looks += 1
+
+
+def _values_of(tables: Sequence[dict[Any, Any]]) -> Iterator[object]:
+    return chain.from_iterable(map(dict.values, tables))

@@ -29,14 +29,14 @@ class Whereabouts:
         unwrapped = (tensor for tensor in tensors if not is_traceable_wrapper_subclass(tensor))
         self._tensors = list({id(tensor): tensor for tensor in unwrapped}.values())
         self._placed = list(filter(_has_address, self._tensors))
-        self._addresses = _of(_address, self._placed)
+        self._addresses = addresses_of(self._placed)
         self._forms = self._formed()
         self._are_alike = self._guard()
 
     @property
     def unchanged(self) -> bool:
         """Whether nothing of that has changed."""
-        if _of(_address, self._placed) != self._addresses:
+        if addresses_of(self._placed) != self._addresses:
             return False
         if self._are_alike(*self._tensors):
             return True
@@ -54,7 +54,11 @@ class Whereabouts:
         return [_of(way, self._tensors) for way in _FORM]
 
 
-_address = torch.Tensor.data_ptr
+def addresses_of(tensors: list[torch.Tensor]) -> list[int]:
+    """Return where the first element of each dense tensor lies."""
+    return _of(torch.Tensor.data_ptr, tensors)
+
+
 _FORM = (
     operator.attrgetter("shape"),
     torch.Tensor.stride,

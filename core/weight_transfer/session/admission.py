@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import selectors
 import socket
-import time
 
 import attrs
 
+from weight_transfer.control.open_files import accepted
 from weight_transfer.control.proofs import ANSWER_BYTES, Challenge
 from weight_transfer.values.deadline import Deadline
 
@@ -60,16 +60,11 @@ class Admission:
         self._listener.close()
 
     def _accept(self) -> None:
-        try:
-            sock, _ = self._listener.accept()
-        except BlockingIOError:  # whoever it was has gone again
-            return
-        except OSError:  # such as too many open files
-            time.sleep(_POLL)
+        sock = accepted(self._listener)
+        if sock is None:
             return
         if len(self._strangers) >= self._most:
             self._drop(next(iter(self._strangers)))
-        sock.setblocking(False)
         self._strangers[sock] = stranger = _Stranger(Challenge(), Deadline(_PROOF))
         self._selector.register(sock, selectors.EVENT_READ)
         self._say(sock, stranger.challenge.nonce)

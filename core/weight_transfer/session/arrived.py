@@ -57,7 +57,7 @@ class Arrived:
         """
         if self._landed is not None:
             self._landed.take(weights)
-        numbers = [self._number(name) for name, _ in weights]
+        numbers = self._numbers([name for name, _ in weights])
         self._whole.add(numbers, [tensor for _, tensor in weights], beside=in_place)
 
     def take_written(self, names: Iterable[str], destinations: Mapping[str, Tensor]) -> None:
@@ -66,7 +66,7 @@ class Arrived:
 
     def copy(self, copies: HostCopies, names: Sequence[str], destinations: Mapping[str, Tensor]) -> None:
         """Run copies into the worker's own tensors, and take what they bring: whole weights, in the order of names."""
-        self._whole.copy([self._number(name) for name in names], copies)
+        self._whole.copy(self._numbers(names), copies)
         if self._landed is not None:
             self._landed.take([(name, destinations[name]) for name in names])
 
@@ -82,9 +82,12 @@ class Arrived:
         if self._arrivals is None:
             return
         pieces, views = self._arrivals.pieces, self._arrivals.views
-        digester = Digester(len(views), self._geometry)
-        digester.add(range(len(views)), views)
-        digests = digester.digests()
+        if self._arrivals.on_host is not None:
+            digests = self._arrivals.on_host.digests()
+        else:
+            digester = Digester(len(views), self._geometry)
+            digester.add(range(len(views)), views)
+            digests = digester.digests()
         for rank in range(len(self._arrivals.planned)):
             own = digests[pieces.rank == rank]
             self._tables.append(DigestTable.of(own).to_text() if len(own) else "")
@@ -108,8 +111,11 @@ class Arrived:
         """See `Receipt`."""
         return tuple(self._tables)
 
-    def _number(self, name: str) -> int:
-        number = self._left.pop(name, None)
-        if number is None:
-            raise ManifestMismatchError(f"Parameter {name!r} arrived twice or is not in the manifest.", phase="update")
-        return number
+    def _numbers(self, names: Sequence[str]) -> list[int]:
+        try:
+            return list(map(self._left.pop, names))
+        except KeyError as error:
+            name = error.args[0]
+            raise ManifestMismatchError(
+                f"Parameter {name!r} arrived twice or is not in the manifest.", phase="update"
+            ) from error

@@ -15,7 +15,6 @@ from weight_transfer.session.asking import Asking
 from weight_transfer.session.calls import ECHOES
 from weight_transfer.session.guarded import named
 from weight_transfer.session.moving import Moving, Refused
-from weight_transfer.session.outgoing import MANY
 from weight_transfer.session.part import Part, StartOver, require_alike
 from weight_transfer.session.progress import timed
 from weight_transfer.session.region_plan import RegionPlan
@@ -73,8 +72,6 @@ class Leader:
         met = False
         self._fleet.serve_with(self._crew)
         try:
-            if outgoing.params >= MANY * len(self._fleet.peers):
-                self._fleet.expect()
             asks = RECEIVER in self._config.cast.values()  # then workers join while it prepares, on every rank
             early = None if asks else prepare()
             readies = self._crew.meet(Deadline(self._config.timeout))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from weight_transfer.values.report import WorkerReport
 
 if TYPE_CHECKING:
     from weight_transfer.config.settings import WeightTransferConfig
+    from weight_transfer.control.message import Message
     from weight_transfer.engine import TrainerWeightTransferEngine
     from weight_transfer.model.info import WeightTransferUpdateInfo
     from weight_transfer.plan.exchange import OutgoingRegions
@@ -66,52 +67,15 @@ class Moving:
         self, update: Running, plan: RegionPlan, deadline: Deadline, begins: bool
     ) -> tuple[Lost, dict[Peer, WorkerReport]]:
         """Move the bytes; return the workers that were lost, and what each has noticed."""
-        engine, fleet, crew = self._fleet.engines.own, self._fleet, self._crew
-        assert engine is not None
+        engine, outgoing = self._engine, plan.outgoing(update.part)
         source = update.begin(plan, self._geometry if self._verifies else None)
-        manifest = source.manifest()
-        fields = engine.describe_update(source, manifest, deadline)
-        outgoing = plan.outgoing(update.part)
-        shares = self._shares(engine, plan, outgoing, deadline) if outgoing is not None else None
-        if crew.size > 1:
-            update.in_lockstep = True
-            crew.order("send", deadline)
-        info: WeightTransferUpdateInfo = engine.update_info_cls(
-            manifest=plan.manifest,
-            timeout=max(deadline.remaining(), 1e-3),
-            version=update.version,
-            is_checkpoint_format=self._config.is_checkpoint_format,
-            target=update.part.target,
-            update=source.update,
-            allow_rollback=update.part.allow_rollback,
-            base=update.outgoing.update if plan.manifest.partial else None,
-            verify=None if self._config.verify == "none" else self._config.verify,
-            layout=plan.wire,
-            shares=shares,
-            kept=plan.kept,
-            **fields,
-        )
-        messages = update.outgoing.messages(info, fleet.started)
-        if begins:
-            method, call = "begin_weight_update", lambda peer: peer.begin(messages[peer])
-        else:
-            method, call = "update_weights", lambda peer: peer.update(messages[peer])
-        calls = fleet.call(list(messages), call, method, deadline, fleet.react)
-        fleet.require_going_on()
+        info = self._described(update, source, plan, outgoing, deadline)
+        peers = self._fleet.started
+        calls = self._call(peers, update.outgoing.messages(info, peers), begins, deadline)
         progress = Progress(self._notify, info, self._config.backend)
         update.phases.enter("wire")
         try:
-            if manifest.params:
-                with source.watched(), update.noting(partial(self._go_on, deadline)):
-                    engine.send_weights(source, manifest, deadline, progress)
-                    source.finish()
-            if outgoing is not None:
-                engine.send_regions(outgoing, deadline, progress)
-            is_right = update.part.confirm()
-            regions = [plan.digests(outgoing)] if outgoing is not None and self._verifies else []
-            answers = crew.answers("to give their weights", deadline)
-            if not (is_right and all(answer.get("right", True) for answer in answers)):
-                raise StartOver("weights were replaced since the last update")
+            regions = self._give(update, source, plan, outgoing, deadline, progress)
             failures = calls.wait(deadline)
         except StartOver:
             raise
@@ -126,14 +90,13 @@ class Moving:
         refusal = refused_in(failures) if begins else None
         if refusal is not None:
             raise Refused(refusal)
-        noticed = {peer: WorkerReport.of(calls.results.get(peer)) for peer in messages}
+        noticed = {peer: WorkerReport.of(calls.results.get(peer)) for peer in peers}
         if self._verifies:
-            regions += [answer.get("digests", {}) for answer in answers] if regions else []
             answered = {peer: report for peer, report in noticed.items() if peer not in failures}
             with update.phases.within("verify"):
                 failures |= self._unlike(update.tables(plan, regions), answered, deadline)
-        update.outgoing.remember(info, list(messages), failures)
-        lost = fleet.settle(failures)
+        update.outgoing.remember(info, peers, failures)
+        lost = self._fleet.settle(failures)
         progress(progress.left)
         engine.release_source()
         update.outgoing.update = source.update
@@ -141,6 +104,80 @@ class Moving:
             if report.asks_again:
                 peer.kept.pop(update.part.target, None)
         return lost, noticed
+
+    @property
+    def _engine(self) -> TrainerWeightTransferEngine[Any, Any]:
+        engine = self._fleet.engines.own
+        assert engine is not None
+        return engine
+
+    def _described(
+        self,
+        update: Running,
+        source: GuardedSource,
+        plan: RegionPlan,
+        outgoing: OutgoingRegions | None,
+        deadline: Deadline,
+    ) -> WeightTransferUpdateInfo:
+        """Have the engines of all ranks prepare the update; return what the workers are told of it."""
+        fields = self._engine.describe_update(source, source.manifest(), deadline)
+        shares = self._shares(plan, outgoing, deadline) if outgoing is not None else None
+        if self._crew.size > 1:
+            update.in_lockstep = True
+            self._crew.order("send", deadline)
+        info: WeightTransferUpdateInfo = self._engine.update_info_cls(
+            manifest=plan.manifest,
+            timeout=max(deadline.remaining(), 1e-3),
+            version=update.version,
+            is_checkpoint_format=self._config.is_checkpoint_format,
+            target=update.part.target,
+            update=source.update,
+            allow_rollback=update.part.allow_rollback,
+            base=update.outgoing.update if plan.manifest.partial else None,
+            verify=None if self._config.verify == "none" else self._config.verify,
+            layout=plan.wire,
+            shares=shares,
+            kept=plan.kept,
+            **fields,
+        )
+        return info
+
+    def _call(self, peers: list[Peer], messages: Mapping[Peer, Message], begins: bool, deadline: Deadline) -> Calls:
+        """Have the workers receive; if the update ``begins`` with that, it opens on them."""
+        if begins:
+            method, call = "begin_weight_update", lambda peer: peer.begin(messages[peer])
+        else:
+            method, call = "update_weights", lambda peer: peer.update(messages[peer])
+        calls = self._fleet.call(peers, call, method, deadline, self._fleet.react)
+        self._fleet.require_going_on()
+        return calls
+
+    def _give(
+        self,
+        update: Running,
+        source: GuardedSource,
+        plan: RegionPlan,
+        outgoing: OutgoingRegions | None,
+        deadline: Deadline,
+        progress: Progress,
+    ) -> list[dict[str, str]]:
+        """Let the engine send, on every rank; return each rank's tables of what went by region, if that is compared.
+
+        Raises:
+            StartOver: a rank has sent what its model does not hold any more.
+        """
+        if source.manifest().params:
+            with source.watched(), update.noting(partial(self._go_on, deadline)):
+                self._engine.send_weights(source, source.manifest(), deadline, progress)
+                source.finish()
+        if outgoing is not None:
+            self._engine.send_regions(outgoing, deadline, progress)
+        is_right = update.part.confirm()
+        own = [plan.digests(outgoing)] if outgoing is not None and self._verifies else []
+        answers = self._crew.answers("to give their weights", deadline)
+        if not (is_right and all(answer.get("right", True) for answer in answers)):
+            raise StartOver("weights were replaced since the last update")
+        return [*own, *(answer.get("digests", {}) for answer in answers)] if own else []
 
     @property
     def _verifies(self) -> bool:
@@ -156,17 +193,11 @@ class Moving:
         deadline.check("taking digests of the weights", backend=self._config.backend, phase="update")
         self._fleet.require_going_on()
 
-    def _shares(
-        self,
-        engine: TrainerWeightTransferEngine[Any, Any],
-        plan: RegionPlan,
-        outgoing: OutgoingRegions,
-        deadline: Deadline,
-    ) -> tuple[dict[str, Any], ...]:
+    def _shares(self, plan: RegionPlan, outgoing: OutgoingRegions, deadline: Deadline) -> tuple[dict[str, Any], ...]:
         """Return what the engines of all ranks say of their shards; the same object while that is unchanged."""
         if self._crew.size > 1:
             self._crew.order("share", deadline)
-        own = engine.share_regions(outgoing, deadline)
+        own = self._engine.share_regions(outgoing, deadline)
         answers = self._crew.answers("to share their weights", deadline)
         return plan.shares([own, *(answer["share"] for answer in answers)])
 

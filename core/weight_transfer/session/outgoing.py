@@ -14,6 +14,7 @@ from weight_transfer.model.info import WireEncoder
 from weight_transfer.model.partial import PartialSource
 from weight_transfer.model.source import ModuleSource, WeightSource, as_source
 from weight_transfer.session.rank_shards import RankShards
+from weight_transfer.session.sent import Residents
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,6 +39,7 @@ class Outgoing:
         params: how many weights it had.
         update: the id of its weights.
         encoder: of its update infos.
+        residents: what is known of the places of its weights, for their digests.
     """
 
     def __init__(self, target: str) -> None:
@@ -46,6 +48,7 @@ class Outgoing:
         self.params = 0
         self.update: str | None = None
         self.encoder = WireEncoder()
+        self.residents = Residents()
         self._module: ModuleSource | None = None
         self._cast: CastSource | None = None
         self._uncast: WeightSource | None = None
@@ -101,7 +104,7 @@ class Outgoing:
 
     def forget(self) -> None:
         """Let go of all sources, and thereby of the weights."""
-        self.encoder = WireEncoder()
+        self.encoder, self.residents = WireEncoder(), Residents()
         self._module = self._cast = self._uncast = self._part = self._recalled = self._shards = None
 
     def messages(self, info: WeightTransferUpdateInfo, peers: Sequence[Peer]) -> dict[Peer, Message]:

@@ -44,7 +44,7 @@ class Running:
         """Return the guarded source of what goes whole; with ``geometry`` it has digests taken."""
         whole, manifest = self.part.whole(plan.layout), self.part.manifest
         manifest = manifest if whole is self.part.source else whole.manifest()
-        self._sent = Sent(manifest, geometry) if geometry is not None else None
+        self._sent = Sent(manifest, geometry, self.outgoing.residents) if geometry is not None else None
         self._source = GuardedSource(whole, manifest, self._sent)
         return self._source
 

@@ -20,7 +20,7 @@ from weight_transfer.session.fleet import Fleet
 from weight_transfer.session.following import Follower
 from weight_transfer.session.leading import Leader
 from weight_transfer.session.meeting import next_key
-from weight_transfer.session.outgoing import Outgoing
+from weight_transfer.session.outgoing import MANY, Outgoing
 from weight_transfer.session.part import Part, StartOver
 from weight_transfer.session.ranks import ALONE, detected_ranks, ranks_of
 from weight_transfer.values.versions import as_version, following
@@ -160,6 +160,8 @@ class WeightSender:
         Raises:
             StartOver: all ranks have to send anew, with all that a source says read anew.
         """
+        if outgoing.params >= MANY * len(self._fleet.peers):
+            self._fleet.expect()  # first of all: they look at their weights while this side does
         first = None if self.parallel_config is not None else whole.manifest()  # it knows then whether it is sharded
         ranks = self.parallel_config or ranks_of(whole)
         role = self._role_of(ranks)

@@ -3,23 +3,64 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
+import attrs
 import torch
 
 from weight_transfer.memory.digest_table import DigestTable
+from weight_transfer.memory.host_digests import HostReading
 from weight_transfer.memory.integrity import Digester
 from weight_transfer.model.autograd_modes import reading
 from weight_transfer.model.manifest import torch_dtype
 
 if TYPE_CHECKING:
+    from weight_transfer.memory.chunks import Words
     from weight_transfer.memory.gpu_digests import Geometry
     from weight_transfer.model.manifest import Manifest
 
-_SOME = 64 * 2**20  # bytes that are digested between two looks at whether to stop, about
+
+@attrs.frozen(eq=False)
+class _Resident:
+    """The weights that stay where they are, ready to be digested.
+
+    Attributes:
+        on_gpus: the tensors on GPUs, by number.
+        on_host: the numbers of the others.
+        reading: reads these.
+        left: the numbers of the weights that are not among them, by name.
+    """
+
+    on_gpus: dict[int, torch.Tensor]
+    on_host: list[int]
+    reading: HostReading
+    left: dict[str, int]
+
+    @classmethod
+    def of(cls, manifest: Manifest, resident: Mapping[str, torch.Tensor]) -> Self:
+        taken = {manifest.numbers[name]: tensor for name, tensor in resident.items() if name in manifest.numbers}
+        on_host = {number: tensor for number, tensor in taken.items() if not tensor.is_cuda}
+        on_gpus = {number: tensor for number, tensor in taken.items() if number not in on_host}
+        reading = HostReading([(tensor, tensor.dtype) for tensor in on_host.values()])
+        left = {name: number for name, number in manifest.numbers.items() if number not in taken}
+        return cls(on_gpus, list(on_host), reading, left)
+
+
+class Residents:
+    """What was worked out of the places of a source's weights, kept as long as that says that they lie there."""
+
+    def __init__(self) -> None:
+        self._known: tuple[Manifest, Mapping[str, torch.Tensor], _Resident] | None = None
+
+    def of(self, manifest: Manifest, resident: Mapping[str, torch.Tensor]) -> _Resident:
+        """Return the weights of a manifest that are `WeightSource.resident`; the same for the same two objects."""
+        known = self._known
+        if known is None or known[0] is not manifest or known[1] is not resident:
+            self._known = known = manifest, resident, _Resident.of(manifest, resident)
+        return known[2]
 
 
 class Sent:
@@ -32,10 +73,12 @@ class Sent:
     Args:
         manifest: of what goes whole.
         geometry: see `Digester`.
+        residents: of the target that this is for.
     """
 
-    def __init__(self, manifest: Manifest, geometry: Geometry) -> None:
+    def __init__(self, manifest: Manifest, geometry: Geometry, residents: Residents) -> None:
         self._manifest = manifest
+        self._residents = residents
         self._digester = Digester(len(manifest.params), geometry)
         self._passing = Digester(len(manifest.params))  # of temporary tensors, which lie elsewhere next time
         self._left = dict(manifest.numbers)
@@ -54,15 +97,15 @@ class Sent:
             masters: the source's.
             go_on: is asked again and again, on any thread, and raises to end it.
         """
-        taken = [(self._left.pop(name), tensor) for name, tensor in resident.items() if name in self._left]
-        on_gpus = [(number, tensor) for number, tensor in taken if tensor.is_cuda]
-        on_host = [(number, tensor) for number, tensor in taken if not tensor.is_cuda]
-        self._digester.add([number for number, _ in on_gpus], [tensor for _, tensor in on_gpus], beside=True)
+        known = self._residents.of(self._manifest, resident)
+        self._left = dict(known.left)
+        self._digester.add(list(known.on_gpus), list(known.on_gpus.values()), beside=True)
         try:
-            with _on_thread(self._digester, on_host, go_on):
+            with _on_thread(known.reading, go_on) as found:
                 yield
         finally:
             self._digester.hold_up()
+        self._digester.put(known.on_host, found.result())
         for name in [name for name in masters if name in self._left]:
             go_on()
             number = self._left.pop(name)
@@ -78,41 +121,25 @@ class Sent:
         return DigestTable.of(self._digester.digests() | self._passing.digests()).to_text()
 
 
-Numbered = Sequence[tuple[int, torch.Tensor]]
-
-
-def _parts(tensors: Numbered) -> Iterator[Numbered]:
-    """Cut them into parts of some bytes each, or of one that is larger."""
-    part: list[tuple[int, torch.Tensor]] = []
-    nbytes = 0
-    for each in tensors:
-        part.append(each)
-        nbytes += each[1].nbytes
-        if nbytes >= _SOME:
-            yield part
-            part, nbytes = [], 0
-    yield part
-
-
 @contextmanager
-def _on_thread(digester: Digester, tensors: Numbered, go_on: Callable[[], None]) -> Iterator[None]:
+def _on_thread(tensors: HostReading, go_on: Callable[[], None]) -> Iterator[Future[Words]]:
     """Digest tensors in host memory on a thread, which has ended when the block has."""
     stopped = threading.Event()
 
-    def take() -> None:
+    def look() -> None:
+        if stopped.is_set():
+            raise CancelledError
+        go_on()
+
+    def take() -> Words:
         with reading():
-            for some in _parts(tensors):
-                if stopped.is_set():
-                    return
-                go_on()
-                digester.add([number for number, _ in some], [tensor for _, tensor in some])
+            return tensors.digests(look)
 
     with ThreadPoolExecutor(1, thread_name_prefix="weight-transfer digests") as pool:
-        taking = pool.submit(take) if tensors else None
+        found = pool.submit(take)
         try:
-            yield
-            if taking is not None:
-                taking.result()
+            yield found
+            found.result()
         except BaseException:
             stopped.set()
             raise

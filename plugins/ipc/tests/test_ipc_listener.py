@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import socket
 import threading
 import time
@@ -125,6 +126,23 @@ def test_a_queue_full_of_strangers_is_waited_out(listener: Listener) -> None:
         joining.result().close()
     for stranger in strangers:
         stranger.close()
+
+
+def test_a_worker_is_let_in_once_this_process_may_open_files_again(listener: Listener) -> None:
+    worker = Connection.connect(listener.address, Deadline(5))
+    say_hello(worker, listener.token, 1, None, Deadline(5))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    lifting = threading.Timer(0.2, resource.setrlimit, (resource.RLIMIT_NOFILE, limits))
+    lifting.start()
+    try:
+        joined = listener.accept(Deadline(5))
+    finally:
+        lifting.join()
+    assert joined is not None
+    assert joined[0] == 1
+    joined[1].close()
+    worker.close()
 
 
 def test_descriptors_of_strangers_are_not_kept(listener: Listener) -> None:

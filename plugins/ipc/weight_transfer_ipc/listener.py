@@ -9,11 +9,10 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 
 import attrs
 
-from weight_transfer.authoring import Deadline
+from weight_transfer.authoring import Deadline, accepted
 from weight_transfer.errors import PeerLostError
 from weight_transfer_ipc.connection import Connection, credentials, is_trusted
 
@@ -105,16 +104,16 @@ class Listener:
 
     def _let_wait(self) -> None:
         """Accept somebody; processes of other users are sent away at once."""
-        with suppress(BlockingIOError):  # it has gone already
-            sock, _ = self._socket.accept()
-            if not is_trusted(credentials(sock)[1]):
-                sock.close()
-                return
-            if len(self._waiting) == _MAX_WAITING:
-                self._send_away(self._waiting[0])
-            sock.setblocking(False)
-            self._waiting.append(_Waiting(sock, Deadline(_TIME)))
-            self._selector.register(sock, selectors.EVENT_READ, self._waiting[-1])
+        sock = accepted(self._socket)
+        if sock is None:
+            return
+        if not is_trusted(credentials(sock)[1]):
+            sock.close()
+            return
+        if len(self._waiting) == _MAX_WAITING:
+            self._send_away(self._waiting[0])
+        self._waiting.append(_Waiting(sock, Deadline(_TIME)))
+        self._selector.register(sock, selectors.EVENT_READ, self._waiting[-1])
 
     def _hear(self, waiting: _Waiting) -> tuple[int, Connection] | None:
         """Take in what somebody says; return a worker once it has shown the token."""
