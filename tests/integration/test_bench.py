@@ -108,7 +108,7 @@ def test_other_bits_are_noticed() -> None:
     case = Case(model=alike(3, 64), config={"backend": "ipc"}, trainers=["cpu"], workers=["cpu"])
     with Troupe(case.scene, 60) as troupe:
         troupe.connect()
-        troupe.bring(1)
+        troupe.bring(1, lambda: troupe.send("send"))
         with pytest.raises(TransferError, match=r"\[9\d\] elements that are not those of version 2"):
             troupe.require_bits(2)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -84,8 +84,15 @@ class Troupe:
         return ask_all(actors, self.patience, command, **arguments)
 
     def connect(self) -> None:
-        """Have the workers serve, and the trainer's ranks make senders to them."""
-        self.ask(self.trainers, "connect", urls=self.ask(self.workers, "serve"))
+        """Have the workers serve, and the trainer's ranks make senders to them, one for each way."""
+        served = self.ask(self.workers, "serve")
+        urls = {way: [each[way] for each in served] for way in self.scene.ways}
+        self.ask(self.trainers, "connect", urls=urls)
+
+    def send(self, way: str) -> dict[str, Any]:
+        """Send in one of the ways; return what rank 0 tells of it."""
+        told: dict[str, Any] = self.ask(self.trainers, "send", way=way)[0]  # the other ranks have the same report
+        return told
 
     def require_bits(self, version: int) -> None:
         """Compare every element of every worker with that of a version.
@@ -97,23 +104,41 @@ class Troupe:
         if any(wrong):
             raise TransferError(f"Workers hold {wrong} elements that are not those of version {version}.")
 
-    def bring(self, version: int) -> None:
-        """Fill the trainer with a version, send it to workers whose weights are zero, and compare all bits."""
+    def bring(self, version: int, move: Callable[[], object]) -> dict[str, dict[str, int]]:
+        """Fill the trainer with a version, have it moved to workers whose weights are zero, and compare all bits.
+
+        Returns:
+            What was beyond that in the memory of each process, see `Member.memory`.
+        """
         self.ask(self.trainers, "fill", seed=version)
         self.ask(self.workers, "forget")
-        self.ask(self.trainers, "send")
+        self.ask(self.everyone, "tidy")
+        self.ask(self.everyone, "before")
+        move()
+        memory = self.ask(self.everyone, "memory")
         self.require_bits(version)
+        return dict(zip([actor.called for actor in self.everyone], memory, strict=True))
 
-    def open_limit(self) -> str:
-        """Get everybody ready for the limit; return what it measures, in words."""
-        offers = self.ask(self.everyone, "make_limit")[: len(self.trainers)]
-        what: str = self.ask(self.everyone, "join_limit", offers=offers)[-1]
-        return what
+    def open_limit(self, scheme: str | None = None) -> tuple[str, bool]:
+        """Get everybody ready for the limit, or for a scheme.
 
-    def run_limit(self) -> list[Seconds]:
-        """Move all bytes once; return what each one took."""
-        return self.ask(self.everyone, "run_limit")
+        Returns:
+            What is moved, in words, and whether it is the weights.
+        """
+        offers = self.ask(self.everyone, "make_limit", scheme=scheme)[: len(self.trainers)]
+        what, brings = self.ask(self.everyone, "join_limit", scheme=scheme, offers=offers)[-1]
+        return what, brings
 
-    def close_limit(self) -> None:
-        """Give back what the limit holds."""
-        self.ask(self.everyone, "end_limit")
+    def run_limit(self, scheme: str | None = None) -> Seconds:
+        """Move all bytes once; return what the slowest side took: wall time, and CPU time."""
+        return slowest(self.ask(self.everyone, "run_limit", scheme=scheme))
+
+    def close_limits(self) -> None:
+        """Give back what the limit and all schemes hold."""
+        self.ask(self.everyone, "end_limits")
+
+
+def slowest(taken: Iterable[Seconds]) -> Seconds:
+    """Return the longest wall time, and the most CPU time, of some processes that did something together."""
+    walls, cpu = zip(*taken, strict=True)
+    return max(walls), max(cpu)

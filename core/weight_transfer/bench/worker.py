@@ -64,13 +64,16 @@ class Worker(Member):
                 self.model.plant(name, nn.Parameter(part, requires_grad=False))
         self._watch_engine()
 
-    def serve(self) -> str:
-        """Serve a new receiver in place of the last one; return its address."""
+    def serve(self) -> dict[str, str]:
+        """Serve new receivers in place of the last ones, one for each way; return their addresses."""
         self._serving.close()
         by_region = not self.parts.all_alike and Capability.REGIONS in self._loaded.backend.capabilities
         needs = self._needs if by_region else None
-        receiver = WeightReceiver(self.scene.config, self.model, needs=needs, observers=(self,))
-        return self._serving.enter_context(serve(self._serving.enter_context(receiver))).url
+        urls = {}
+        for way, changes in self.scene.ways.items():
+            receiver = WeightReceiver({**self.scene.config, **changes}, self.model, needs=needs, observers=(self,))
+            urls[way] = self._serving.enter_context(serve(self._serving.enter_context(receiver))).url
+        return urls
 
     @hookimpl
     def weight_transfer_started(self, event: TransferStarted) -> None:
@@ -106,14 +109,14 @@ class Worker(Member):
 
     def forget(self) -> None:
         """Set all weights to zero."""
-        for target in self.targets().values():
+        for target in self.weights().values():
             target.zero_()
         settle(self.device)
 
     def wrong(self, seed: int) -> int:
         """Count the elements that are not those of a version."""
         count = torch.zeros((), dtype=torch.int64, device=self.device)
-        for name, target in self.targets().items():
+        for name, target in self.weights().items():
             region = self.regions[name]
             assert region is not None
             count += self.parts.wrong(target, name, region, seed)
@@ -122,7 +125,10 @@ class Worker(Member):
     def engine_memory(self) -> int:
         return int(self._engine.extra_memory) if self._engine is not None else 0
 
-    def targets(self) -> dict[str, torch.Tensor]:
+    def engine(self) -> Any:
+        return self._engine
+
+    def weights(self) -> dict[str, torch.Tensor]:
         """Return this worker's tensors by the names of the weights that they are parts of."""
         return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
 

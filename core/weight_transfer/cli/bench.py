@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from weight_transfer.cli import options
+
+if TYPE_CHECKING:
+    from weight_transfer.bench.running import Tell
 
 _SHAPES = ("llama-3.1-8b", "qwen3-30b-a3b")
 _AT_LEAST_ONE = click.IntRange(min=1)
@@ -101,7 +104,7 @@ def bench(
     from weight_transfer.cli.tables import console
 
     with _progress() as tell:
-        tell("looking what can run here")
+        tell("looking what can run here", "")
         gpus = torch.cuda.device_count()
         shapes = shapes or (() if given["sweeps"] else _SHAPES)
         wanted = Options(backends=(), shapes=shapes, device=device or ("cuda" if gpus else "cpu"), **given)
@@ -121,12 +124,12 @@ def bench(
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Provide what shows the step that is under way, on standard error."""
+def _progress() -> Iterator[Tell]:
+    """Provide what shows the step that is under way, on standard error: without a terminal a line for each case."""
     if not sys.stderr.isatty():
-        yield lambda text: click.echo(text, err=True)
+        yield lambda what, step: None if step else click.echo(what, err=True)
         return
     from rich.console import Console
 
     with Console(stderr=True, highlight=False, markup=False).status("") as status:
-        yield status.update
+        yield lambda what, step: status.update(": ".join(filter(None, (what, step))))
