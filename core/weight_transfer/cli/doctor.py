@@ -74,7 +74,7 @@ def _configured(config_file: Path | None) -> str | None:
 
 
 def _measured(name: str, config_file: Path | None, mib: int) -> Iterator[dict[str, Any]]:
-    from weight_transfer.doctor.pairs import links, measure
+    from weight_transfer.bench.pairs import links, measure
 
     config = options.configured(config_file, name, backend=name)
     for trainer, worker in links(name):
