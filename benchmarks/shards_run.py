@@ -38,7 +38,7 @@ class Run(Troupe):
     """
 
     def __init__(self, scene: Scene, seconds: float, life: float, repeat: int, gathers: bool) -> None:
-        super().__init__(scene, seconds, "shards_trainer", "shards_worker")
+        super().__init__(scene, seconds, ("shards_trainer", "shards_worker"))
         self.seconds, self.until, self.repeat, self.gathers = seconds, time.monotonic() + life, repeat, gathers
         self.times: dict[str, list[tuple[float, float | None]]] = {}
         self.facts: dict[str, Any] = {"bits_equal": [], "memory": {}}

@@ -12,7 +12,7 @@ import attrs
 from weight_transfer.bench.configurations import ModelShape
 from weight_transfer.bench.member import Scene
 from weight_transfer.bench.parts import Parts
-from weight_transfer.bench.troupe import VERSIONS, Troupe
+from weight_transfer.bench.troupe import ROLES, VERSIONS, Troupe
 from weight_transfer.bench.turns import in_turns
 
 Figures = dict[str, Any]
@@ -33,6 +33,7 @@ class Case:
         trainers: devices of the trainer's ranks, over which the weights are sharded.
         workers: devices of the workers.
         tensor_parallel: how many workers share one copy of the model.
+        roles: modules of the trainer ranks' and of the workers' processes.
         rounds: how often each thing is measured.
         timeout: seconds that an update may take.
     """
@@ -44,6 +45,7 @@ class Case:
     tensor_parallel: int = 1
     ways: Mapping[str, Mapping[str, Any]] = attrs.field(factory=lambda: {"send": {}})
     schemes: Mapping[str, str] = attrs.field(factory=dict)
+    roles: tuple[str, str] = ROLES
     rounds: int = 5
     timeout: float = 60.0
 
@@ -79,14 +81,15 @@ def measure(case: Case, tell: Callable[[str], None] = lambda _text: None) -> Fig
     Returns:
         ``bits_equal``, ``kept``, ``transport``, ``warnings``, ``extra_memory``, ``memory``, ``limit``, ``engine``,
         ``update``, ``send``, ``phases`` and ``timeline``: see the page of the command. If there are further ways,
-        ``ways`` with the last three figures of each; if there are schemes, ``schemes`` with those of each.
+        ``ways`` with ``extra_memory``, ``engine``, ``update`` and ``send`` of each; if there are schemes, ``schemes``
+        with figures of each.
 
     Raises:
         AssertionError: a process has died or does not answer.
         WeightTransferError: an update failed, or brought other bytes.
     """
     tell("starting the processes")
-    with Troupe(case.scene, case.timeout + _BESIDE) as troupe:
+    with Troupe(case.scene, case.timeout + _BESIDE, case.roles) as troupe:
         tell("joining")
         troupe.connect()
         memory = {way: _brought(troupe, partial(troupe.send, way), way, tell) for way in case.ways}
@@ -114,7 +117,6 @@ def measure(case: Case, tell: Callable[[str], None] = lambda _text: None) -> Fig
         "kept": kept,
         "transport": ", ".join(dict.fromkeys(rounds[-1]["transports"])),
         "warnings": rounds[-1]["warnings"],
-        "extra_memory": rounds[-1]["extra_memory"],
         "memory": memory[first],
         "limit": {"what": what, **limit},
         **beside.pop(first),
@@ -134,7 +136,10 @@ def _brought(troupe: Troupe, move: Callable[[], object], name: str, tell: Callab
 
 
 def _timed(rounds: Sequence[Figures], nbytes: int, limit: float) -> Figures:
-    return {name: figures([each[name] for each in rounds], nbytes, limit) for name in ("engine", "update", "send")}
+    told: Figures = {"extra_memory": rounds[-1]["extra_memory"]}
+    for name in ("engine", "update", "send"):
+        told[name] = figures([each[name] for each in rounds], nbytes, limit)
+    return told
 
 
 def figures(seconds: Sequence[float], nbytes: int, limit: float | None = None) -> Figures:

@@ -81,6 +81,8 @@ class Tree(nn.Module):
 class Member:
     """A process that takes part: an actor.
 
+    Its ``engine`` is that of a worker's last update; a trainer rank shows none.
+
     Args:
         scene: who takes part.
         number: of this member; the trainer's ranks come first.
@@ -95,6 +97,7 @@ class Member:
         self.sizes = sizes
         self.stack = ExitStack()
         self.limits: dict[str, Limit] = {}
+        self.engine: Any = None
 
     def enter(self) -> None:
         """Take the device, and make the model: the first that is asked."""
@@ -103,6 +106,11 @@ class Member:
         else:
             beside = self.scene.trainers if self.member < len(self.scene.trainers) else self.scene.workers
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // len(beside)))  # the other side waits meanwhile
+
+    @staticmethod
+    def dtype(name: str) -> torch.dtype:
+        """Return the dtype of a weight."""
+        return torch.bfloat16
 
     def perform(self, stage: Stage) -> None:
         """Do what is asked, until nobody asks any more."""
@@ -148,10 +156,6 @@ class Member:
         """Return this member's tensors by the names of the weights that they are, or are parts of."""
         raise NotImplementedError
 
-    def engine(self) -> Any:
-        """Return the engine of a worker that has made an update; a trainer rank has none to show."""
-        return None
-
     def make_limit(self, scheme: str | None) -> Any:
         """Make this side of a scheme, or for None of the limit; return what the others need of it."""
         side = SchemeSide(
@@ -161,8 +165,7 @@ class Member:
             device=self.device,
             sizes=self.sizes,
             alike=self.parts.all_alike,
-            weights=self.weights,
-            engine=self.engine,
+            process=self,
         )
         if scheme is None:
             limit = load_backend(self.scene.backend).create_limit(side)

@@ -6,11 +6,9 @@ given by name, ``"module:function"``, and called in each process with a `SchemeS
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
-import torch
 
 from weight_transfer.limit import Limit, LimitSide
 
@@ -20,15 +18,11 @@ class SchemeSide(LimitSide):
     """One process that takes part in a scheme.
 
     Attributes:
-        weights: returns this process's tensors by the names of the weights that they are, or are parts of.
-        engine: returns a worker's engine, which has made an update; None on a trainer rank.
+        process: a `weight_transfer.bench.member.Member`, which has the weights, and on a worker the engine.
     """
 
-    weights: Callable[[], Mapping[str, torch.Tensor]]
-    engine: Callable[[], Any]
+    process: Any
 
 
 class Scheme(Limit):
     """One side of a scheme that brings the trainer's weights, so that their bits are compared before it is timed."""
-
-    side: SchemeSide

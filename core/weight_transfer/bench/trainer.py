@@ -51,7 +51,7 @@ class Trainer(Member):
         super().enter()
         if self.parts.all_alike:
             for name, shape in self.parts.shapes.items():
-                self.model.plant(name, _parameter(shape, str(self.device)))
+                self.model.plant(name, _parameter(shape, self.dtype(name), self.device))
         else:
             self._shard()
 
@@ -69,7 +69,7 @@ class Trainer(Member):
         self.stack.callback(dist.destroy_process_group)
         self._gate = dist.new_group(backend="gloo", timeout=_PATIENCE)
         for name, shape in self.parts.shapes.items():
-            self.model.plant(name, _parameter(shape, "meta"))
+            self.model.plant(name, _parameter(shape, self.dtype(name), torch.device("meta")))
         mesh = self._mesh()
         for layer in self.model.get_submodule("model.layers").children():
             fully_shard(layer, mesh=mesh)
@@ -140,5 +140,5 @@ class Trainer(Member):
         return found
 
 
-def _parameter(shape: Sequence[int], device: str) -> nn.Parameter:
-    return nn.Parameter(torch.empty(tuple(shape), dtype=torch.bfloat16, device=device), requires_grad=False)
+def _parameter(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    return nn.Parameter(torch.empty(tuple(shape), dtype=dtype, device=device), requires_grad=False)

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 VERSIONS = (1, 2, 1)
 """That are sent before anything is timed: there and back, so that what arrives is never what was there."""
 
+ROLES = ("weight_transfer.bench.trainer", "weight_transfer.bench.worker")
+"""The modules of the processes that a benchmark starts, unless it has further commands for them."""
+
 _START = 120.0  # seconds in which processes import torch and allocate
 
 
@@ -29,8 +32,7 @@ class Troupe:
     Args:
         scene: who takes part; the file in which ranks meet is made here.
         patience: seconds that one step may take, after the start.
-        trainer: module of the trainer ranks' role.
-        worker: module of the workers' role.
+        roles: modules of the trainer ranks' and of the workers' processes.
 
     Raises:
         AssertionError: a process has died or does not answer; from all methods.
@@ -41,12 +43,11 @@ class Troupe:
         self,
         scene: Scene,
         patience: float,
-        trainer: str = "weight_transfer.bench.trainer",
-        worker: str = "weight_transfer.bench.worker",
+        roles: tuple[str, str] = ROLES,
     ) -> None:
         self.scene = scene
         self.patience = patience
-        self._roles = trainer, worker
+        self._roles = roles
         self.trainers: list[Actor] = []
         self.workers: list[Actor] = []
 

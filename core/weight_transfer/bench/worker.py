@@ -51,7 +51,6 @@ class Worker(Member):
         self._loaded = load_backend(scene.backend)
         self._serving = ExitStack()
         self.stack.callback(self._serving.close)
-        self._engine: Any = None
         self._calls: list[tuple[str, float, Seconds]] = []
         self._ended: tuple[float, float] = (0.0, 0.0)
         self._phases: dict[str, float] = {}
@@ -60,7 +59,7 @@ class Worker(Member):
         super().enter()
         for name, region in self.regions.items():
             if region is not None:
-                part = torch.zeros(region.shape, dtype=torch.bfloat16, device=self.device)
+                part = torch.zeros(region.shape, dtype=self.dtype(name), device=self.device)
                 self.model.plant(name, nn.Parameter(part, requires_grad=False))
         self._watch_engine()
 
@@ -123,10 +122,7 @@ class Worker(Member):
         return int(count)
 
     def engine_memory(self) -> int:
-        return int(self._engine.extra_memory) if self._engine is not None else 0
-
-    def engine(self) -> Any:
-        return self._engine
+        return int(self.engine.extra_memory) if self.engine is not None else 0
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return this worker's tensors by the names of the weights that they are parts of."""
@@ -153,6 +149,6 @@ class Worker(Member):
                 torch.cuda.current_stream(self.device).synchronize()
             seconds = time.perf_counter() - began, time.thread_time() - cpu
             self._calls.append((name, began, seconds))
-            self._engine = engine
+            self.engine = engine
 
         return timed
