@@ -18,7 +18,7 @@ from weight_transfer.model.regions import Region
 
 Shape = tuple[int, ...]
 BY_COLUMNS = ("o_proj", "down_proj")
-_AT_ONCE = {"cpu": 2**20, "cuda": 2**24}  # elements: on the CPU so few that they stay in its cache
+_AT_ONCE = {"cpu": 30_000, "cuda": 2**24}  # elements: of fewer than 2**15 torch makes no threads wait for each other
 
 
 @attrs.frozen
