@@ -23,6 +23,20 @@ def model(name: str, named: Shapes) -> ModelShape:
     return ModelShape(name=name, shapes=named, layers=1, published_layers=1, width=1)
 
 
+def places(device: str, apart: bool) -> tuple[str, str]:
+    """Return the devices of a trainer and a worker: one GPU, or with ``apart`` two.
+
+    Raises:
+        SystemExit: there are too few GPUs.
+    """
+    if device == "cpu":
+        return "cpu", "cpu"
+    needed, gpus = 1 + apart, torch.cuda.device_count()
+    if gpus < needed:
+        raise SystemExit(f"this needs {needed} CUDA devices, and there are {gpus}")
+    return "cuda:0", f"cuda:{needed - 1}"
+
+
 def measured(case: Case) -> Figures:
     """Measure a case; tell standard error each step.
 
@@ -42,7 +56,8 @@ def measured(case: Case) -> Figures:
 def rows_of(found: Figures, way: str = "send") -> Rows:
     """Return what was timed: the limit, the parts of a send and all of it, and schemes."""
     names = {"limit": "limit", "engine": "engine", "update": "update", "send": way}
-    return {title: found[name] for name, title in names.items()} | found.get("schemes", {})
+    schemes: Rows = found.get("schemes", {})
+    return {title: found[name] for name, title in names.items()} | schemes
 
 
 def show(rows: Rows) -> None:

@@ -2,114 +2,69 @@
 
     python benchmarks/verify.py [--backend ipc nccl rdma] [--device cuda] [--peer] [--layers 8] [--json FILE]
 
-Trainer and worker are two processes and talk over HTTP; the worker copies by name. Rounds alternate between the three,
-medians of whole sends are compared, and the best ones, which a busy machine disturbs least. Before, the worker's bytes
-are compared with the trainer's after A, then B, then A again, for each of the three. With ``--peer`` the worker is on
-another GPU, which ``nccl`` on CUDA always needs. Shapes are Llama-3.1-8B's with ``--layers`` layers, or all 32; on the
-CPU half as wide, with a quarter of the vocabulary, 1 GB.
+These are cases of ``weight-transfer bench`` with three senders: trainer and worker are two processes and talk over
+HTTP; the worker copies by name. The three, and the limit, take turns; medians of whole sends are compared, and the best
+ones, which a busy machine disturbs least. Before, all bits of the worker are compared after A, then B, then A again,
+for each of the three. With ``--peer`` the worker is on another GPU, which ``nccl`` on CUDA always needs. Shapes are
+Llama-3.1-8B's with ``--layers`` layers, or all 32; on the CPU half as wide, with a quarter of the vocabulary, 1 GB.
 
-On the CPU the limit is measured beside it: the same bytes copied by all threads, copied with digests of each block, and
-read by all threads, one after another in each round. Where no core is idle, ``wire`` cannot cost less than a copy with
-digests and one more read.
+On the CPU the limit of ``wire`` is measured beside it: the same bytes copied by all threads, copied with digests of
+each block, and read by all threads, in turns. Where no core is idle, ``wire`` cannot cost less than a copy with digests
+and one more read.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import actors
+import rows
 import shapes
 import torch
 
-import weight_transfer as wt
 from weight_transfer.authoring import HostCopies
+from weight_transfer.bench.measuring import Case
+from weight_transfer.bench.turns import in_turns
 from weight_transfer.memory.integrity import Digester, tensor_digests
 
+if TYPE_CHECKING:
+    from weight_transfer.bench.configurations import ModelShape
+
 WAYS = ("none", "wire", "loaded")
-LIFE = 540.0  # seconds of the worker's process
-PATIENCE = 120.0  # seconds of one answer
 
 
-def model(layers: int, device: str) -> shapes.Weights:
-    wide = device != "cpu"
-    names = shapes.llama(layers, 4096, 14336, 32, 8, 128256) if wide else shapes.llama(layers, 2048, 5632, 16, 8, 32064)
-    return shapes.Weights(names, torch.bfloat16, device)
+def model(layers: int, device: str) -> ModelShape:
+    """Return what is sent."""
+    if device == "cpu":
+        return rows.model("Llama", shapes.llama(layers, 2048, 5632, 16, 8, 32064))
+    return rows.model("Llama", shapes.llama(layers, 4096, 14336, 32, 8, 128256))
 
 
-def quiet(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize(device)
-
-
-class Worker:
-    """One model, and a receiver for each sender; made inside of its process."""
-
-    def __init__(self, config: dict[str, Any], layers: int, device: str) -> None:
-        if device != "cpu":
-            torch.cuda.set_device(device)
-        self._weights = model(layers, device)
-        self._receivers = [wt.WeightReceiver(config, self._weights) for _ in WAYS]
-        self._servers = [wt.serve(receiver) for receiver in self._receivers]
-
-    def urls(self) -> list[str]:
-        return [server.url for server in self._servers]
-
-    def forget(self) -> None:
-        for parameter in self._weights.parameters():
-            parameter.data.zero_()
-
-    def digests(self) -> list[str]:
-        return tensor_digests(list(self._weights.parameters()))
-
-    def close(self) -> None:
-        for server in self._servers:
-            server.close()
-        for receiver in self._receivers:
-            receiver.close()
-
-
-def measure(backend: str, places: tuple[str, str], layers: int, rounds: int) -> dict[str, Any]:
+def measure(backend: str, sent: ModelShape, places: tuple[str, str], rounds: int) -> dict[str, Any]:
     """Return what sends cost over a backend."""
-    config = {"backend": backend, "timeout": 60, "init_timeout": 60}
-    worker = actors.Actor("worker", LIFE, Worker, config, layers, places[1])
-    weights = model(layers, places[0])
-    times: dict[str, list[float]] = {way: [] for way in WAYS}
-    try:
-        (urls,) = actors.ask([worker], PATIENCE, "urls")
-        senders = {way: wt.WeightSender({**config, "verify": way}, [url]) for way, url in zip(WAYS, urls, strict=True)}
-        for way, sender in senders.items():
-            for seed in (1, 2, 1):
-                weights.randomise(seed)
-                actors.ask([worker], PATIENCE, "forget")
-                sender.send(weights)
-                if actors.ask([worker], PATIENCE, "digests") != [tensor_digests(list(weights.parameters()))]:
-                    raise SystemExit(f"{backend}, {way}: the worker has other bytes than the trainer")
-        for _ in range(rounds + 1):
-            for way, sender in senders.items():
-                quiet(places[0])
-                since = time.perf_counter()
-                report = sender.send(weights)
-                times[way].append(time.perf_counter() - since)
-        for sender in senders.values():
-            sender.close()
-    finally:
-        actors.end([worker])
-    medians = {way: statistics.median(values[1:]) for way, values in times.items()}
-    best = {way: min(values[1:]) for way, values in times.items()}
+    case = Case(
+        model=sent,
+        config={"backend": backend},
+        trainers=places[:1],
+        workers=places[1:],
+        ways={way: {"verify": way} for way in WAYS},
+        rounds=rounds,
+    )
+    found = rows.measured(case)
+    sends = {"none": found["send"]} | {way: figures["send"] for way, figures in found["ways"].items()}
+    medians = {way: figures["median"] for way, figures in sends.items()}
+    best = {way: figures["min"] for way, figures in sends.items()}
     return {
         "backend": backend,
         "devices": places,
-        "device": torch.cuda.get_device_name(0) if places[0] != "cpu" else f"{torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "tensors": report.params,
-        "bytes": report.nbytes,
+        "tensors": len(sent.shapes),
+        "bytes": sent.nbytes,
         "rounds": rounds,
+        "limit": found["limit"]["median"],
         "seconds": medians,
         "ratio": {way: medians[way] / medians["none"] for way in WAYS},
         "best": best,
@@ -117,25 +72,27 @@ def measure(backend: str, places: tuple[str, str], layers: int, rounds: int) -> 
     }
 
 
-def limits(layers: int, rounds: int) -> dict[str, float]:
+def limits(sent: ModelShape, rounds: int) -> dict[str, float]:
     """Return the seconds in which one process copies the model, copies and digests it, and reads it."""
-    sent, received = model(layers, "cpu"), model(layers, "cpu")
-    sent.randomise(1)
-    source, target = list(sent.parameters()), list(received.parameters())
+    source = [torch.ones(shape, dtype=torch.bfloat16) for shape in sent.shapes.values()]
+    target = [torch.zeros_like(tensor) for tensor in source]
     copies, numbers = HostCopies(target, source), range(len(source))
     ways: dict[str, Callable[[], object]] = {
         "copy": copies.run,
         "copy with digests": lambda: Digester(len(source)).copy(numbers, copies),
         "read": lambda: tensor_digests(source),
     }
-    times: dict[str, list[float]] = {way: [] for way in ways}
+
+    def timed(run: Callable[[], object]) -> Callable[[], float]:
+        def once() -> float:
+            since = time.perf_counter()
+            run()
+            return time.perf_counter() - since
+
+        return once
+
     with torch.no_grad():
-        for _ in range(rounds + 1):
-            for way, run in ways.items():
-                since = time.perf_counter()
-                run()
-                times[way].append(time.perf_counter() - since)
-    return {way: min(values[1:]) for way, values in times.items()}
+        return {way: min(taken) for way, taken in in_turns({way: timed(ways[way]) for way in ways}, rounds).items()}
 
 
 def tell_limits(found: dict[str, float]) -> None:
@@ -153,28 +110,27 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args()
-    layers = options.layers or (32 if options.device == "cuda" else 8)
-    results: list[dict[str, Any]] = []
+    sent = model(options.layers or (32 if options.device == "cuda" else 8), options.device)
+    print(f"{rows.machine(options.device)}; medians of {options.rounds} rounds", flush=True)
+    results: list[dict[str, Any]] = [{"machine": rows.machine(options.device)}]
     if options.device == "cpu":
-        limit = limits(layers, options.rounds)
+        limit = limits(sent, options.rounds)
         tell_limits(limit)
         results.append({"limits": limit})
     for backend in options.backend:
         apart = options.peer or backend == "nccl"
-        places = ("cpu", "cpu") if options.device == "cpu" else ("cuda:0", "cuda:1" if apart else "cuda:0")
-        if options.device == "cuda" and torch.cuda.device_count() <= int(places[1][-1]):
-            print(f"{backend}: left out, it needs {places[1]}", flush=True)
+        if options.device == "cuda" and torch.cuda.device_count() < 1 + apart:
+            print(f"{backend}: left out, it needs {1 + apart} CUDA devices", flush=True)
             continue
-        found = measure(backend, places, layers, options.rounds)
+        places = rows.places(options.device, apart)
+        found = measure(backend, sent, places, options.rounds)
         results.append(found)
-        print(
-            f"{backend}, {' -> '.join(places)} ({found['device']}): {found['tensors']} tensors, "
-            f"{found['bytes'] / 1e9:.2f} GB; medians of {options.rounds} rounds",
-            flush=True,
-        )
-        for way, seconds in found["seconds"].items():
-            rate, ratios = found["bytes"] / seconds / 1e9, (found["ratio"][way], found["ratio of the best"][way])
-            print(f"  {way:8} {seconds * 1e3:9.2f} ms {rate:8.2f} GB/s {ratios[0]:8.3f} {ratios[1]:8.3f}", flush=True)
+        print(f"{backend}, {' -> '.join(places)}: {found['tensors']} tensors, {found['bytes'] / 1e9:.2f} GB")
+        for way, seconds in {"limit": found["limit"], **found["seconds"]}.items():
+            rate = found["bytes"] / seconds / 1e9
+            ratios = [found[ratio].get(way) for ratio in ("ratio", "ratio of the best")]
+            beside = "".join(f" {ratio:8.3f}" for ratio in ratios if ratio is not None)
+            print(f"  {way:8} {seconds * 1e3:9.2f} ms {rate:8.2f} GB/s{beside}", flush=True)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
 
