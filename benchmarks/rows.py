@@ -73,13 +73,9 @@ def show(rows: Rows) -> None:
 
 def show_memory(memory: Mapping[str, Mapping[str, int]], what: str = "") -> None:
     """Print a line with what each process took beyond its weights."""
-    sides = ", ".join(f"{who} {in_mib(counts)}" for who, counts in memory.items())
+    in_mib = {who: "/".join(f"{count / 2**20:.0f}" for count in counts.values()) for who, counts in memory.items()}
+    sides = ", ".join(f"{who} {told}" for who, told in in_mib.items())
     print(f"  extra MiB ({'/'.join(next(iter(memory.values())))}){what}: {sides}", flush=True)
-
-
-def in_mib(counts: Mapping[str, int]) -> str:
-    """Return numbers of bytes in MiB."""
-    return "/".join(f"{nbytes / 2**20:.0f}" for nbytes in counts.values())
 
 
 def machine(device: str) -> str:
