@@ -61,7 +61,8 @@ class Troupe:
                 (self._roles[1], self.workers, self.scene.workers, "worker"),
             ):
                 for number in range(len(devices)):
-                    actors.append(Actor(role, called=f"{name} {number}", scene=spec, number=number))
+                    called = f"{name} {number}"
+                    actors.append(Actor(role, shielded=True, called=called, scene=spec, number=number))
             ask_all(self.everyone, _START, "enter")
             self._stack = stack.pop_all()
         return self

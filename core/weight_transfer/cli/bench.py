@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,17 @@ if TYPE_CHECKING:
 
 _SHAPES = ("llama-3.1-8b", "qwen3-30b-a3b")
 _AT_LEAST_ONE = click.IntRange(min=1)
+_SECONDS = click.FloatRange(min=1, max=86_400)
+_FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
+
+
+def _require_place(ctx: click.Context, _parameter: click.Parameter, file: Path | None) -> Path | None:
+    """Refuse a file that could not be written in the end, before anything is measured."""
+    if file is not None and not file.parent.is_dir():
+        raise click.UsageError(f"There is no folder {file.parent} for {file.name}.", ctx)
+    if file is not None and not file.exists() and not os.access(file.parent, os.W_OK):
+        raise click.UsageError(f"The folder {file.parent} for {file.name} cannot be written to.", ctx)
+    return file
 
 
 @click.command(short_help="Measure updates beside what bounds them.")
@@ -52,9 +64,7 @@ _AT_LEAST_ONE = click.IntRange(min=1)
     show_default=True,
     help="What trainer and workers compare themselves in each update.",
 )
-@click.option(
-    "--timeout", type=click.FloatRange(min=1), default=60.0, show_default=True, help="Seconds for one update."
-)
+@click.option("--timeout", type=_SECONDS, default=60.0, show_default=True, help="Seconds for one update.")
 @click.option(
     "--sweep",
     "sweeps",
@@ -62,8 +72,8 @@ _AT_LEAST_ONE = click.IntRange(min=1)
     multiple=True,
     help="Send as many bytes in 1 to 10,000 tensors, or more and more bytes in 100; may be repeated.",
 )
-@click.option("--json", "json_file", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path), help="Results.")
-@click.option("--html", "html_file", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path), help="A page.")
+@click.option("--json", "json_file", metavar="FILE", type=_FILE, callback=_require_place, help="Results.")
+@click.option("--html", "html_file", metavar="FILE", type=_FILE, callback=_require_place, help="A page.")
 @click.pass_context
 def bench(
     ctx: click.Context,
@@ -84,7 +94,7 @@ def bench(
 
     What --layers and --width do not say is chosen, so that a model takes a few seconds, and shown.
 
-    The exit status is 1 if a case fails, or brings other bytes.
+    The exit status is 1 if a case fails, or brings other bytes, or a file cannot be written.
 
     \b
     Example:
@@ -93,12 +103,10 @@ def bench(
       weight-transfer bench --sweep tensors --sweep bytes
     """  # noqa: D301  (click wants the character itself)
     options.require("http", "httpx", "starlette", "uvicorn")
-    for file in filter(None, (json_file, html_file)):
-        if not file.parent.is_dir():
-            raise click.UsageError(f"There is no folder {file.parent} for {file.name}.", ctx)
     import torch
 
     from weight_transfer.bench.choosing import Options, with_backends
+    from weight_transfer.bench.page import render
     from weight_transfer.bench.running import run
     from weight_transfer.cli.bench_tables import tables
     from weight_transfer.cli.tables import console
@@ -112,15 +120,21 @@ def bench(
     shown = console()
     for table in tables(results):
         shown.print(table)
-    if json_file is not None:
-        json_file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    if html_file is not None:
-        from weight_transfer.bench.page import render
-
-        html_file.write_text(render(results), encoding="utf-8")
+    texts = {json_file: json.dumps(results, indent=1) + "\n", html_file: render(results)}
+    failed = [not _written(file, text) for file, text in texts.items() if file is not None]
     points = [*results["cases"], *(point for sweep in results["sweeps"] for point in sweep["points"])]
-    if any(point["error"] for point in points):
+    if any(failed) or any(point["error"] for point in points):
         ctx.exit(1)
+
+
+def _written(file: Path, text: str) -> bool:
+    """Write a file; if that fails, say so, and return False."""
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        click.echo(f"error: {file} cannot be written: {error.strerror}.", err=True)
+        return False
+    return True
 
 
 @contextmanager
