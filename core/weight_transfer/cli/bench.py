@@ -118,7 +118,7 @@ def bench(
         wanted = Options(backends=(), shapes=shapes, device=device or ("cuda" if gpus else "cpu"), **given)
         results = run(*with_backends(wanted, backends, gpus), tell)
     shown = console()
-    for table in tables(results):
+    for table in tables(results, shown.width):
         shown.print(table)
     texts = {json_file: json.dumps(results, indent=1) + "\n", html_file: render(results)}
     failed = [not _written(file, text) for file, text in texts.items() if file is not None]
@@ -140,10 +140,10 @@ def _written(file: Path, text: str) -> bool:
 @contextmanager
 def _progress() -> Iterator[Tell]:
     """Provide what shows the step that is under way, on standard error: without a terminal a line for each case."""
+    from weight_transfer.cli.tables import working
+
     if not sys.stderr.isatty():
         yield lambda what, step: None if step else click.echo(what, err=True)
         return
-    from rich.console import Console
-
-    with Console(stderr=True, highlight=False, markup=False).status("") as status:
-        yield lambda what, step: status.update(": ".join(filter(None, (what, step))))
+    with working("") as tell:
+        yield lambda what, step: tell(": ".join(filter(None, (what, step))))
