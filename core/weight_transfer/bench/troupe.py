@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -52,6 +53,7 @@ class Troupe:
         self.workers: list[Actor] = []
 
     def __enter__(self) -> Self:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # for them: threads that spin longer crawl on a busy machine
         with ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
             spec = attrs.evolve(self.scene, store=str(Path(folder) / "store")).to_dict()
