@@ -18,7 +18,7 @@ from weight_transfer.bench.turns import in_turns
 Figures = dict[str, Any]
 """JSON-safe."""
 
-_BESIDE = 60.0  # seconds that a step may take beside its timeout: to fill weights, and to compare them
+_BESIDE = 60.0  # seconds that a step may take beside its timeout
 
 
 @attrs.frozen(kw_only=True)

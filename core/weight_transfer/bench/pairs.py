@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from weight_transfer.config.settings import WeightTransferConfig
 
 _TENSORS = 16
-_PATIENCE = 120.0  # seconds of one step: filling weights, an update, comparing
+_PATIENCE = 120.0  # seconds of one step
 
 
 @attrs.frozen(kw_only=True)

@@ -24,6 +24,7 @@ VERSIONS = (1, 2, 1)
 ROLES = ("weight_transfer.bench.trainer", "weight_transfer.bench.worker")
 """The modules of the processes that a benchmark starts, unless it has further commands for them."""
 
+_COMPARED = 100e6  # bytes of bits that are made and compared in a second, at the least
 _START = 120.0  # seconds in which processes import torch and allocate
 
 
@@ -32,7 +33,7 @@ class Troupe:
 
     Args:
         scene: who takes part; the file in which ranks meet is made here.
-        patience: seconds that one step may take, after the start.
+        patience: seconds that one step may take, after the start, beside those in which bits are made and compared.
         roles: modules of the trainer ranks' and of the workers' processes.
 
     Raises:
@@ -40,14 +41,9 @@ class Troupe:
         WeightTransferError: something failed in one.
     """
 
-    def __init__(
-        self,
-        scene: Scene,
-        patience: float,
-        roles: tuple[str, str] = ROLES,
-    ) -> None:
+    def __init__(self, scene: Scene, patience: float, roles: tuple[str, str] = ROLES) -> None:
         self.scene = scene
-        self.patience = patience
+        self.patience = patience + scene.parts.nbytes / _COMPARED
         self._roles = roles
         self.trainers: list[Actor] = []
         self.workers: list[Actor] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ import click
 from weight_transfer.cli import options
 
 if TYPE_CHECKING:
+    from weight_transfer.bench.measuring import Figures
     from weight_transfer.bench.running import Tell
 
 _SHAPES = ("llama-3.1-8b", "qwen3-30b-a3b")
@@ -120,11 +121,15 @@ def bench(
     shown = console()
     for table in tables(results, shown.width):
         shown.print(table)
-    texts = {json_file: json.dumps(results, indent=1) + "\n", html_file: render(results)}
-    failed = [not _written(file, text) for file, text in texts.items() if file is not None]
+    wanted: list[tuple[Path | None, Callable[[Figures], str]]] = [(json_file, _as_json), (html_file, render)]
+    failed = [not _written(file, text_of(results)) for file, text_of in wanted if file is not None]
     points = [*results["cases"], *(point for sweep in results["sweeps"] for point in sweep["points"])]
     if any(failed) or any(point["error"] for point in points):
         ctx.exit(1)
+
+
+def _as_json(results: Figures) -> str:
+    return json.dumps(results, indent=1) + "\n"
 
 
 def _written(file: Path, text: str) -> bool:
