@@ -121,8 +121,8 @@ def bench(
     shown = console()
     for table in tables(results, shown.width):
         shown.print(table)
-    wanted: list[tuple[Path | None, Callable[[Figures], str]]] = [(json_file, _as_json), (html_file, render)]
-    failed = [not _written(file, text_of(results)) for file, text_of in wanted if file is not None]
+    files: list[tuple[Path | None, Callable[[Figures], str]]] = [(json_file, _as_json), (html_file, render)]
+    failed = [not _written(file, text_of(results)) for file, text_of in files if file is not None]
     points = [*results["cases"], *(point for sweep in results["sweeps"] for point in sweep["points"])]
     if any(failed) or any(point["error"] for point in points):
         ctx.exit(1)
