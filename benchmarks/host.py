@@ -97,7 +97,7 @@ def one_to_all(options: argparse.Namespace, case: str) -> Command:
     named = {"dense": "toy", "moe": "toy-moe"}[case] if options.quick else case
     arguments += ["--case", named, "--rounds", str(options.rounds)]
     arguments += [] if options.quick else layers(options, case)
-    return Command(f"nccl one-to-all {case}", 90, arguments)
+    return Command(f"nccl one-to-all {case}", 90 if case == "dense" else 150, arguments)
 
 
 def layers(options: argparse.Namespace, case: str) -> list[str]:

@@ -14,8 +14,8 @@ REGIONS = {
 }
 SCHEMES = {
     "limit": "limit",
-    "ours": "engine",
-    "ours, send": "whole `send`",
+    "engine": "engine",
+    "send": "whole `send`",
     "per tensor": "per tensor",
     "packed": "packed",
 }

@@ -32,129 +32,31 @@ import struct
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import actors
 import no_bytes
+from overhead_hosts import CONFIG, Timed
 
 import weight_transfer as wt
-from weight_transfer.control import create_app
-from weight_transfer.control.http_server import Server
+from weight_transfer.testing.actors import Actor, ask_all
 
-CONFIG = {"backend": no_bytes.NAME, "verify": "none", "timeout": 60, "init_timeout": 60}
 PHASES = ("init", "start", "update", "finish")
-LIFE = 540.0  # seconds of a process of workers
 PATIENCE = 240.0  # seconds of one measurement
 
 
-class Timed(wt.WeightReceiver):
-    """Takes the time of its calls."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.seconds: dict[str, list[float]] = defaultdict(list)
-
-    def start_weight_update(self, session: str | None = None) -> None:
-        with self._timed("start"):
-            super().start_weight_update(session)
-
-    def update_weights(self, update_info: dict[str, Any]) -> dict[str, Any]:
-        with self._timed("update"):
-            return super().update_weights(update_info)
-
-    def finish_weight_update(self, weight_version: Any = None, session: Any = None, update: Any = None) -> None:
-        with self._timed("finish"):
-            super().finish_weight_update(weight_version, session, update)
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        since = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase].append(time.perf_counter() - since)
-
-
-class Workers:
-    """Some receivers of one process, each behind a server; made inside of it."""
-
-    def __init__(self, params: int, count: int) -> None:
-        model = no_bytes.Tiny(params)
-        self._receivers = [Timed(CONFIG, model) for _ in range(count)]
-        self._servers = [wt.serve(receiver) for receiver in self._receivers]
-
-    def urls(self) -> list[str]:
-        return [server.url for server in self._servers]
-
-    def seconds(self) -> list[dict[str, list[float]]]:
-        return [dict(receiver.seconds) for receiver in self._receivers]
-
-    def close(self) -> None:
-        for server in self._servers:
-            server.close()
-        for receiver in self._receivers:
-            receiver.close()
-
-
-class Played:
-    """A control channel that has no worker behind it, and says yes."""
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        pass
-
-    def start_weight_update(self, session: str | None = None) -> None:
-        pass
-
-    def update_weights(self, update_info: dict[str, Any]) -> dict[str, Any]:
-        return {"transport": "nothing", "warnings": []}
-
-    def finish_weight_update(self, weight_version: Any = None, session: str | None = None) -> None:
-        pass
-
-    def abort_weight_update(self, reason: str = "", session: str | None = None) -> None:
-        pass
-
-    def status(self) -> dict[str, Any]:
-        return {"state": "ready", "version": None, "backend": no_bytes.NAME, "workers": 1, "id": str(id(self))}
-
-    def when_sampled(self, tell: Callable[[], object]) -> Callable[[], None]:
-        return lambda: None
-
-
-class Players:
-    """Many workers of one process behind one server, each at a path of its own; made inside of it."""
-
-    def __init__(self, count: int) -> None:
-        self._apps = {f"/{number}": create_app(Played()) for number in range(count)}
-        self._server = Server(self, "127.0.0.1", 0)
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self._apps["/0"](scope, receive, send)
-            return
-        at = "/" + scope["path"].split("/")[1]
-        await self._apps[at]({**scope, "root_path": at}, receive, send)
-
-    def urls(self) -> list[str]:
-        return [self._server.url + path for path in self._apps]
-
-    def close(self) -> None:
-        self._server.close()
-
-
 @contextmanager
-def hosted(kind: type, each: list[tuple[Any, ...]]) -> Iterator[list[actors.Actor]]:
-    """Have objects in processes of their own."""
-    hosts = [actors.Actor(f"{kind.__name__} {number}", LIFE, kind, *given) for number, given in enumerate(each)]
-    try:
+def hosted(kind: str, each: list[dict[str, int]]) -> Iterator[list[Actor]]:
+    """Have objects of `overhead_hosts` in processes of their own."""
+    with ExitStack() as stack:
+        hosts = []
+        for number, given in enumerate(each):
+            hosts.append(Actor("overhead_hosts", called=f"{kind} {number}", kind=kind, given=given))
+            stack.callback(hosts[-1].stop)
         yield hosts
-    finally:
-        actors.end(hosts)
 
 
 def measure(channel: str, params: int, workers: int, rounds: int) -> dict[str, Any]:
@@ -169,10 +71,10 @@ def measure(channel: str, params: int, workers: int, rounds: int) -> dict[str, A
     else:
         processes = min(2, workers)
         counts = [workers // processes + (number < workers % processes) for number in range(processes)]
-        with hosted(Workers, [(params, count) for count in counts]) as hosts:
-            urls = [url for some in actors.ask(hosts, PATIENCE, "urls") for url in some]
+        with hosted("Workers", [{"params": params, "count": count} for count in counts]) as hosts:
+            urls = [url for some in ask_all(hosts, PATIENCE, "urls") for url in some]
             result = sends(urls, params, rounds)
-            side = [own for some in actors.ask(hosts, PATIENCE, "seconds") for own in some]
+            side = [own for some in ask_all(hosts, PATIENCE, "seconds") for own in some]
     inside = {phase: [statistics.median(own[phase][-rounds:]) for own in side] for phase in PHASES[1:]}
     result["worker"] = {phase: statistics.mean(found) for phase, found in inside.items()}
     return {"channel": channel, "params": params, "workers": workers, **result}
@@ -338,8 +240,8 @@ def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
     print(f"channel  params workers   send  {phases}      send threads  files     bytes")
     results = []
     for workers, params in itertools.product(options.fleet, options.params):
-        with hosted(Players, [(workers,)]) as hosts:
-            (urls,) = actors.ask(hosts, PATIENCE, "urls")
+        with hosted("Players", [{"count": workers}]) as hosts:
+            (urls,) = ask_all(hosts, PATIENCE, "urls")
             found = sends(urls, params, options.rounds)
         results.append({"channel": "played", "params": params, "workers": workers, **found})
         show(results[-1])

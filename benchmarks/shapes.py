@@ -1,31 +1,12 @@
-"""Shapes of real models, for benchmarks: modules without a forward pass, filled with random bits."""
+"""Shapes of real models, for benchmarks."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-import torch
-from torch import nn
-
 from weight_transfer.bench.architectures import shapes_of
 from weight_transfer.bench.configurations import model_shape
-
-
-class Weights(nn.Module):
-    """A bag of parameters, by name."""
-
-    def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: str = "cpu") -> None:
-        super().__init__()
-        for name, shape in shapes.items():
-            parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
-            self.register_parameter(name.replace(".", "/"), parameter)
-
-    def randomise(self, seed: int) -> None:
-        """Fill every parameter with normal numbers that depend on ``seed``."""
-        generator = torch.Generator(next(self.parameters()).device).manual_seed(seed)
-        for parameter in self.parameters():
-            parameter.data.normal_(generator=generator)
 
 
 def llama(

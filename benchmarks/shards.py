@@ -50,6 +50,7 @@ from typing import Any
 
 import shapes
 import torch
+from rows import show_memory
 from shards_run import Run, summary
 
 from weight_transfer.bench.member import Scene
@@ -139,8 +140,7 @@ def show(found: dict[str, Any]) -> None:
     gathered = found["gathered_bytes"]
     print(f"  kept by the workers {kept} GB, as much moved; given by the ranks {given} GB; gathered {gathered} bytes")
     for name, memory in found["memory"].items():
-        sides = [f"{who} {in_mib(counts)}" for who, counts in memory.items()]
-        print(f"  extra MiB ({'/'.join(next(iter(memory.values())))}), {name}: {', '.join(sides)}")
+        show_memory(memory, f", {name}")
     phases = ", ".join(f"{name} {seconds * 1e3:.2f}" for name, seconds in found["phases_s"].items())
     print(f"  phases of send, ms: {phases}; over {', '.join(found['transports'])}")
     for warning in found["warnings"]:
@@ -153,10 +153,6 @@ def show(found: dict[str, Any]) -> None:
             f"{row['of_limit']:10.3f}{row['of_copies']:10.3f}{cpu:>12}",
             flush=True,
         )
-
-
-def in_mib(counts: dict[str, int]) -> str:
-    return "/".join(f"{nbytes / 2**20:.0f}" for nbytes in counts.values())
 
 
 def described(options: argparse.Namespace, parts: Parts) -> str:

@@ -7,15 +7,19 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from weight_transfer.bench.troupe import VERSIONS, Troupe
+from weight_transfer.bench.troupe import VERSIONS, Troupe, slowest
+from weight_transfer.bench.turns import in_turns
 
 if TYPE_CHECKING:
     from weight_transfer.bench.member import Scene
     from weight_transfer.testing.actors import Actor
+
+Rows = Mapping[str, tuple[float, float | None]]
+"""By row the seconds of one round: wall time, and the CPU time of the thread where that is known."""
 
 
 def tell(text: str) -> None:
@@ -34,10 +38,9 @@ class Run(Troupe):
     """
 
     def __init__(self, scene: Scene, seconds: float, life: float, repeat: int, gathers: bool) -> None:
-        super().__init__(scene, seconds, "shards_trainer", "shards_worker")
+        super().__init__(scene, seconds, ("shards_trainer", "shards_worker"))
         self.seconds, self.until, self.repeat, self.gathers = seconds, time.monotonic() + life, repeat, gathers
-        self.times: dict[str, list[float]] = {}
-        self.cpu: dict[str, list[float]] = {}
+        self.times: dict[str, list[tuple[float, float | None]]] = {}
         self.facts: dict[str, Any] = {"bits_equal": [], "memory": {}}
         self.has_copies = False
         self.taken = [scene.parts.by_rank(worker) for worker in range(len(scene.workers))]
@@ -58,31 +61,17 @@ class Run(Troupe):
     def measure(self) -> None:
         """Do everything."""
         self.connect()
-        self.ask(self.workers, "forget")
         for version in VERSIONS:
-            tell(f"bits of version {version}: ours, plain copies")
-            self._bring(version, self._send, "ours")
+            self._compare("ours", version, self._send)
             if not self.has_copies:
                 self._prepare_copies()
             if not self.on_gpu:
                 self.ask(self.workers, "hold_seed", seed=version)
-            self.ask(self.workers, "forget")
-            self._copy()
-            self._require_bits("plain copies", version)
+            self._compare("plain copies", version, self._copy)
         self.open_limit()
-        self.times.clear()
-        self.cpu.clear()
-        steps = (self._send, self._copy, self._reach_limit)
-        for number in range(self.repeat + 1):
-            tell(f"round {number} of {self.repeat}")
-            for step in range(len(steps)):  # a system that is busy favours whoever has rested
-                steps[(number + step) % len(steps)]()
-        self.times = {name: values[1:] for name, values in self.times.items()}
-        self.cpu = {name: values[1:] for name, values in self.cpu.items()}
-        self.ask(self.workers, "forget")
-        self.ask(self.trainers, "send")
-        self._require_bits("ours after the rounds", VERSIONS[-1])
-        self.close_limit()
+        self._time([self._send, self._copy, self._reach_limit], self.repeat)
+        self._compare("ours after the rounds", VERSIONS[-1], self._send)
+        self.close_limits()
         self.ask(self.workers, "unpair")
         if self.gathers:
             self._measure_gathering()
@@ -90,28 +79,23 @@ class Run(Troupe):
     def _measure_gathering(self) -> None:
         self.ask(self.trainers, "disconnect")
         self.connect()
-        self.ask(self.workers, "forget")
         for version in VERSIONS:
-            tell(f"bits of version {version}: gathered")
-            self._bring(version, self._gather, "gathered")
-        for name in ("gathered", "gathered, engine"):
-            self.times[name].clear()
-        for number in range(max(2, self.repeat // 3)):
-            tell(f"gathered: round {number + 1}")
-            self._gather()
+            self._compare("gathered", version, self._gather)
+        self._time([self._gather], max(2, self.repeat // 3))
 
-    def _bring(self, version: int, move: Callable[[], None], what: str) -> None:
-        """Fill the trainer's shards, move them, and compare all bits; the first time, watch the memory."""
-        self.ask(self.trainers, "fill", seed=version)
-        is_first = what not in self.facts["memory"]
-        if is_first:
-            self.ask(self.everyone, "tidy")
-            self.ask(self.everyone, "before")
-        move()
-        if is_first:
-            memory = self.ask(self.everyone, "memory")
-            self.facts["memory"][what] = dict(zip([actor.called for actor in self.everyone], memory, strict=True))
-        self._require_bits(what, version)
+    def _compare(self, what: str, version: int, move: Callable[[], object]) -> None:
+        """Bring a version; of the first one that comes in this way, keep the memory."""
+        tell(f"bits of version {version}: {what}")
+        memory = self.bring(version, move)
+        self.facts["memory"].setdefault(what, memory)
+        if what not in self.facts["bits_equal"]:
+            self.facts["bits_equal"].append(what)
+
+    def _time(self, steps: Sequence[Callable[[], Rows]], repeat: int) -> None:
+        """Have steps take turns, and keep the seconds of their rows."""
+        for rounds in in_turns({step.__name__: step for step in steps}, repeat, tell).values():
+            for name in rounds[0]:
+                self.times[name] = [rows[name] for rows in rounds]
 
     def _prepare_copies(self) -> None:
         self.has_copies = True
@@ -124,29 +108,14 @@ class Run(Troupe):
     def on_gpu(self) -> bool:
         return self.scene.trainers[0] != "cpu"
 
-    def _require_bits(self, what: str, version: int) -> None:
-        self.require_bits(version)
-        if what not in self.facts["bits_equal"]:
-            self.facts["bits_equal"].append(what)
-
-    def _note(self, row: str, seconds: float, cpu: float | None = None) -> None:
-        self.times.setdefault(row, []).append(seconds)
-        if cpu is not None:
-            self.cpu.setdefault(row, []).append(cpu)
-
-    def _note_slowest(self, row: str, taken: Sequence[tuple[float, float]]) -> None:
-        self._note(row, max(wall for wall, _ in taken), max(cpu for _, cpu in taken))
-
-    def _send(self) -> None:
-        report = self.ask(self.trainers, "send")[0]
-        taken = [each["receive_regions"] for each in self.ask(self.workers, "engine_seconds")]
-        self._note("send", report["send"])
-        self._note("update", report["seconds"]["update"])
-        self._note_slowest("engine", taken)
-        for phase, seconds in report["seconds"].items():
-            self._note(f"phase {phase}", seconds)
+    def _send(self) -> Rows:
+        report = self.send("send")
+        engine = slowest(each["receive_regions"] for each in self.ask(self.workers, "engine_seconds"))
         self._require_counts(report)
         self.facts["report"] = report
+        phases = {f"phase {phase}": (seconds, None) for phase, seconds in report["seconds"].items()}
+        update = report["seconds"]["update"], None
+        return {"send": (report["send"], None), "update": update, "engine": engine, **phases}
 
     def _require_counts(self, report: dict[str, Any]) -> None:
         """See that exactly what the workers keep was moved, and from where it lies.
@@ -167,19 +136,18 @@ class Run(Troupe):
             )
         self.facts |= {"kept": kept, "given": given, "taken": self.taken}
 
-    def _gather(self) -> None:
+    def _gather(self) -> Rows:
         report = self.ask(self.trainers, "gather")[0]
-        taken = [each["receive_weights"] for each in self.ask(self.workers, "engine_seconds")]
-        self._note("gathered", report["send"])
-        self._note_slowest("gathered, engine", taken)
+        engine = slowest(each["receive_weights"] for each in self.ask(self.workers, "engine_seconds"))
         if report["kept"] or report["gathered"] != self.scene.parts.nbytes:
             raise SystemExit(f"gathering was to move all {self.scene.parts.nbytes} bytes whole: {report}")
+        return {"gathered": (report["send"], None), "gathered, engine": engine}
 
-    def _copy(self) -> None:
-        self._note_slowest("plain copies", self.ask(self.workers, "copy_plainly"))
+    def _copy(self) -> Rows:
+        return {"plain copies": slowest(self.ask(self.workers, "copy_plainly"))}
 
-    def _reach_limit(self) -> None:
-        self._note_slowest("limit", self.run_limit())
+    def _reach_limit(self) -> Rows:
+        return {"limit": self.run_limit()}
 
 
 ROWS = ("limit", "plain copies", "engine", "update", "send", "gathered", "gathered, engine")
@@ -187,14 +155,14 @@ ROWS = ("limit", "plain copies", "engine", "update", "send", "gathered", "gather
 
 def summary(run: Run) -> dict[str, Any]:
     """Return the figures of a run, JSON-safe."""
-    medians = {name: statistics.median(values) for name, values in run.times.items()}
+    medians = {name: statistics.median(wall for wall, _ in values) for name, values in run.times.items()}
     most = max(run.facts["kept"])
     rows = {}
     for name in [name for name in ROWS if name in medians]:
-        seconds, cpu = medians[name], run.cpu.get(name)
+        seconds, cpu = medians[name], [taken for _, taken in run.times[name] if taken is not None]
         rows[name] = {
             "median_s": seconds,
-            "best_s": min(run.times[name]),
+            "best_s": min(wall for wall, _ in run.times[name]),
             "GBps": most / seconds / 1e9,
             "of_limit": medians["limit"] / seconds,
             "of_copies": medians["plain copies"] / seconds,

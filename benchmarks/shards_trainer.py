@@ -37,7 +37,7 @@ class Trainer(trainer.Trainer):
 
     def gather(self) -> dict[str, Any]:
         """Send what is gathered; as `send`."""
-        return self._send(self._gathered)
+        return self._send("send", self._gathered)
 
     def where(self) -> dict[str, Any]:
         """Return handles and bytes of this rank's GPU allocations; and by name in which one a shard lies, and where."""
@@ -46,7 +46,7 @@ class Trainer(trainer.Trainer):
         numbers: dict[int, int] = {}
         allocations: list[tuple[str, int]] = []
         places: dict[str, tuple[int, int]] = {}
-        for name, tensor in self._local().items():
+        for name, tensor in self.weights().items():
             index, address = self.device.index, tensor.data_ptr()
             if not tensor.numel():
                 continue

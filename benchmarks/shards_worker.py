@@ -77,7 +77,7 @@ class Worker(worker.Worker):
 
     def _pair(self, shard: Callable[[int, str], torch.Tensor]) -> None:
         """Pair each piece with its place, as integers, since copies of floats may change the bits of NaNs on a GPU."""
-        targets = self.targets()
+        targets = self.weights()
         self._pairs = [
             (
                 targets[piece.name].view(torch.int16)[piece.target],

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +64,7 @@ def test_cases_of_several_backends_are_a_table_a_file_and_a_page(
     shape: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweeping, "_TENSORS", (10,))
+    monkeypatch.setattr(sweeping, "_ALL_BYTES", {"cpu": 10_000})
     files = tmp_path / "results.json", tmp_path / "page.html"
     given = ["--device", "cpu", "--rounds", 2, "--sweep", "tensors", "--json", files[0], "--html", files[1]]
     done = bench("--backend", "ipc", "--backend", "zeromq", "--shape", shape, "--workers", 2, *given)
@@ -105,19 +110,26 @@ def test_ranks_send_to_workers_that_share_a_copy(shape: Path, tmp_path: Path) ->
 
 
 def test_other_bits_are_noticed() -> None:
-    case = Case(model=alike(3, 64), config={"backend": "ipc"}, trainers=["cpu"], workers=["cpu"])
+    schemes = {"idle": "support.idle_scheme:Idle"}
+    case = Case(model=alike(3, 64), config={"backend": "ipc"}, trainers=["cpu"], workers=["cpu"], schemes=schemes)
     with Troupe(case.scene, 60) as troupe:
         troupe.connect()
-        troupe.bring(1)
+        for actor in troupe.everyone:
+            os.kill(actor.pid, signal.SIGINT)  # a terminal tells all; only the command heeds it
+        troupe.bring(1, lambda: troupe.send("send"))
         with pytest.raises(TransferError, match=r"\[9\d\] elements that are not those of version 2"):
             troupe.require_bits(2)
+        assert troupe.open_limit("idle") == ("nothing", True)
+        with pytest.raises(TransferError, match=r"elements that are not those of version 1"):
+            troupe.bring(1, lambda: troupe.run_limit("idle"))
 
 
 @pytest.mark.usefixtures("acme")
 def test_a_case_that_fails_is_a_row_and_the_status(shape: Path, tmp_path: Path) -> None:
     file = tmp_path / "results.json"
-    done = bench("--backend", "acme", "--shape", shape, "--device", "cpu", "--json", file)
+    done = bench("--backend", "acme", "--shape", shape, "--device", "cpu", "--html", "/dev/full", "--json", file)
     assert done.exit_code == 1
+    assert "error: /dev/full cannot be written: No space left on device." in done.stderr
     (case,) = json.loads(file.read_text())["cases"]
     assert "nowhere" in case["error"] and case["send"] is None and case["kept"] == []
     assert f"acme: error: {case['error']}" in done.stdout
@@ -153,6 +165,26 @@ def test_what_cannot_be_measured_is_said(arguments: list[object], sentence: str)
     done = bench(*arguments)
     assert done.exit_code == 2
     assert sentence in done.stderr
+
+
+def test_a_file_that_could_not_be_written_is_refused_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)
+    done = bench("--html", tmp_path / "page.html")
+    assert done.exit_code == 2
+    assert f"The folder {tmp_path} for page.html cannot be written to." in done.stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_it_and_its_processes_without_a_word_of_theirs(shape: Path) -> None:
+    command = [sys.executable, "-c", "from weight_transfer.cli import main; main()", "bench", "--backend", "ipc"]
+    command += ["--shape", str(shape), "--rounds", "1000000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stderr is not None
+    while "to 1 worker on" not in process.stderr.readline():
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)  # until its processes have closed what they inherited
+    assert (process.returncode, said.split()) == (1, ["Aborted!"])
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

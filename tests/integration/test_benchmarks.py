@@ -1,4 +1,4 @@
-"""What is measured on a host with several GPUs runs on CPUs, too, on small weights."""
+"""The scripts of ``benchmarks`` set more beside updates, and run on CPUs, too, on small weights."""
 
 from __future__ import annotations
 
@@ -6,10 +6,36 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import nccl
 import pytest
+import rdma
+
+from weight_transfer.bench.measuring import Case, Figures, measure
+from weight_transfer.bench.sweeping import alike
 
 ROOT = Path(__file__).parents[2]
+MODEL = alike(3, 4096)
+
+
+def compared(backend: str, **more: Any) -> Figures:
+    case = Case(model=MODEL, config={"backend": backend}, trainers=["cpu"], workers=["cpu"], rounds=1, **more)
+    return measure(case)
+
+
+@pytest.mark.parametrize(("backend", "schemes"), [("nccl", nccl.SCHEMES), ("rdma", rdma.SCHEMES)])
+def test_schemes_stand_beside_updates(backend: str, schemes: dict[str, str]) -> None:
+    found = compared(backend, schemes=schemes)
+    assert found["schemes"].keys() == schemes.keys()
+    assert all(figures["median"] > 0 for figures in found["schemes"].values())
+
+
+def test_a_cast_stands_beside_an_exact_send() -> None:
+    ways: dict[str, dict[str, Any]] = {"cast": {"cast": {"*": "bfloat16"}}, "exact": {"verify": "wire"}}
+    alone, roles = {"to()": "cast_trainer:CastAlone"}, ("cast_trainer", "cast_worker")
+    found = compared("ipc", ways=ways, schemes=alone, roles=roles)
+    assert found["ways"].keys() == {"exact"} and found["schemes"].keys() == alone.keys()
 
 
 @pytest.mark.slow

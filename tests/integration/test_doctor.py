@@ -12,8 +12,8 @@ from click.testing import CliRunner, Result
 
 import weight_transfer as wt
 from weight_transfer import load_backend
+from weight_transfer.bench.pairs import links, measure
 from weight_transfer.cli import main
-from weight_transfer.doctor.pairs import links, measure
 
 PLUGIN = """
 from weight_transfer.authoring import API_VERSION, Backend, Check, Probe, Verdict, hookimpl
@@ -119,7 +119,7 @@ def test_a_link_that_the_backend_does_not_offer_is_none_that_fails() -> None:
 
 
 def test_links_are_those_that_a_backend_can_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weight_transfer.doctor.pairs.find_gpus", lambda: type("", (), {"indices": [0, 1, 2]}))
+    monkeypatch.setattr("weight_transfer.bench.pairs.find_gpus", lambda: type("", (), {"indices": [0, 1, 2]}))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
     between = [("cuda:0", "cuda:1"), ("cuda:0", "cuda:2"), ("cuda:1", "cuda:2")]
     assert [*links("loopback")] == []

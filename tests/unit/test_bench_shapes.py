@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,12 +91,25 @@ def test_a_path_is_a_shape_too(tmp_path: Path) -> None:
     assert (model.layers, model.published_layers, len(model.shapes)) == (2, 3, 21)
 
 
+def config(**changes: Any) -> str:
+    return json.dumps(SMALL["llama"] | {"model_type": "llama", "num_hidden_layers": 2} | changes)
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
         ("{", "is not JSON"),
         ("[]", "holds list, and a configuration is an object"),
-        ("{}", "says nothing of num_hidden_layers"),
+        ("[" * 100_000, "is not JSON"),
+        ("{}", "num_hidden_layers of .* must be a whole number from 1 on, got None"),
+        (config(num_hidden_layers=True), "must be a whole number from 1 on, got True"),
+        (config(model_type=["llama"]), r"model_type \['llama'\] of the configuration is not known"),
+        (config(hidden_size=None), "lacks 'hidden_size'"),
+        (config(hidden_size="64"), "hidden_size of the configuration must be a whole number from 1 on, got '64'"),
+        (config(num_attention_heads=0), "num_attention_heads of the configuration must be a whole number from 1 on"),
+        (config(vocab_size=-80), "vocab_size of the configuration must be a whole number from 1 on, got -80"),
+        (config(model_type="qwen3_moe", mlp_only_layers=0), "mlp_only_layers of the configuration must be a list"),
+        (config(model_type="qwen3_moe", num_experts=10**9), "more than 1,000,000 experts in all"),
         ('{"num_hidden_layers": 1, "model_type": "mamba"}', "'mamba' of the configuration is not known"),
         ('{"num_hidden_layers": 1, "model_type": "llama"}', "lacks 'hidden_size', which a llama model has"),
     ],
@@ -112,3 +126,8 @@ def test_an_unknown_shape_is_answered_with_those_that_there_are() -> None:
         model_shape("llama-3.1-8")
     with pytest.raises(ConfigError, match="has 32 layers, fewer than 33"):
         model_shape("llama-3.1-8b", layers=33)
+
+
+def test_a_folder_without_a_configuration_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"There is no shape .*, and no such file"):
+        model_shape(str(tmp_path))

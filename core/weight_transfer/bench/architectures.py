@@ -15,17 +15,51 @@ DTYPE = "bfloat16"
 """Of all weights, whatever the configuration says."""
 ITEMSIZE = 2  # bytes
 
+_AT_LEAST = {
+    "num_hidden_layers": 1,
+    "hidden_size": 1,
+    "intermediate_size": 0,
+    "vocab_size": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 1,
+    "num_experts": 0,
+    "n_routed_experts": 0,
+    "n_shared_experts": 0,
+    "moe_intermediate_size": 0,
+    "decoder_sparse_step": 1,
+    "first_k_dense_replace": 0,
+    "q_lora_rank": 1,
+    "kv_lora_rank": 1,
+    "qk_rope_head_dim": 1,
+    "qk_nope_head_dim": 1,
+    "v_head_dim": 1,
+}
+"""The numbers that are read of a configuration, if it has them."""
+_MOST_TENSORS = 1_000_000
+
 
 def shapes_of(config: Config) -> Shapes:
     """Return the shapes of a causal language model's weights by their names, in order.
 
     Raises:
-        ConfigError: the architecture is not known, or a field is missing.
+        ConfigError: the architecture is not known, a field is missing or is none of what it has to be, or there are
+            too many weights.
     """
+    config = {name: value for name, value in config.items() if value is not None}
     kind = config.get("model_type")
-    if kind not in _ATTENTION:
+    if not isinstance(kind, str) or kind not in _ATTENTION:
         known = ", ".join(sorted(_ATTENTION))
         raise ConfigError(f"model_type {kind!r} of the configuration is not known to bench; it knows {known}.")
+    for name, least in _AT_LEAST.items():
+        value = config.get(name, least)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"{name} of the configuration must be a whole number from {least} on, got {value!r}.")
+    if not isinstance(config.get("mlp_only_layers", []), list):
+        raise ConfigError(f"mlp_only_layers of the configuration must be a list, got {config['mlp_only_layers']!r}.")
+    experts = config.get("n_routed_experts", config.get("num_experts", 0))
+    if config.get("num_hidden_layers", 1) * (1 + experts) > _MOST_TENSORS:
+        raise ConfigError(f"The configuration has more than {_MOST_TENSORS:,} experts in all; give fewer --layers.")
     try:
         return _shapes(config, _ATTENTION[kind])
     except KeyError as error:
@@ -49,8 +83,8 @@ def _shapes(config: Config, attention: Callable[[str, Config], Shapes]) -> Shape
 def _grouped(prefix: str, config: Config, *, has_bias: bool = False, has_norms: bool = False) -> Shapes:
     """Return the shapes of attention with grouped queries."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    head = config.get("head_dim") or hidden // heads
-    groups = config.get("num_key_value_heads") or heads
+    head = config.get("head_dim") or max(1, hidden // heads)
+    groups = config.get("num_key_value_heads", heads)
     rows = {"q": heads * head, "k": groups * head, "v": groups * head}
     shapes: Shapes = {}
     for name, count in rows.items():
@@ -77,7 +111,7 @@ def _latent(prefix: str, config: Config) -> Shapes:
     """Return the shapes of DeepSeek's multi-head latent attention."""
     hidden, heads, latent = config["hidden_size"], config["num_attention_heads"], config["kv_lora_rank"]
     rope, nope, value = (config[name] for name in ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"))
-    queries = config["q_lora_rank"]
+    queries = config.get("q_lora_rank")
     shapes: Shapes = {}
     if queries is None:
         shapes[f"{prefix}.q_proj.weight"] = (heads * (nope + rope), hidden)

@@ -81,7 +81,9 @@ def configuration(name: str) -> dict[str, Any]:
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}.") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{path} holds {type(config).__name__}, and a configuration is an object.")
@@ -106,6 +108,7 @@ def model_shape(
     published = _layers(config, name)
     if layers is not None and layers > published:
         raise ConfigError(f"{name} has {published} layers, fewer than {layers}.")
+    shapes_of({**config, "num_hidden_layers": 1})  # that it can be made is said before it is made smaller
     least = layers or min(published, 1 + max(1, config.get("first_k_dense_replace") or 1))
     widths = [width] if width is not None else [2**power for power in range(int(math.log2(_WIDEST)) + 1)]
     for divisor in widths:
@@ -131,8 +134,8 @@ def _title(name: str) -> str:
 
 def _layers(config: Config, name: str) -> int:
     layers = config.get("num_hidden_layers")
-    if not isinstance(layers, int) or layers < 1:
-        raise ConfigError(f"The configuration {name} says nothing of num_hidden_layers.")
+    if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
+        raise ConfigError(f"num_hidden_layers of {name} must be a whole number from 1 on, got {layers!r}.")
     return layers
 
 
@@ -140,8 +143,8 @@ def _smaller(name: str, config: Config, layers: int, width: int) -> ModelShape:
     """Return a model with fewer layers, and with narrower ones; heads stay as large as they are."""
     fields = dict(config)
     if width > 1:
-        shapes_of(fields | {"num_hidden_layers": 1})  # nothing is missing
-        fields["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        head = max(1, config["hidden_size"] // config["num_attention_heads"])
+        fields["head_dim"] = config.get("head_dim") or head
         fields |= {key: max(1, config[key] // width) for key in _DIVIDED if config.get(key)}
     return ModelShape(
         name=_title(name),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import attrs
@@ -11,12 +12,13 @@ import attrs
 from weight_transfer.bench.configurations import ModelShape
 from weight_transfer.bench.member import Scene
 from weight_transfer.bench.parts import Parts
-from weight_transfer.bench.troupe import VERSIONS, Troupe
+from weight_transfer.bench.troupe import ROLES, VERSIONS, Troupe
+from weight_transfer.bench.turns import in_turns
 
 Figures = dict[str, Any]
 """JSON-safe."""
 
-_BESIDE = 60.0  # seconds that a step may take beside its timeout: to fill weights, and to compare them
+_BESIDE = 60.0  # seconds that a step may take beside its timeout
 
 
 @attrs.frozen(kw_only=True)
@@ -26,9 +28,12 @@ class Case:
     Attributes:
         model: what is sent.
         config: of both sides; it names the backend.
+        ways: what is compared with each other, see `Scene`; the limit and the timeline stand beside the first one.
+        schemes: what is set beside them, see `Scene`.
         trainers: devices of the trainer's ranks, over which the weights are sharded.
         workers: devices of the workers.
         tensor_parallel: how many workers share one copy of the model.
+        roles: modules of the trainer ranks' and of the workers' processes.
         rounds: how often each thing is measured.
         timeout: seconds that an update may take.
     """
@@ -38,6 +43,9 @@ class Case:
     trainers: Sequence[str]
     workers: Sequence[str]
     tensor_parallel: int = 1
+    ways: Mapping[str, Mapping[str, Any]] = attrs.field(factory=lambda: {"send": {}})
+    schemes: Mapping[str, str] = attrs.field(factory=dict)
+    roles: tuple[str, str] = ROLES
     rounds: int = 5
     timeout: float = 60.0
 
@@ -58,50 +66,80 @@ class Case:
             config={**self.config, "timeout": self.timeout, "init_timeout": self.timeout},
             trainers=self.trainers,
             workers=self.workers,
+            ways=self.ways,
+            schemes=self.schemes,
         )
 
 
-def measure(case: Case) -> Figures:
+def measure(case: Case, tell: Callable[[str], None] = lambda _text: None) -> Figures:
     """Start the processes of a case, compare bits, and time updates beside their limit in turns.
 
+    Args:
+        case: what is measured.
+        tell: is told each step.
+
     Returns:
-        ``bits_equal``, ``kept``, ``transport``, ``warnings``, ``extra_memory``, ``limit``, ``engine``, ``update``,
-        ``send``, ``phases`` and ``timeline``: see the page of the command.
+        ``bits_equal``, ``kept``, ``transport``, ``warnings``, ``extra_memory``, ``memory``, ``limit``, ``engine``,
+        ``update``, ``send``, ``phases`` and ``timeline``: see the page of the command. If there are further ways,
+        ``ways`` with ``extra_memory``, ``engine``, ``update`` and ``send`` of each; if there are schemes, ``schemes``
+        with figures of each.
 
     Raises:
         AssertionError: a process has died or does not answer.
         WeightTransferError: an update failed, or brought other bytes.
     """
-    scene = case.scene
-    kept = [sum(scene.parts.by_rank(worker)) for worker in range(len(scene.workers))]
-    with Troupe(scene, case.timeout + _BESIDE) as troupe:
+    tell("starting the processes")
+    with Troupe(case.scene, case.timeout + _BESIDE, case.roles) as troupe:
+        tell("joining")
         troupe.connect()
-        for version in VERSIONS:
-            troupe.bring(version)
-        what = troupe.open_limit()
-        limits: list[float] = []
-        rounds: list[Figures] = []
-        for number in range(case.rounds + 1):
-            if number % 2:  # a busy system favours whoever has rested
-                limits.append(_limit(troupe))
-            rounds.append(_update(troupe))
-            if not number % 2:
-                limits.append(_limit(troupe))
-        troupe.close_limit()
-        troupe.bring(VERSIONS[0])
-    limits, rounds = limits[1:], rounds[1:]
-    limit = figures(limits, max(kept))
-    timed = {name: [each[name] for each in rounds] for name in ("engine", "update", "send")}
+        memory = {way: _brought(troupe, partial(troupe.send, way), way, tell) for way in case.ways}
+        what, _ = troupe.open_limit()
+        for scheme in case.schemes:
+            tell(f"{scheme}: getting ready")
+            if troupe.open_limit(scheme)[1]:
+                _brought(troupe, partial(troupe.run_limit, scheme), scheme, tell)
+        limits = {name: partial(troupe.run_limit, name or None) for name in ("", *case.schemes)}
+        updates = {way: partial(_update, troupe, way) for way in case.ways}
+        steps: dict[str, Callable[[], Any]] = {**limits, **updates}
+        found = in_turns(steps, case.rounds, tell)
+        troupe.close_limits()
+        tell("comparing bits once more")
+        first = next(iter(case.ways))
+        troupe.bring(VERSIONS[0], partial(troupe.send, first))
+    kept = [sum(case.scene.parts.by_rank(worker)) for worker in range(len(case.workers))]
+    walls = {name: [wall for wall, _ in found[name]] for name in limits}
+    limit = figures(walls[""], max(kept))
+    rounds = found[first]
+    beside = {way: _timed(found[way], max(kept), limit["median"]) for way in case.ways}
+    schemes = {name: figures(walls[name], max(kept), limit["median"]) for name in case.schemes}
     return {
         "bits_equal": True,
         "kept": kept,
         "transport": ", ".join(dict.fromkeys(rounds[-1]["transports"])),
         "warnings": rounds[-1]["warnings"],
-        "extra_memory": rounds[-1]["extra_memory"],
+        "memory": memory[first],
         "limit": {"what": what, **limit},
-        **{name: figures(seconds, max(kept), limit["median"]) for name, seconds in timed.items()},
+        **beside.pop(first),
         **{name: _median_round(rounds)[name] for name in ("phases", "timeline")},
+        **({"ways": beside} if beside else {}),
+        **({"schemes": schemes} if schemes else {}),
     }
+
+
+def _brought(troupe: Troupe, move: Callable[[], object], name: str, tell: Callable[[str], None]) -> Figures:
+    """Bring each version in one way, and compare bits; return the memory that the first time took."""
+    memory = []
+    for version in VERSIONS:
+        tell(f"{name}: comparing bits of version {version}")
+        memory.append(troupe.bring(version, move))
+    return memory[0]
+
+
+def _timed(rounds: Sequence[Figures], nbytes: int, limit: float) -> Figures:
+    told: Figures = {"extra_memory": rounds[-1]["extra_memory"]}
+    for name in ("engine", "update", "send"):
+        told[name] = figures([each[name] for each in rounds], nbytes, limit)
+    return told
 
 
 def figures(seconds: Sequence[float], nbytes: int, limit: float | None = None) -> Figures:
@@ -119,14 +157,9 @@ def figures(seconds: Sequence[float], nbytes: int, limit: float | None = None) -
     return {**told, "seconds": list(seconds)}
 
 
-def _limit(troupe: Troupe) -> float:
-    """Return the seconds of the slowest side."""
-    return max(wall for wall, _ in troupe.run_limit())
-
-
-def _update(troupe: Troupe) -> Figures:
+def _update(troupe: Troupe, way: str) -> Figures:
     """Send once; return its seconds, and the spans of everybody from its beginning."""
-    report = troupe.ask(troupe.trainers, "send")[0]  # the other ranks have the same one
+    report = troupe.send(way)
     engines = troupe.ask(troupe.workers, "engine_seconds")
     began = report["began"]
     spans = troupe.ask(troupe.workers, "spans")

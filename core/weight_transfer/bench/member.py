@@ -1,10 +1,11 @@
-"""What trainer ranks and workers have in common: who takes part, memory, and the limit."""
+"""What trainer ranks and workers have in common: who takes part, memory, the limit, and what is set beside it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Self
 
 import attrs
@@ -12,7 +13,8 @@ import torch
 from torch import nn
 
 from weight_transfer.bench.parts import Parts
-from weight_transfer.limit import LimitSide, settle
+from weight_transfer.bench.schemes import Scheme, SchemeSide
+from weight_transfer.limit import settle
 from weight_transfer.plugins.manager import load_backend
 from weight_transfer.plugins.read_config import load_config
 
@@ -30,6 +32,8 @@ class Scene:
         config: of both sides, with a backend.
         trainers: devices of the trainer's ranks.
         workers: devices of the workers.
+        ways: what each of several senders has in its configuration beside ``config``, by its name.
+        schemes: what is set beside them, by name: ``"module:function"``, see `weight_transfer.bench.schemes`.
         store: file in which the trainer's ranks meet; whoever starts them makes it.
     """
 
@@ -37,6 +41,8 @@ class Scene:
     config: dict[str, Any]
     trainers: Sequence[str]
     workers: Sequence[str]
+    ways: Mapping[str, Mapping[str, Any]] = attrs.field(factory=lambda: {"send": {}})
+    schemes: Mapping[str, str] = attrs.field(factory=dict)
     store: str = ""
 
     @property
@@ -75,6 +81,8 @@ class Tree(nn.Module):
 class Member:
     """A process that takes part: an actor.
 
+    Its ``engine`` is that of a worker's last update; a trainer rank shows none.
+
     Args:
         scene: who takes part.
         number: of this member; the trainer's ranks come first.
@@ -88,7 +96,8 @@ class Member:
         self.device = torch.device(device)
         self.sizes = sizes
         self.stack = ExitStack()
-        self.limit: Limit | None = None
+        self.limits: dict[str, Limit] = {}
+        self.engine: Any = None
 
     def enter(self) -> None:
         """Take the device, and make the model: the first that is asked."""
@@ -98,10 +107,15 @@ class Member:
             beside = self.scene.trainers if self.member < len(self.scene.trainers) else self.scene.workers
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // len(beside)))  # the other side waits meanwhile
 
+    @staticmethod
+    def dtype(name: str) -> torch.dtype:
+        """Return the dtype of a weight."""
+        return torch.bfloat16
+
     def perform(self, stage: Stage) -> None:
         """Do what is asked, until nobody asks any more."""
         with self.stack:
-            self.stack.callback(self.end_limit)
+            self.stack.callback(self.end_limits)
             stage.serve(self.commands())
 
     def commands(self) -> dict[str, Callable[..., Any]]:
@@ -138,32 +152,39 @@ class Member:
         """Return the bytes of staging memory that this member's engine holds."""
         raise NotImplementedError
 
-    def make_limit(self) -> Any:
-        """Make this side of the limit; return what the others need of it."""
-        side = LimitSide(
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Return this member's tensors by the names of the weights that they are, or are parts of."""
+        raise NotImplementedError
+
+    def make_limit(self, scheme: str | None) -> Any:
+        """Make this side of a scheme, or for None of the limit; return what the others need of it."""
+        side = SchemeSide(
             config=load_config(self.scene.config),
             member=self.member,
             trainers=list(map(torch.device, self.scene.trainers)),
             device=self.device,
             sizes=self.sizes,
             alike=self.parts.all_alike,
+            process=self,
         )
-        self.limit = load_backend(self.scene.backend).create_limit(side)
-        return self.limit.offer() if side.is_trainer else None
+        if scheme is None:
+            limit = load_backend(self.scene.backend).create_limit(side)
+        else:
+            limit = resolve_name(self.scene.schemes[scheme])(side)
+        self.limits[scheme or ""] = limit
+        return limit.offer() if side.is_trainer else None
 
-    def join_limit(self, offers: Sequence[Any]) -> str:
-        """Get ready, together with all members; return what is measured, in words."""
-        assert self.limit is not None
-        self.limit.join(offers)
-        return self.limit.what
+    def join_limit(self, scheme: str | None, offers: Sequence[Any]) -> tuple[str, bool]:
+        """Get ready, together with all members; return what is moved, in words, and whether it is the weights."""
+        limit = self.limits[scheme or ""]
+        limit.join(offers)
+        return limit.what, isinstance(limit, Scheme)
 
-    def run_limit(self) -> Seconds:
+    def run_limit(self, scheme: str | None) -> Seconds:
         """Move all bytes once, together with all members."""
-        assert self.limit is not None
-        return self.limit.run()
+        return self.limits[scheme or ""].run()
 
-    def end_limit(self) -> None:
-        """Give back what the limit holds."""
-        if self.limit is not None:
-            self.limit.close()
-            self.limit = None
+    def end_limits(self) -> None:
+        """Give back what the limit and all schemes hold."""
+        while self.limits:
+            self.limits.popitem()[1].close()

@@ -18,7 +18,7 @@ from weight_transfer.model.regions import Region
 
 Shape = tuple[int, ...]
 BY_COLUMNS = ("o_proj", "down_proj")
-_AT_ONCE = 2**24  # elements
+_AT_ONCE = {"cpu": 30_000, "cuda": 2**24}  # elements: of fewer than 2**15 torch makes no threads wait for each other
 
 
 @attrs.frozen
@@ -132,7 +132,7 @@ class Parts:
 
     def _bits(self, name: str, region: Region, seed: int, device: torch.device) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yield the bits of some rows of a region at a time, int16."""
-        shape, rows = self.shapes[name], max(1, _AT_ONCE * region.shape[0] // max(region.volume, 1))
+        shape, rows = self.shapes[name], max(1, _AT_ONCE[device.type] * region.shape[0] // max(region.volume, 1))
         salt = zlib.crc32(name.encode()) % 2**24 + seed * 7919
         for start in range(0, region.shape[0], rows):
             some = min(rows, region.shape[0] - start)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -23,16 +24,19 @@ if TYPE_CHECKING:
 SCHEMA = 1
 """Of the results."""
 
+Tell = Callable[[str, str], None]
+"""Is told what is measured, and which step of that; the first time the step is empty."""
+
 _MEASURED = ("limit", "engine", "update", "send", "phases", "timeline", "bits_equal")
 
 
-def run(options: Options, left_out: Sequence[LeftOut], tell: Callable[[str], None]) -> Figures:
+def run(options: Options, left_out: Sequence[LeftOut], tell: Tell) -> Figures:
     """Measure everything; a case that fails is part of the results.
 
     Args:
         options: what.
         left_out: backends that cannot be.
-        tell: is told what is measured next.
+        tell: is told what is done.
 
     Returns:
         What ``--json`` writes.
@@ -85,12 +89,12 @@ def _case(name: str, model: ModelShape, options: Options, gpus: int) -> Case:
     )
 
 
-def _measured(case: Case, options: Options, tell: Callable[[str], None]) -> Figures:
+def _measured(case: Case, options: Options, tell: Tell) -> Figures:
     name, model = case.config["backend"], case.model
     layers = f"{model.layers} of {model.published_layers} layers"
     width = f", widths divided by {model.width}" if model.width > 1 else ""
     size = f"{sized(model.nbytes)} in {len(model.shapes):,} tensors"
-    tell(f"{name}, {model.name} ({layers}{width}; {size}) to {counted(len(case.workers))} on {options.device}")
+    title = f"{name}, {model.name} ({layers}{width}; {size}) to {counted(len(case.workers))} on {options.device}"
     return {
         **_common(name, options),
         "shape": model.name,
@@ -104,16 +108,16 @@ def _measured(case: Case, options: Options, tell: Callable[[str], None]) -> Figu
         "tensor_parallel": case.tensor_parallel,
         "trainer_devices": list(case.trainers),
         "worker_devices": list(case.workers),
-        **_outcome(case),
+        **_outcome(case, title, tell),
     }
 
 
-def _swept(over: str, name: str, options: Options, gpus: int, tell: Callable[[str], None]) -> Figures:
+def _swept(over: str, name: str, options: Options, gpus: int, tell: Tell) -> Figures:
     options = attrs.evolve(options, trainers=1, workers=1, tensor_parallel=1)
     points = []
     for model in points_of(over, options.device):
-        tell(f"{name}, sweep over {over}: {sized(model.nbytes)} in {len(model.shapes):,} tensors on {options.device}")
-        found = _outcome(_case(name, model, options, gpus))
+        title = f"{name}, sweep over {over}: {sized(model.nbytes)} in {len(model.shapes):,} tensors on {options.device}"
+        found = _outcome(_case(name, model, options, gpus), title, tell)
         kept = {key: found[key] for key in ("error", "bits_equal", "limit", "engine", "update", "send")}
         points.append({"tensors": len(model.shapes), "bytes": model.nbytes, **kept})
     return {"over": over, **_common(name, options), "trainers": 1, "workers": 1, "points": points}
@@ -130,9 +134,11 @@ def _common(name: str, options: Options) -> Figures:
     }
 
 
-def _outcome(case: Case) -> Figures:
+def _outcome(case: Case, title: str, tell: Tell) -> Figures:
+    tell(title, "")
     try:
-        return {"error": None, **measure(case)}
+        return {"error": None, **measure(case, partial(tell, title))}
     except (WeightTransferError, AssertionError) as error:  # an actor that dies or hangs is an AssertionError
         nothing: dict[str, Any] = dict.fromkeys(_MEASURED)
-        return {"error": str(error), "kept": [], "transport": "", "warnings": [], "extra_memory": 0, **nothing}
+        empty: dict[str, Any] = {"kept": [], "transport": "", "warnings": [], "extra_memory": 0, "memory": {}}
+        return {"error": str(error), **empty, **nothing}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -42,15 +42,16 @@ class Trainer(Member):
         super().__init__(scene, rank, scene.trainers[rank], sizes)
         self.rank = rank
         self.model = Tree()
-        self._sender: WeightSender | None = None
+        self._senders: dict[str, WeightSender] = {}
         self._phases: dict[str, float] = {}
+        self._extra = 0
         self._gate: dist.ProcessGroup | None = None
 
     def enter(self) -> None:
         super().enter()
         if self.parts.all_alike:
             for name, shape in self.parts.shapes.items():
-                self.model.plant(name, _parameter(shape, str(self.device)))
+                self.model.plant(name, _parameter(shape, self.dtype(name), self.device))
         else:
             self._shard()
 
@@ -68,13 +69,13 @@ class Trainer(Member):
         self.stack.callback(dist.destroy_process_group)
         self._gate = dist.new_group(backend="gloo", timeout=_PATIENCE)
         for name, shape in self.parts.shapes.items():
-            self.model.plant(name, _parameter(shape, "meta"))
+            self.model.plant(name, _parameter(shape, self.dtype(name), torch.device("meta")))
         mesh = self._mesh()
         for layer in self.model.get_submodule("model.layers").children():
             fully_shard(layer, mesh=mesh)
         fully_shard(self.model, mesh=mesh)
         self.model.to_empty(device=self.device)
-        self._local()
+        self.weights()
 
     def _mesh(self) -> DeviceMesh:
         """Return FSDP's mesh; with replicas HSDP's, in which rank r holds shard r % shards."""
@@ -86,47 +87,48 @@ class Trainer(Member):
 
     def fill(self, seed: int) -> None:
         """Give the weights of a version to this rank's shards."""
-        for name, tensor in self._local().items():
+        for name, tensor in self.weights().items():
             self.parts.fill(tensor, name, self.parts.held(name, self.rank), seed)
         settle(self.device)
 
-    def connect(self, urls: Sequence[str]) -> None:
-        """Make a sender to these workers."""
-        self._sender = self.stack.enter_context(WeightSender(self.scene.config, urls, observers=(self,)))
+    def connect(self, urls: Mapping[str, Sequence[str]]) -> None:
+        """Make a sender for each way to the workers that serve it."""
+        for way, changes in self.scene.ways.items():
+            sender = WeightSender({**self.scene.config, **changes}, urls[way], observers=(self,))
+            self._senders[way] = self.stack.enter_context(sender)
 
     @hookimpl
     def weight_transfer_finished(self, event: TransferFinished) -> None:
         """Take note of where the time of an update went; rank 0 hears of it."""
         self._phases = dict(event.phases)
 
-    def send(self) -> dict[str, Any]:
-        """Send; all ranks begin together.
+    def send(self, way: str) -> dict[str, Any]:
+        """Send in one of the ways; all ranks begin together.
 
         Returns:
-            The report's fields, when it began, ``phases`` as observers hear of them, and the wall time here.
+            The report's fields, ``gbps``, when it began, ``phases`` as observers hear of them, and the wall time here.
         """
-        return self._send(self.model)
+        return self._send(way, self.model)
 
-    def _send(self, weights: nn.Module | WeightSource) -> dict[str, Any]:
-        assert self._sender is not None
+    def _send(self, way: str, weights: nn.Module | WeightSource) -> dict[str, Any]:
         if self._gate is not None:
             dist.barrier(self._gate)
         began = time.perf_counter()
-        report = self._sender.send(weights)
+        report = self._senders[way].send(weights)
         seconds = time.perf_counter() - began
         self._extra = report.extra_memory
-        return {**unstructure(report), "began": began, "phases": self._phases, "send": seconds}
+        told = {"gbps": report.gbps, "began": began, "phases": self._phases, "send": seconds}
+        return {**unstructure(report), **told}
 
     def disconnect(self) -> None:
-        """Close the sender."""
-        if self._sender is not None:
-            self._sender.close()
-            self._sender = None
+        """Close the senders."""
+        while self._senders:
+            self._senders.popitem()[1].close()
 
     def engine_memory(self) -> int:
         return self._extra
 
-    def _local(self) -> dict[str, torch.Tensor]:
+    def weights(self) -> dict[str, torch.Tensor]:
         """Return this rank's local tensors; after an update on the CPU they may lie in shared memory."""
         found = {}
         with torch.no_grad():
@@ -138,5 +140,5 @@ class Trainer(Member):
         return found
 
 
-def _parameter(shape: Sequence[int], device: str) -> nn.Parameter:
-    return nn.Parameter(torch.empty(tuple(shape), dtype=torch.bfloat16, device=device), requires_grad=False)
+def _parameter(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    return nn.Parameter(torch.empty(tuple(shape), dtype=dtype, device=device), requires_grad=False)

@@ -51,7 +51,6 @@ class Worker(Member):
         self._loaded = load_backend(scene.backend)
         self._serving = ExitStack()
         self.stack.callback(self._serving.close)
-        self._engine: Any = None
         self._calls: list[tuple[str, float, Seconds]] = []
         self._ended: tuple[float, float] = (0.0, 0.0)
         self._phases: dict[str, float] = {}
@@ -60,17 +59,20 @@ class Worker(Member):
         super().enter()
         for name, region in self.regions.items():
             if region is not None:
-                part = torch.zeros(region.shape, dtype=torch.bfloat16, device=self.device)
+                part = torch.zeros(region.shape, dtype=self.dtype(name), device=self.device)
                 self.model.plant(name, nn.Parameter(part, requires_grad=False))
         self._watch_engine()
 
-    def serve(self) -> str:
-        """Serve a new receiver in place of the last one; return its address."""
+    def serve(self) -> dict[str, str]:
+        """Serve new receivers in place of the last ones, one for each way; return their addresses."""
         self._serving.close()
         by_region = not self.parts.all_alike and Capability.REGIONS in self._loaded.backend.capabilities
         needs = self._needs if by_region else None
-        receiver = WeightReceiver(self.scene.config, self.model, needs=needs, observers=(self,))
-        return self._serving.enter_context(serve(self._serving.enter_context(receiver))).url
+        urls = {}
+        for way, changes in self.scene.ways.items():
+            receiver = WeightReceiver({**self.scene.config, **changes}, self.model, needs=needs, observers=(self,))
+            urls[way] = self._serving.enter_context(serve(self._serving.enter_context(receiver))).url
+        return urls
 
     @hookimpl
     def weight_transfer_started(self, event: TransferStarted) -> None:
@@ -106,23 +108,23 @@ class Worker(Member):
 
     def forget(self) -> None:
         """Set all weights to zero."""
-        for target in self.targets().values():
+        for target in self.weights().values():
             target.zero_()
         settle(self.device)
 
     def wrong(self, seed: int) -> int:
         """Count the elements that are not those of a version."""
         count = torch.zeros((), dtype=torch.int64, device=self.device)
-        for name, target in self.targets().items():
+        for name, target in self.weights().items():
             region = self.regions[name]
             assert region is not None
             count += self.parts.wrong(target, name, region, seed)
         return int(count)
 
     def engine_memory(self) -> int:
-        return int(self._engine.extra_memory) if self._engine is not None else 0
+        return int(self.engine.extra_memory) if self.engine is not None else 0
 
-    def targets(self) -> dict[str, torch.Tensor]:
+    def weights(self) -> dict[str, torch.Tensor]:
         """Return this worker's tensors by the names of the weights that they are parts of."""
         return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
 
@@ -147,6 +149,6 @@ class Worker(Member):
                 torch.cuda.current_stream(self.device).synchronize()
             seconds = time.perf_counter() - began, time.thread_time() - cpu
             self._calls.append((name, began, seconds))
-            self._engine = engine
+            self.engine = engine
 
         return timed

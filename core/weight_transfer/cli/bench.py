@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from weight_transfer.cli import options
 
+if TYPE_CHECKING:
+    from weight_transfer.bench.measuring import Figures
+    from weight_transfer.bench.running import Tell
+
 _SHAPES = ("llama-3.1-8b", "qwen3-30b-a3b")
 _AT_LEAST_ONE = click.IntRange(min=1)
+_SECONDS = click.FloatRange(min=1, max=86_400)
+_FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
+
+
+def _require_place(ctx: click.Context, _parameter: click.Parameter, file: Path | None) -> Path | None:
+    """Refuse a file that could not be written in the end, before anything is measured."""
+    if file is not None and not file.parent.is_dir():
+        raise click.UsageError(f"There is no folder {file.parent} for {file.name}.", ctx)
+    if file is not None and not file.exists() and not os.access(file.parent, os.W_OK):
+        raise click.UsageError(f"The folder {file.parent} for {file.name} cannot be written to.", ctx)
+    return file
 
 
 @click.command(short_help="Measure updates beside what bounds them.")
@@ -49,9 +65,7 @@ _AT_LEAST_ONE = click.IntRange(min=1)
     show_default=True,
     help="What trainer and workers compare themselves in each update.",
 )
-@click.option(
-    "--timeout", type=click.FloatRange(min=1), default=60.0, show_default=True, help="Seconds for one update."
-)
+@click.option("--timeout", type=_SECONDS, default=60.0, show_default=True, help="Seconds for one update.")
 @click.option(
     "--sweep",
     "sweeps",
@@ -59,8 +73,8 @@ _AT_LEAST_ONE = click.IntRange(min=1)
     multiple=True,
     help="Send as many bytes in 1 to 10,000 tensors, or more and more bytes in 100; may be repeated.",
 )
-@click.option("--json", "json_file", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path), help="Results.")
-@click.option("--html", "html_file", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path), help="A page.")
+@click.option("--json", "json_file", metavar="FILE", type=_FILE, callback=_require_place, help="Results.")
+@click.option("--html", "html_file", metavar="FILE", type=_FILE, callback=_require_place, help="A page.")
 @click.pass_context
 def bench(
     ctx: click.Context,
@@ -81,7 +95,7 @@ def bench(
 
     What --layers and --width do not say is chosen, so that a model takes a few seconds, and shown.
 
-    The exit status is 1 if a case fails, or brings other bytes.
+    The exit status is 1 if a case fails, or brings other bytes, or a file cannot be written.
 
     \b
     Example:
@@ -90,43 +104,51 @@ def bench(
       weight-transfer bench --sweep tensors --sweep bytes
     """  # noqa: D301  (click wants the character itself)
     options.require("http", "httpx", "starlette", "uvicorn")
-    for file in filter(None, (json_file, html_file)):
-        if not file.parent.is_dir():
-            raise click.UsageError(f"There is no folder {file.parent} for {file.name}.", ctx)
     import torch
 
     from weight_transfer.bench.choosing import Options, with_backends
+    from weight_transfer.bench.page import render
     from weight_transfer.bench.running import run
     from weight_transfer.cli.bench_tables import tables
     from weight_transfer.cli.tables import console
 
     with _progress() as tell:
-        tell("looking what can run here")
+        tell("looking what can run here", "")
         gpus = torch.cuda.device_count()
         shapes = shapes or (() if given["sweeps"] else _SHAPES)
         wanted = Options(backends=(), shapes=shapes, device=device or ("cuda" if gpus else "cpu"), **given)
         results = run(*with_backends(wanted, backends, gpus), tell)
     shown = console()
-    for table in tables(results):
+    for table in tables(results, shown.width):
         shown.print(table)
-    if json_file is not None:
-        json_file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    if html_file is not None:
-        from weight_transfer.bench.page import render
-
-        html_file.write_text(render(results), encoding="utf-8")
+    files: list[tuple[Path | None, Callable[[Figures], str]]] = [(json_file, _as_json), (html_file, render)]
+    failed = [not _written(file, text_of(results)) for file, text_of in files if file is not None]
     points = [*results["cases"], *(point for sweep in results["sweeps"] for point in sweep["points"])]
-    if any(point["error"] for point in points):
+    if any(failed) or any(point["error"] for point in points):
         ctx.exit(1)
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Provide what shows the step that is under way, on standard error."""
-    if not sys.stderr.isatty():
-        yield lambda text: click.echo(text, err=True)
-        return
-    from rich.console import Console
+def _as_json(results: Figures) -> str:
+    return json.dumps(results, indent=1) + "\n"
 
-    with Console(stderr=True, highlight=False, markup=False).status("") as status:
-        yield status.update
+
+def _written(file: Path, text: str) -> bool:
+    """Write a file; if that fails, say so, and return False."""
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        click.echo(f"error: {file} cannot be written: {error.strerror}.", err=True)
+        return False
+    return True
+
+
+@contextmanager
+def _progress() -> Iterator[Tell]:
+    """Provide what shows the step that is under way, on standard error: without a terminal a line for each case."""
+    from weight_transfer.cli.tables import working
+
+    if not sys.stderr.isatty():
+        yield lambda what, step: None if step else click.echo(what, err=True)
+        return
+    with working("") as tell:
+        yield lambda what, step: tell(": ".join(filter(None, (what, step))))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from weight_transfer.pages.texts import duration, percent, rate
@@ -13,21 +13,24 @@ if TYPE_CHECKING:
 
     from weight_transfer.bench.measuring import Figures
 
-_HEADER = ("limit", "", "engine", "", "update", "", "send", "")
+_FIGURES = ("limit", "engine", "update", "send")
+_NARROW = 80  # columns: in fewer a table would be folded
 
 
-def tables(results: Figures) -> Iterator[RenderableType]:
-    """Yield, for each shape and each sweep, a title and a table; and what was left out, or failed."""
+def tables(results: Figures, columns: int) -> Iterator[RenderableType]:
+    """Yield, for each shape and each sweep, a title and a table; and what was left out, or failed.
+
+    Args:
+        results: what was measured.
+        columns: of the terminal; where they are few, there are sentences in place of tables.
+    """
     from rich.text import Text
-
-    from weight_transfer.cli.tables import grid
 
     for shape in dict.fromkeys(case["shape"] for case in results["cases"]):
         cases = [case for case in results["cases"] if case["shape"] == shape]
         yield Text(_title(cases[0]), "bold")
         good = [case for case in cases if case["error"] is None]
-        if good:
-            yield grid(([case["backend"], *_cells(case)] for case in good), ("backend", *_HEADER))
+        yield from _table("backend", ((case["backend"], case) for case in good), columns)
         over = [f"{case['backend']} over {case['transport']}" for case in good if case["transport"]]
         if over:
             yield Text("; ".join(over), "dim")
@@ -38,7 +41,7 @@ def tables(results: Figures) -> Iterator[RenderableType]:
     for sweep in results["sweeps"]:
         yield Text(f"{sweep['backend']} on {sweep['device']}: {_constant(sweep)}", "bold")
         good = [point for point in sweep["points"] if point["error"] is None]
-        yield grid(([_changing(sweep, point), *_cells(point)] for point in good), (sweep["over"], *_HEADER))
+        yield from _table(sweep["over"], ((_changing(sweep, point), point) for point in good), columns)
         for point in sweep["points"]:
             if point["error"]:
                 yield Text(f"{_size(point)}: error: {point['error']}", "red")
@@ -71,10 +74,24 @@ def _size(case: Figures) -> str:
     return f"{sized(case['bytes'])} in {case['tensors']:,} tensors"
 
 
-def _cells(case: Figures) -> Iterator[str]:
-    """Yield time and rate of the limit, then time and share of the limit of the others."""
-    yield duration(case["limit"]["median"])
-    yield rate(1e9 * case["limit"]["gbps"])
-    for name in ("engine", "update", "send"):
-        yield duration(case[name]["median"])
-        yield percent(case[name]["of_limit"])
+def _table(title: str, rows: Iterable[tuple[str, Figures]], columns: int) -> Iterator[RenderableType]:
+    from rich.text import Text
+
+    from weight_transfer.cli.tables import grid
+
+    told = [(name, dict(_told(case))) for name, case in rows]
+    if columns < _NARROW:
+        for name, figures in told:
+            said = "; ".join(f"{figure} {seconds}, {share}" for figure, (seconds, share) in figures.items())
+            yield Text(f"{name}: {said}")
+    elif told:
+        header = [title, *(text for figure in _FIGURES for text in (figure, ""))]
+        yield grid(([name, *(text for pair in figures.values() for text in pair)] for name, figures in told), header)
+
+
+def _told(case: Figures) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Yield by name time and rate of the limit, then time and share of the limit of the others."""
+    for name in _FIGURES:
+        figures = case[name]
+        share = percent(figures["of_limit"]) if "of_limit" in figures else rate(1e9 * figures["gbps"])
+        yield name, (duration(figures["median"]), share)

@@ -42,6 +42,7 @@ def doctor(
       weight-transfer doctor
       weight-transfer doctor --backend ipc --pair
     """  # noqa: D301  (click wants the character itself)
+    from weight_transfer.cli.tables import working
     from weight_transfer.doctor.examining import can_run, examined
     from weight_transfer.plugins.discovery import backends as installed
 
@@ -50,7 +51,8 @@ def doctor(
     chosen = backend or _configured(config_file)
     rows = []
     for name in [chosen] if chosen else [ref.name for ref in installed()]:
-        found: dict[str, Any] = examined(name) | {"links": []}
+        with working(f"examining {name}"):
+            found: dict[str, Any] = examined(name) | {"links": []}
         if not as_json:
             _show_backend(name, found)
         for link in _measured(name, config_file, mib) if pair and found["available"] else ():
@@ -74,11 +76,14 @@ def _configured(config_file: Path | None) -> str | None:
 
 
 def _measured(name: str, config_file: Path | None, mib: int) -> Iterator[dict[str, Any]]:
-    from weight_transfer.doctor.pairs import links, measure
+    from weight_transfer.bench.pairs import links, measure
+    from weight_transfer.cli.tables import working
 
     config = options.configured(config_file, name, backend=name, verify="none")
     for trainer, worker in links(name):
-        yield attrs.asdict(measure(config, trainer, worker, mib * 2**20))
+        with working(f"sending from {trainer} to {worker}"):
+            link = measure(config, trainer, worker, mib * 2**20)
+        yield attrs.asdict(link)
 
 
 def _show_backend(name: str, found: dict[str, Any]) -> None:

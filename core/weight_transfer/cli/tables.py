@@ -1,9 +1,10 @@
-"""How commands print: as wide as the terminal, or without one as wide as the text is."""
+"""How commands print: as wide as the terminal, or without one as wide as the text is; and that they work."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,6 +19,18 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else _UNBOUNDED)
+
+
+@contextmanager
+def working(what: str) -> Iterator[Callable[[str], None]]:
+    """Show on a terminal's standard error that something goes on; provide what changes the text."""
+    if not sys.stderr.isatty():
+        yield lambda _text: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True, highlight=False, markup=False).status(what) as status:
+        yield status.update
 
 
 def grid(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> Table:

@@ -1,1 +1,1 @@
-"""What ``weight-transfer doctor`` does: it examines backends, and measures them between two processes."""
+"""What ``weight-transfer doctor`` does: it examines backends; `weight_transfer.bench.pairs` measures them."""

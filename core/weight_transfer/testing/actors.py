@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, Self
 
@@ -52,6 +53,7 @@ class Actor:
     Args:
         role: the module, such as ``"weight_transfer.testing.worker"``.
         in_process: run it as a thread instead; such an actor cannot be killed or stopped.
+        shielded: let no Ctrl-C of the terminal reach it; whoever commands it hears that, and hangs up.
         called: how messages name it; default is the role.
         spec: what ``main`` is given, JSON-safe.
 
@@ -62,7 +64,9 @@ class Actor:
 
     hello: Any = None
 
-    def __init__(self, role: str, *, in_process: bool = False, called: str | None = None, **spec: Any) -> None:
+    def __init__(
+        self, role: str, *, in_process: bool = False, shielded: bool = False, called: str | None = None, **spec: Any
+    ) -> None:
         self.called = called or role
         self._pipe, theirs = PROCESSES.Pipe()
         self._body: Any
@@ -70,7 +74,9 @@ class Actor:
             self._body = threading.Thread(target=_perform, args=(role, spec, theirs), name=self.called, daemon=True)
             self._body.start()
         else:
-            self._body = PROCESSES.Process(target=_perform, args=(role, spec, theirs), name=self.called, daemon=True)
+            _start_server()
+            arguments = role, spec, theirs, shielded
+            self._body = PROCESSES.Process(target=_perform, args=arguments, name=self.called, daemon=True)
             self._body.start()
             theirs.close()
 
@@ -237,9 +243,20 @@ def eventually(holds: Callable[[], bool], within: float) -> bool:
     return True
 
 
-def _perform(role: str, spec: dict[str, Any], pipe: Connection) -> None:
+def _start_server() -> None:
+    """Start the server of processes, if it does not run, where no Ctrl-C reaches it while it imports."""
+    resource_tracker.ensure_running()  # which would let signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _perform(role: str, spec: dict[str, Any], pipe: Connection, shielded: bool = False) -> None:
     faulthandler.enable()
     if threading.current_thread() is threading.main_thread():  # a shell's background jobs begin with Ctrl-C ignored
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.SIG_IGN if shielded else signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # as it is in the server
     with pipe:
         import_module(role).main(Stage(pipe), **spec)

@@ -10,7 +10,7 @@ import numpy as np
 from weight_transfer.authoring import Deadline, Limit, LimitSide, timed
 from weight_transfer.errors import TransferError
 from weight_transfer_rdma.memory import memory_for
-from weight_transfer_rdma.nixl import Place
+from weight_transfer_rdma.nixl import Place, Rows
 
 _LONG = 120.0  # seconds
 _MARK = 7
@@ -28,6 +28,7 @@ class ReadLimit(Limit):
     """
 
     what = "one NIXL read of a contiguous block from each trainer rank, by all workers at once"
+    reads = True  # its agents are for reads, as those of engines
 
     def __init__(self, side: LimitSide) -> None:
         super().__init__(side)
@@ -35,8 +36,17 @@ class ReadLimit(Limit):
 
     def _start(self, nbytes: int, reads: bool) -> None:
         deadline = Deadline(_LONG)
-        self._agent = self._memory.start_agent(f"limit-{self.side.member}", "peer", reads, deadline)
-        self._arena = self._memory.arena(max(nbytes, 1), deadline)
+        name = f"{type(self).__name__}-{self.side.member}"
+        self._agent = self._memory.start_agent(name, "peer", reads and self.reads, deadline)
+        self._arena = self._memory.arena(max(self.room(nbytes), 1), deadline)
+
+    def room(self, nbytes: int) -> int:
+        """Return the bytes of memory that is needed to give or take so many."""
+        return nbytes
+
+    def rows(self, here: int, there: int, nbytes: int) -> Rows:
+        """Return the descriptors of a read: for each its address here, that of the peer, and bytes."""
+        return np.array([[here, there, nbytes]], dtype=np.uint64)
 
     def offer(self) -> dict[str, Any]:
         """Start a trainer rank's agent; say how it is reached, and where its block lies."""
@@ -53,15 +63,17 @@ class ReadLimit(Limit):
         nbytes = sum(self.side.sizes)
         self._start(nbytes, reads=True)
         self._deadline, at, self._handles = Deadline(1e6), self._arena.address, []
+        read: list[tuple[int, int]] = []
         for offer, size in zip(offers, self.side.sizes, strict=True):
             if size:
                 peer = self._agent.connect(bytes.fromhex(offer["metadata"]), self._deadline)
-                rows = np.array([[at, offer["address"], size]], dtype=np.uint64)
+                rows = self.rows(at, offer["address"], size)
+                read += [(int(row[0]) - self._arena.address, int(row[2])) for row in rows]
                 here, there = self._memory.place, Place(*offer["place"])
                 self._handles.append(self._agent.prepare("READ", peer, rows, here, there, self._deadline))
             at += size
         self.run()
-        if not bool((self._arena.data[:nbytes] == _MARK).all()):
+        if not all(bool((self._arena.data[start : start + size] == _MARK).all()) for start, size in read):
             raise TransferError("The limit's raw reads brought other bytes.", backend="rdma")
 
     def run(self) -> tuple[float, float]:

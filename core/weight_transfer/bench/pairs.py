@@ -1,26 +1,27 @@
-"""Measures a backend between two processes of this machine, with real updates whose bytes are compared."""
+"""The links of a backend on this machine: updates from one process to another, whose bits are compared."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import attrs
 
+from weight_transfer.bench.member import Scene
+from weight_transfer.bench.parts import Parts
+from weight_transfer.bench.sweeping import alike
+from weight_transfer.bench.troupe import VERSIONS, Troupe
 from weight_transfer.config.structuring import unstructure
 from weight_transfer.errors import HandshakeError, WeightTransferError
 from weight_transfer.machine.nvml import find_gpus
 from weight_transfer.plugins.backend import Capability
 from weight_transfer.plugins.manager import load_backend
-from weight_transfer.testing.actors import Actor
 
 if TYPE_CHECKING:
     from weight_transfer.config.settings import WeightTransferConfig
 
-_ROLE = "weight_transfer.doctor.ends"
-_SEEDS = (1, 2, 1)  # there and back: what arrives is never what was there
-_START = 120.0  # seconds in which two processes import torch and allocate
+_TENSORS = 16
+_PATIENCE = 120.0  # seconds of one step
 
 
 @attrs.frozen(kw_only=True)
@@ -80,26 +81,27 @@ def measure(config: WeightTransferConfig, trainer: str, worker: str, nbytes: int
         nbytes: of one update, about.
     """
     link = Link(backend=config.backend, trainer=trainer, worker=worker)
-    spec: dict[str, Any] = {"config": unstructure(config), "nbytes": nbytes}
+    shapes = alike(_TENSORS, nbytes // _TENSORS).shapes
+    beside = 0 if trainer == worker != "cpu" else None
+    parts = Parts(shapes=shapes, trainers=1, shards=1, workers=1, shares=1, beside=[beside])
+    bare = {**unstructure(config), "verify": "none"}  # the bits are compared here
+    scene = Scene(parts=parts, config=bare, trainers=[trainer], workers=[worker])
+
+    def send() -> None:
+        nonlocal link
+        told = troupe.send("send")
+        link = attrs.evolve(
+            link,
+            gbps=max(link.gbps, told["gbps"]),
+            transport=", ".join(told["transports"].values()),
+            warnings=told["warnings"],
+        )
+
     try:
-        with ExitStack() as stack:
-            serving = Actor(_ROLE, device=worker, **spec)
-            stack.callback(serving.stop)
-            url = serving.reply(_START)
-            sending = Actor(_ROLE, device=trainer, worker=url, **spec)
-            stack.callback(sending.stop)
-            sending.reply(_START)
-            for seed in _SEEDS:
-                sending.tell("send", seed=seed)
-                told = sending.reply(_START)
-                if serving.ask("digest") != told["digest"]:
-                    return attrs.evolve(link, gbps=0.0, error="other bytes arrived than were sent")
-                link = attrs.evolve(
-                    link,
-                    gbps=max(link.gbps, told["gbps"]),
-                    transport=", ".join(told["transports"]),
-                    warnings=told["warnings"],
-                )
+        with Troupe(scene, _PATIENCE) as troupe:
+            troupe.connect()
+            for version in VERSIONS:
+                troupe.bring(version, send)
     except HandshakeError as error:
         return attrs.evolve(link, refused=str(error))
     except (WeightTransferError, AssertionError) as error:  # an actor that dies or hangs is an AssertionError
