@@ -120,7 +120,7 @@ def _device_of(addresses: Sequence[str], config: WeightTransferConfig) -> str:
 
     from weight_transfer.cli.status import ask_all
 
-    workers = ask_all(addresses, config.token, config.init_timeout) if torch.cuda.is_available() else []
+    workers = ask_all(addresses, config, config.init_timeout) if torch.cuda.is_available() else []
     return "cuda" if any(str(worker.get("device")).startswith("cuda") for worker in workers) else "cpu"
 
 
