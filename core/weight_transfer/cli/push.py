@@ -84,7 +84,8 @@ def push(
 
     With --watch a checkpoint is a folder in DIR. It is complete when the files that its index names are there, or
     model.safetensors, and none of them is shorter than its header says or changes any more. The number at the end of
-    its name is its version. One that fails is not sent again; the next one is.
+    its name is its version. One that fails is not sent again; the next one is. One that is renamed once it is complete,
+    or has a link as a second name, is sent once.
 
     The exit status is 1 if a worker did not get a checkpoint. --json prints a line for each checkpoint.
 
@@ -126,7 +127,7 @@ def _device_of(addresses: Sequence[str], config: WeightTransferConfig) -> str:
 
 @contextmanager
 def _sender(config: WeightTransferConfig, addresses: Sequence[str]) -> Iterator[WeightSender]:
-    """Provide a sender that shows its progress, on a terminal worker by worker; close the channels with it."""
+    """Provide a sender that shows its progress on a terminal, worker by worker; close the channels with it."""
     from rich.console import Console
 
     from weight_transfer.cli.push_bars import WorkerBars, asking
@@ -136,13 +137,11 @@ def _sender(config: WeightTransferConfig, addresses: Sequence[str]) -> Iterator[
     screen = Console(stderr=True)
     with ExitStack() as stack:
         workers = [stack.enter_context(worker_at(address)) for address in addresses]
-        named = [name for name in config.observers if name != "progress"]
         bars: list[object] = []
         if screen.is_terminal:
             bars.append(WorkerBars(stack.enter_context(asking(addresses, config)), screen))
-        else:
-            named.append("progress")
-        config = attrs.evolve(config, observers=tuple(named))
+            others = tuple(name for name in config.observers if name != "progress")
+            config = attrs.evolve(config, observers=others)
         yield stack.enter_context(WeightSender(config, workers, observers=tuple(bars)))
 
 
@@ -206,7 +205,8 @@ def _show(row: dict[str, Any]) -> None:
     from weight_transfer.cli.tables import console, grid
     from weight_transfer.values.report import sized
 
-    total = f"{sized(row['nbytes'])} in {row['total_seconds']:.2f} s, {sized(1e9 * row['gbps'])}/s"
+    rate = row["nbytes"] / row["total_seconds"]
+    total = f"{sized(row['nbytes'])} in {row['total_seconds']:.2f} s, {sized(rate)}/s"
     click.echo(f"{row['checkpoint']} is version {row['version']}: {total}")
     got = [(worker, "published", row["transports"].get(worker, "")) for worker in row["workers"]]
     console().print(grid([*got, *((worker, "lost", error) for worker, error in row["lost"])]))
