@@ -326,6 +326,12 @@ def test_an_update_does_not_wait_for_a_reader_that_is_gone_or_slow(folder: Path)
             assert '"weight_version": 0' in next(slow.iter_lines())
 
 
+def test_an_address_that_is_taken_is_an_error_before_the_model_is_loaded(client: httpx.Client, tmp_path: Path) -> None:
+    port = client.base_url.port or 0
+    with pytest.raises(wt.ConfigError, match="choose another"), open_worker(CONFIG, tmp_path, "127.0.0.1", port):
+        pass
+
+
 def test_what_is_no_model_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(wt.ConfigError, match="cannot load a causal language model"), worker(tmp_path / "config.json"):

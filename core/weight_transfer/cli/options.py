@@ -41,8 +41,8 @@ def as_version(_ctx: click.Context, _parameter: click.Parameter, text: str | Non
 
 def as_device(_ctx: click.Context, _parameter: click.Parameter, text: str | None) -> str | None:
     """Return a torch device that exists here."""
-    if text is None:
-        return None
+    if text is None or text == "cpu":
+        return text
     import torch
 
     try:

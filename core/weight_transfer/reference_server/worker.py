@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import attrs
 import torch
 
-from weight_transfer.control.http_server import Server, require_token
+from weight_transfer.control.http_server import Server, require_free, require_token
 from weight_transfer.control.tls import Tls
 from weight_transfer.observers.update_metrics import UpdateMetrics
 from weight_transfer.reference_server.batching import Batching
@@ -53,6 +53,7 @@ def open_worker(
         ConfigError: the model cannot be loaded, the address not listened on, or a certificate file not read.
     """
     require_token(address, config.token)
+    require_free(address, port)  # before minutes go into loading
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     hosted, metrics = host(path, device, name), Metrics()
     if cache_tokens is None and device == "cpu":
