@@ -43,7 +43,7 @@ _LOOK = 0.5  # seconds between two looks at a folder
     "--watch",
     metavar="DIR",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Send the newest checkpoint in DIR, then each new one as soon as it is complete, until Ctrl-C.",
+    help="Send the newest checkpoint in DIR, then each new one as soon as it is complete, until Ctrl-C or SIGTERM.",
 )
 @click.option(
     "--settle",
@@ -147,19 +147,23 @@ def _sender(config: WeightTransferConfig, addresses: Sequence[str]) -> Iterator[
 
 @contextmanager
 def _until_interrupted() -> Iterator[threading.Event]:
-    """End a ``with`` block at Ctrl-C, and provide what that sets: in a finalizer, Python drops its exception."""
+    """End a ``with`` block at Ctrl-C, or as a container is ended, and provide what that sets.
+
+    In a finalizer, Python drops the exception.
+    """
     stopped = threading.Event()
 
     def stop(number: int, frame: FrameType | None) -> None:
         stopped.set()
         signal.default_int_handler(number, frame)
 
-    before = signal.signal(signal.SIGINT, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with suppress(KeyboardInterrupt):
             yield stopped
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _written_into(
