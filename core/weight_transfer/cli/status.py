@@ -93,8 +93,10 @@ def _ask(url: str, config: WeightTransferConfig, timeout: float) -> dict[str, An
     with ExitStack() as stack:
         channel = stack.enter_context(worker_at(url))
         if isinstance(channel, str):
-            patience = {"timeout": timeout, "connect_timeout": timeout}
-            channel = stack.enter_context(HttpChannel(channel, token=config.token, tls=Tls.of(config), **patience))
+            channel = HttpChannel(
+                channel, token=config.token, timeout=timeout, connect_timeout=timeout, tls=Tls.of(config)
+            )
+            stack.enter_context(channel)
         try:
             told = channel.status() or {"state": "unknown", "error": "its server does not tell its status"}
         except WeightTransferError as error:
