@@ -97,6 +97,11 @@ def pair(backend: str) -> tuple[int, dict[str, Any]]:
     return done.exit_code, link
 
 
+def test_what_a_locale_cannot_say_is_told_in_another_way() -> None:
+    done = CliRunner(charset="ascii").invoke(main, ["doctor", "--backend", "caf\xe9"])
+    assert (done.exit_code, "caf\\xe9" in done.output, done.exception.__class__) == (1, True, SystemExit)
+
+
 def test_a_link_is_measured_by_updates_between_two_processes() -> None:
     code, link = pair("ipc")
     assert (code, link["error"], link["transport"]) == (0, None, "shared memory")

@@ -140,7 +140,8 @@ def test_what_is_sent_must_be_said_once(arguments: list[str]) -> None:
     assert push(*arguments, "--to", "http://127.0.0.1:9").exit_code == 2
 
 
-def test_each_new_checkpoint_of_a_run_is_sent(served: Served, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_each_new_checkpoint_of_a_run_is_sent(served: Served, tmp_path: Path, ending: signal.Signals) -> None:
     save(tmp_path / "step-1", 3)
     save(tmp_path / "step-2", 1)
     command = [sys.executable, "-m", "weight_transfer", "push", "--watch", str(tmp_path), "--settle", "0.1", "--json"]
@@ -153,7 +154,7 @@ def test_each_new_checkpoint_of_a_run_is_sent(served: Served, tmp_path: Path) ->
                 save(tmp_path / f"step-{step}", seed)
                 rows.append(json.loads(watching.stdout.readline()))
                 assert served.have(seed, step)
-            watching.send_signal(signal.SIGINT)
+            watching.send_signal(ending)
             assert watching.wait(30) == 0
         finally:
             watching.kill()

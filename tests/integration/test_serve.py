@@ -151,7 +151,8 @@ async def load(url: str, checkpoint: Path) -> list[dict[str, Any]]:
 
 def events(client: httpx.Client, route: str, body: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
     """Return the chunks of a streamed answer, and the version in its header."""
-    with client.stream("POST", route, json=body | {"stream": True}) as answer:
+    body = body | {"stream": True, "stream_options": {"include_usage": True}}
+    with client.stream("POST", route, json=body) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
     assert lines.pop() == "[DONE]"
@@ -164,6 +165,7 @@ def test_a_streamed_answer_is_the_whole_one_in_parts(client: httpx.Client) -> No
     chunks, version = events(client, "/v1/completions", body)
     assert version == "0" and {chunk["weight_version"] for chunk in chunks} == {0}
     assert chunks.pop()["usage"] == whole["usage"]
+    assert all(chunk["choices"] for chunk in chunks)
     for index, choice in enumerate(whole["choices"]):
         parts = [part for chunk in chunks for part in chunk["choices"] if part["index"] == index]
         assert len(parts) > 1
@@ -177,6 +179,9 @@ def test_a_chat_is_continued_after_its_template(client: httpx.Client) -> None:
     said = answer["choices"][0]["message"]
     wanted = tokenizer().decode(expected(1, "user: Hello\nassistant:", COUNT), skip_special_tokens=True)
     assert (said["role"], said["content"], answer["weight_version"]) == ("assistant", wanted, 0)
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    in_parts = client.post("/v1/chat/completions", json=body | {"messages": [{"role": "user", "content": parts}]})
+    assert in_parts.json()["choices"] == answer["choices"]
     chunks, _ = events(client, "/v1/chat/completions", body)
     assert "".join(part["delta"]["content"] for chunk in chunks for part in chunk["choices"]) == wanted
 
@@ -200,27 +205,55 @@ def test_sampling_takes_chances_as_far_as_it_is_told(client: httpx.Client) -> No
     body = {"prompt": ["x"] * 4, "max_tokens": 20, "return_token_ids": True}
     greedy = ask(client, **body, temperature=1, top_k=1)
     assert [choice["token_ids"] for choice in greedy["choices"]] == [wanted] * 4
-    hot = ask(client, **body, temperature=50)
+    hot = ask(client, **body, temperature=50, top_k=100_000)
     assert len({tuple(choice["token_ids"]) for choice in hot["choices"]}) == 4
+    cold = ask(client, **body, temperature=1e-300)
+    assert [choice["token_ids"] for choice in cold["choices"]] == [wanted] * 4
+
+
+def test_a_prompt_is_continued_as_often_as_is_wished(client: httpx.Client) -> None:
+    answer = ask(client, prompt=["x", "y"], n=2, return_token_ids=True)
+    wanted = [expected(1, prompt, COUNT) for prompt in ("x", "x", "y", "y")]
+    assert [choice["token_ids"] for choice in answer["choices"]] == wanted
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert answer["usage"]["prompt_tokens"] == 2
+
+
+def test_weights_that_are_not_finite_cost_the_requests_that_met_them_and_no_others(folder: Path) -> None:
+    broken = model(1)
+    for weight in broken.parameters():
+        torch.nn.init.constant_(weight, float("nan"))
+    body = {"prompt": "x", "max_tokens": COUNT, "temperature": 1}
+    with worker(folder) as client, wt.WeightSender(CONFIG, [str(client.base_url)]) as sender:
+        assert client.post("/v1/completions", json=body).status_code == 200
+        sender.send(broken, version=1)
+        failed = client.post("/v1/completions", json=body)
+        assert (failed.status_code, failed.json()["error"]["type"]) == (500, "server_error")
+        sender.send(model(1), version=2)
+        assert ask(client, prompt="x", temperature=1)["weight_version"] == 2
 
 
 @pytest.mark.parametrize(
     ("fields", "word"),
     [
-        ({"prompt": "x", "n": 2}, "n is not supported"),
+        ({"prompt": "x", "n": 129}, "n must be 1 to 128"),
+        ({"prompt": "x", "logprobs": 1}, "logprobs is not supported"),
+        ({"prompt": "x", "stream_options": 5}, "stream_options"),
+        ({"prompt": "\ud800"}, "half of a character"),
+        ({"prompt": "x" * 300}, "has 300 tokens, and the context 256"),
         ({"prompt": "x", "temprature": 1}, "temperature"),
         ({"prompt": "x", "temperature": -1}, "temperature"),
         ({"prompt": "x", "top_p": 0}, "top_p"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
         ({"prompt": "x" * 250}, "max_tokens"),
-        ({"prompt": "x", "model": "gpt-4"}, "no model 'gpt-4'"),
         ({"prompt": [1, 100_000]}, "token ids from 0"),
         ({"prompt": ""}, "at least one"),
         ({}, "prompt"),
     ],
 )
 def test_a_wrong_request_is_told_what_is_wrong(client: httpx.Client, fields: dict[str, Any], word: str) -> None:
-    answer = client.post("/v1/completions", json={"max_tokens": COUNT, **fields})
+    body = json.dumps({"max_tokens": COUNT, **fields})
+    answer = client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 400
     assert word in answer.json()["error"]["message"]
 
@@ -230,11 +263,25 @@ def test_bodies_and_messages_that_are_none_are_refused(client: httpx.Client) -> 
     for route, content in (("completions", "["), ("completions", "[]"), ("chat/completions", '{"messages": [1]}')):
         assert client.post(f"/v1/{route}", content=content, headers=headers).status_code == 400
     assert client.post("/v1/completions", content="{}").status_code == 415, "what a web page could send"
+    large = client.post("/v1/completions", json={"prompt": "x" * (17 << 20)})
+    assert (large.status_code, "16777216 bytes" in large.json()["error"]["message"]) == (413, True)
+
+
+def test_what_is_not_served_is_not_found(client: httpx.Client) -> None:
+    other = client.post("/v1/completions", json={"prompt": "x", "model": "gpt-4"})
+    for answer in (other, client.get("/v1/models/gpt-4")):
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (404, "model_not_found")
+        assert "no model 'gpt-4'; it has 'tiny'" in error["message"]
+    for method, route in (("POST", "embeddings"), ("GET", "completions")):
+        answer = client.request(method, f"/v1/{route}")
+        assert (answer.status_code, route in answer.json()["error"]["message"]) == (404, True)
 
 
 def test_the_model_and_the_metrics_tell_the_version(client: httpx.Client) -> None:
     [told] = client.get("/v1/models").json()["data"]
     assert (told["id"], told["weight_version"], told["max_model_len"]) == ("tiny", 0, 256)
+    assert client.get("/v1/models/tiny").json() == told
     ask(client, prompt="x")
     metrics = client.get("/metrics").text
     assert 'weight_transfer_served{state="created",version="0"} 1.0' in metrics
@@ -277,6 +324,12 @@ def test_an_update_does_not_wait_for_a_reader_that_is_gone_or_slow(folder: Path)
             sender.send(model(2), version=1)
             assert ask(client, prompt="x", max_tokens=1)["weight_version"] == 1
             assert '"weight_version": 0' in next(slow.iter_lines())
+
+
+def test_an_address_that_is_taken_is_an_error_before_the_model_is_loaded(client: httpx.Client, tmp_path: Path) -> None:
+    port = client.base_url.port or 0
+    with pytest.raises(wt.ConfigError, match="choose another"), open_worker(CONFIG, tmp_path, "127.0.0.1", port):
+        pass
 
 
 def test_what_is_no_model_is_one_sentence(tmp_path: Path) -> None:

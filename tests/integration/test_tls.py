@@ -11,9 +11,11 @@ from typing import Any
 import httpx
 import pytest
 import trustme
+from click.testing import CliRunner
 
 import weight_transfer as wt
 from support.models import Odd, digest
+from weight_transfer.cli import main
 from weight_transfer.control import HttpChannel, HttpLimits, Tls, serve
 
 CONFIG = wt.load_config(backend="loopback", timeout=20, init_timeout=10)
@@ -180,3 +182,24 @@ def test_files_that_are_no_certificates_are_a_sentence(ours: Authority, keys: di
     if keys.keys() != {"tls_ca"}:
         with pytest.raises(wt.ConfigError, match="tls_"), wt.WeightSender(config, ["https://127.0.0.1:9"]) as sender:
             sender.send(Odd(1))
+
+
+def test_the_reference_server_is_as_encrypted_as_its_configuration_says(ours: Authority, tmp_path: Path) -> None:
+    pytest.importorskip("prometheus_client", reason="the extra serve is not installed")
+    from support.tiny_llama import save
+    from weight_transfer.reference_server.worker import open_worker
+
+    certificate = ours.issue("127.0.0.1")
+    worker = wt.load_config(CONFIG, **certificate, tls_ca=ours.ca)
+    trainer = tmp_path / "trainer.toml"
+    keys = {"tls_ca": ours.ca} | ours.issue("trainer.example")
+    lines = [f'{key} = "{file}"' for key, file in keys.items()]
+    trainer.write_text("\n".join(["[weight_transfer]", 'backend = "loopback"', *lines]))
+    with open_worker(worker, save(tmp_path / "tiny", 1), "127.0.0.1", 0, device="cpu") as server:
+        assert server.url.startswith("https://")
+        shown = CliRunner().invoke(main, ["status", server.url, "--config", str(trainer)])
+        assert (shown.exit_code, "created" in shown.stdout) == (0, True), shown.output
+        for tls, code in ((Tls(ca=ours.ca), 401), (Tls.of(wt.load_config(trainer)), 200)):
+            with httpx.Client(base_url=server.url, verify=tls.for_trainer(), timeout=30) as client:
+                body = {"prompt": "x", "max_tokens": 1}
+                assert client.post("/v1/completions", json=body).status_code == code

@@ -109,6 +109,22 @@ def test_one_that_is_written_anew_is_new_again_and_one_that_is_removed_is_not_mi
     assert run.after(5) == run.after(5) == []
 
 
+def test_one_that_is_renamed_or_has_a_second_name_is_sent_once(run: Run) -> None:
+    (run.folder / "latest").symlink_to(run.write("tmp-checkpoint-1", SINGLE))
+    run.after(0)
+    run.clock.now += 5
+    [source] = run.checkpoints.new()
+    assert source.path.name == "tmp-checkpoint-1"
+    run.checkpoints.take(source)
+    (run.folder / "tmp-checkpoint-1").rename(run.folder / "checkpoint-1")
+    (run.folder / "latest").unlink()
+    (run.folder / "latest").symlink_to("checkpoint-1")
+    assert run.after(5) == run.after(5) == []
+    run.write("checkpoint-2", SINGLE)
+    assert run.after(5) == []
+    assert run.after(5) == ["checkpoint-2"]
+
+
 def test_one_that_is_written_anew_before_it_is_sent_is_not_sent_as_a_mixture(run: Run) -> None:
     shards = [f"model-{number:05}-of-00002.safetensors" for number in (1, 2)]
     run.write("latest", *shards)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from importlib import import_module
 from typing import Any
 
@@ -74,6 +76,9 @@ def main() -> None:
       weight-transfer backends --check
       weight-transfer demo
     """  # noqa: D301  (click wants the character itself)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # errors and names of files may hold what a locale cannot say
+            stream.reconfigure(errors="backslashreplace")
 
 
 __all__ = ["main"]

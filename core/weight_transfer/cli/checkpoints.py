@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from weight_transfer.values.events import Version
 
 _Stamps = frozenset[tuple[Path, Stamp | None]]
+_Contents = frozenset[tuple[str, Stamp | None]]
 _NUMBER = re.compile(r"\d+\Z")
 
 
@@ -25,7 +26,7 @@ class Checkpoints:
 
     A checkpoint is complete when its index and all files that this names are there, or ``model.safetensors`` by itself;
     when every file is as long as its header says; and when nothing of it has changed for a while. A folder without
-    either is none.
+    either is none. One that is renamed, or has a second name, is still the same.
 
     Args:
         folder: whose folders are checkpoints.
@@ -42,10 +43,10 @@ class Checkpoints:
         self._device = device
         self._clock = clock
         self._seen: dict[Path, tuple[_Stamps, float]] = {}
-        self._taken: dict[Path, _Stamps] = {}
+        self._taken: set[_Contents] = set()
 
     def new(self) -> list[CheckpointSource]:
-        """Return those that are complete and have not been taken, the oldest first.
+        """Return those that are complete and have not been taken by any name, the oldest first.
 
         Raises:
             ConfigError: the folder cannot be listed.
@@ -55,18 +56,20 @@ class Checkpoints:
         except OSError as error:
             raise ConfigError(f"{self._folder} cannot be listed.", cause=str(error)) from error
         found = {path: _stamps(path) for path in paths}
-        ready = [_source(path, stamps, self._device) for path, stamps in found.items() if self._is_still(path, stamps)]
-        return sorted(filter(None, ready), key=_written)
+        new = [_source(path, stamps, self._device) for path, stamps in found.items() if self._is_new(path, stamps)]
+        by_name = sorted(filter(None, new), key=_preference)
+        different = {_contents(source.stamps): source for source in reversed(by_name)}
+        return sorted(different.values(), key=_written)
 
     def take(self, source: CheckpointSource) -> None:
         """Do not return this checkpoint again, unless it is written anew."""
-        self._taken[source.path] = self._seen[source.path][0]
+        self._taken.add(_contents(self._seen[source.path][0]))
 
-    def _is_still(self, path: Path, stamps: _Stamps) -> bool:
+    def _is_new(self, path: Path, stamps: _Stamps) -> bool:
         now = self._clock()
         if self._seen.get(path, (None,))[0] != stamps:
             self._seen[path] = stamps, now
-        return self._taken.get(path) != stamps and now - self._seen[path][1] >= self._settle
+        return now - self._seen[path][1] >= self._settle and _contents(stamps) not in self._taken
 
 
 def version_of(path: Path) -> Version:
@@ -76,12 +79,22 @@ def version_of(path: Path) -> Version:
 
 
 def _stamps(path: Path) -> _Stamps:
-    """Return the stamps of a checkpoint's files; none if its folder has been removed meanwhile."""
+    """Return the stamps of a checkpoint's files; none if its folder has been removed meanwhile, or may not be read."""
     try:
         files = [path / CheckpointSource.INDEX, *path.glob("*.safetensors")]
-    except FileNotFoundError:
-        files = []
-    return frozenset((file, stamp_of(file)) for file in files)
+        return frozenset((file, stamp_of(file)) for file in files)
+    except OSError:
+        return frozenset()
+
+
+def _contents(stamps: _Stamps) -> _Contents:
+    """Return what tells a checkpoint from others whatever it is called."""
+    return frozenset((path.name, stamp) for path, stamp in stamps)
+
+
+def _preference(source: CheckpointSource) -> tuple[bool, str]:
+    """Return by what the names of one checkpoint are sorted: those with a number come first."""
+    return isinstance(version_of(source.path), str), source.path.name
 
 
 class _Settled(CheckpointSource):
@@ -103,9 +116,10 @@ class _Settled(CheckpointSource):
         return frozenset(self._stamps.items())
 
 
-def _source(path: Path, stamps: _Stamps, device: str) -> CheckpointSource | None:
+def _source(path: Path, stamps: _Stamps, device: str) -> _Settled | None:
     """Return a checkpoint if all of it is there, as it was when it was looked at."""
-    if not any((path / name).is_file() for name in (CheckpointSource.INDEX, CheckpointSource.SINGLE)):
+    names = {file.name for file, stamp in stamps if stamp is not None}
+    if names.isdisjoint((CheckpointSource.INDEX, CheckpointSource.SINGLE)):
         return None
     try:
         source = _Settled(path, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,13 +36,13 @@ token = click.option(
 
 def as_version(_ctx: click.Context, _parameter: click.Parameter, text: str | None) -> Version | None:
     """Return a version: a whole number if the text is one."""
-    return int(text) if text is not None and text.isascii() and text.isdigit() else text
+    return int(text) if text is not None and re.fullmatch("-?[0-9]{1,19}", text) else text
 
 
 def as_device(_ctx: click.Context, _parameter: click.Parameter, text: str | None) -> str | None:
     """Return a torch device that exists here."""
-    if text is None:
-        return None
+    if text is None or text == "cpu":
+        return text
     import torch
 
     try:

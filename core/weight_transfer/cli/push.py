@@ -43,7 +43,7 @@ _LOOK = 0.5  # seconds between two looks at a folder
     "--watch",
     metavar="DIR",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Send the newest checkpoint in DIR, then each new one as soon as it is complete, until Ctrl-C.",
+    help="Send the newest checkpoint in DIR, then each new one as soon as it is complete, until Ctrl-C or SIGTERM.",
 )
 @click.option(
     "--settle",
@@ -84,7 +84,8 @@ def push(
 
     With --watch a checkpoint is a folder in DIR. It is complete when the files that its index names are there, or
     model.safetensors, and none of them is shorter than its header says or changes any more. The number at the end of
-    its name is its version. One that fails is not sent again; the next one is.
+    its name is its version. One that fails is not sent again; the next one is. One that is renamed once it is complete,
+    or has a link as a second name, is sent once.
 
     The exit status is 1 if a worker did not get a checkpoint. --json prints a line for each checkpoint.
 
@@ -120,13 +121,13 @@ def _device_of(addresses: Sequence[str], config: WeightTransferConfig) -> str:
 
     from weight_transfer.cli.status import ask_all
 
-    workers = ask_all(addresses, config.token, config.init_timeout) if torch.cuda.is_available() else []
+    workers = ask_all(addresses, config, config.init_timeout) if torch.cuda.is_available() else []
     return "cuda" if any(str(worker.get("device")).startswith("cuda") for worker in workers) else "cpu"
 
 
 @contextmanager
 def _sender(config: WeightTransferConfig, addresses: Sequence[str]) -> Iterator[WeightSender]:
-    """Provide a sender that shows its progress, on a terminal worker by worker; close the channels with it."""
+    """Provide a sender that shows its progress on a terminal, worker by worker; close the channels with it."""
     from rich.console import Console
 
     from weight_transfer.cli.push_bars import WorkerBars, asking
@@ -136,31 +137,33 @@ def _sender(config: WeightTransferConfig, addresses: Sequence[str]) -> Iterator[
     screen = Console(stderr=True)
     with ExitStack() as stack:
         workers = [stack.enter_context(worker_at(address)) for address in addresses]
-        named = [name for name in config.observers if name != "progress"]
         bars: list[object] = []
         if screen.is_terminal:
             bars.append(WorkerBars(stack.enter_context(asking(addresses, config)), screen))
-        else:
-            named.append("progress")
-        config = attrs.evolve(config, observers=tuple(named))
+            others = tuple(name for name in config.observers if name != "progress")
+            config = attrs.evolve(config, observers=others)
         yield stack.enter_context(WeightSender(config, workers, observers=tuple(bars)))
 
 
 @contextmanager
 def _until_interrupted() -> Iterator[threading.Event]:
-    """End a ``with`` block at Ctrl-C, and provide what that sets: in a finalizer, Python drops its exception."""
+    """End a ``with`` block at Ctrl-C, or as a container is ended, and provide what that sets.
+
+    In a finalizer, Python drops the exception.
+    """
     stopped = threading.Event()
 
     def stop(number: int, frame: FrameType | None) -> None:
         stopped.set()
         signal.default_int_handler(number, frame)
 
-    before = signal.signal(signal.SIGINT, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with suppress(KeyboardInterrupt):
             yield stopped
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _written_into(
@@ -206,7 +209,8 @@ def _show(row: dict[str, Any]) -> None:
     from weight_transfer.cli.tables import console, grid
     from weight_transfer.values.report import sized
 
-    total = f"{sized(row['nbytes'])} in {row['total_seconds']:.2f} s, {sized(1e9 * row['gbps'])}/s"
+    rate = row["nbytes"] / row["total_seconds"]
+    total = f"{sized(row['nbytes'])} in {row['total_seconds']:.2f} s, {sized(rate)}/s"
     click.echo(f"{row['checkpoint']} is version {row['version']}: {total}")
     got = [(worker, "published", row["transports"].get(worker, "")) for worker in row["workers"]]
     console().print(grid([*got, *((worker, "lost", error) for worker, error in row["lost"])]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,6 +60,7 @@ def serve(
     options.require("serve", "httpx", "prometheus_client", "starlette", "transformers", "uvicorn")
     config = options.configured(config_file, "ipc", backend=backend, token=token)
     click.echo(f"Loading {model}")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: threads that spin longer crawl on a busy machine
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what ends a container ends the worker in order, too
     from weight_transfer.reference_server.worker import open_worker
 

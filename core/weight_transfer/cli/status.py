@@ -8,11 +8,15 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from weight_transfer.cli import options
+
+if TYPE_CHECKING:
+    from weight_transfer.config.settings import WeightTransferConfig
 
 _MANY = 64  # workers that are asked at once
 _BAD = ("failed", "refused", "unreachable")
@@ -20,6 +24,7 @@ _BAD = ("failed", "refused", "unreachable")
 
 @click.command(short_help="Ask workers what they serve.")
 @click.argument("urls", metavar="URL...", nargs=-1, required=True)
+@options.config_file
 @options.token
 @click.option(
     "--timeout",
@@ -30,11 +35,21 @@ _BAD = ("failed", "refused", "unreachable")
 )
 @options.as_json
 @click.pass_context
-def status(ctx: click.Context, urls: tuple[str, ...], token: str | None, timeout: float, as_json: bool) -> None:
+def status(
+    ctx: click.Context,
+    urls: tuple[str, ...],
+    config_file: Path | None,
+    token: str | None,
+    timeout: float,
+    as_json: bool,
+) -> None:
     """Ask each worker for its state, its version and its last error.
 
     All are asked at once. The exit status is 1 if one of them does not answer, refuses to or has failed; one that has
     failed serves nothing until it gets all weights anew. AGE says how long ago the version was published.
+
+    STATE is ready or updating while a trainer has the worker, created while none does, and failed after an update that
+    left no version to serve. Of a configuration the token and the certificate files count.
 
     \b
     Example:
@@ -43,7 +58,7 @@ def status(ctx: click.Context, urls: tuple[str, ...], token: str | None, timeout
     options.require("http", "httpx")
     from weight_transfer.cli.tables import console, grid
 
-    workers = ask_all(urls, token, timeout)
+    workers = ask_all(urls, options.configured(config_file, "loopback", token=token), timeout)
     if as_json:
         click.echo(json.dumps(workers, indent=2))
     else:
@@ -57,28 +72,31 @@ def status(ctx: click.Context, urls: tuple[str, ...], token: str | None, timeout
         ctx.exit(1)
 
 
-def ask_all(urls: Sequence[str], token: str | None, timeout: float) -> list[dict[str, Any]]:
+def ask_all(urls: Sequence[str], config: WeightTransferConfig, timeout: float) -> list[dict[str, Any]]:
     """Return each worker's status with its ``url``, all asked at once; a state that is `_BAD` comes with an ``error``.
 
     Args:
         urls: of workers.
-        token: of all of them.
+        config: has the token of all of them, and the certificate files.
         timeout: seconds that one may take to answer.
     """
     with ThreadPoolExecutor(min(len(urls), _MANY)) as pool:
-        return list(pool.map(partial(_ask, token=token, timeout=timeout), urls))
+        return list(pool.map(partial(_ask, config=config, timeout=timeout), urls))
 
 
-def _ask(url: str, token: str | None, timeout: float) -> dict[str, Any]:
+def _ask(url: str, config: WeightTransferConfig, timeout: float) -> dict[str, Any]:
     """Return a worker's status, with its ``url``; one that tells none is ``refused`` or ``unreachable``."""
-    from weight_transfer.control import HttpChannel
+    from weight_transfer.control import HttpChannel, Tls
     from weight_transfer.errors import HandshakeError, WeightTransferError
     from weight_transfer.plugins.channels import worker_at
 
     with ExitStack() as stack:
         channel = stack.enter_context(worker_at(url))
         if isinstance(channel, str):
-            channel = stack.enter_context(HttpChannel(channel, token=token, timeout=timeout, connect_timeout=timeout))
+            channel = HttpChannel(
+                channel, token=config.token, timeout=timeout, connect_timeout=timeout, tls=Tls.of(config)
+            )
+            stack.enter_context(channel)
         try:
             told = channel.status() or {"state": "unknown", "error": "its server does not tell its status"}
         except WeightTransferError as error:

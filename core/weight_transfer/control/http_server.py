@@ -298,6 +298,11 @@ def require_token(host: str, token: str | None) -> None:
         )
 
 
+def require_free(host: str, port: int) -> None:
+    """Raise `ConfigError` if an address cannot be listened on now."""
+    _bind(host, port).close()
+
+
 def _bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio turns Nagle's delay off only for sockets that say they are TCP; it would cost 40 ms per answer

@@ -20,6 +20,7 @@ _BATCH = 512  # tokens that one forward pass takes on a CPU
 _SHARE = 0.4  # of the free memory of a GPU, for the cache of each of the two managers
 _STOP = 20.0  # seconds
 _NO_END = -1
+_COLD = 1e-5  # temperature below which logits may overflow when they are divided by it
 
 
 @attrs.frozen(kw_only=True)
@@ -27,7 +28,7 @@ class Sampling:
     """How tokens are chosen: the most likely one each time, or at random.
 
     Attributes:
-        temperature: 0 for the most likely one.
+        temperature: 0, or nearly so, for the most likely one.
         top_p: the least part of the probability that is sampled from.
         top_k: how many tokens are sampled from; None for all.
     """
@@ -39,11 +40,13 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         """Whether nothing is left to chance."""
-        return self.temperature == 0
+        return self.temperature < _COLD
 
 
 class Batching:
     """Two of transformers' managers, of which each is made when it is first needed: greedy ones and others do not mix.
+
+    One that has ended after an error, such as that of weights that are not finite, is replaced by the next request.
 
     Nothing that a request has computed is kept for others: after an update it would be of the old weights.
 
@@ -122,14 +125,15 @@ class Batching:
         return {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "top_k": sampling.top_k or vocabulary,
+            "top_k": min(sampling.top_k or vocabulary, vocabulary),
         }
 
     def _manager(self, greedy: bool) -> Any:
         with self._making:
             if self._closed:
                 raise LifecycleError("The worker is closing.", method="generate", state="closed")
-            if greedy not in self._managers:
+            manager = self._managers.get(greedy)
+            if manager is None or not manager.is_running():
                 model = self._hosted.model
                 manager = model.init_continuous_batching(_generation(greedy), self._settings(model.device.type))
                 manager.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def host(path: Path, device: str, name: str | None = None) -> Hosted:
         ) from error
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     return Hosted(
-        name=name or folder.resolve().name,
+        name=name or Path(os.path.abspath(folder)).name,  # as it is called, be it a link
         model=model.to(device).eval(),
         tokenizer=tokenizer,
         trained=trained,

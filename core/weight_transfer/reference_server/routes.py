@@ -6,20 +6,25 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 
+from weight_transfer.config.structuring import brief
 from weight_transfer.control.guard import Guard, Refusal
+from weight_transfer.control.http_door import Door
 from weight_transfer.control.http_server import create_app
+from weight_transfer.control.limits import HttpLimits
 from weight_transfer.errors import ConfigError, TransferTimeoutError, WeightTransferError
 from weight_transfer.reference_server.answers import Answer, Part, continuation
-from weight_transfer.reference_server.wishes import read
+from weight_transfer.reference_server.wishes import NoModelError, read
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -36,6 +41,7 @@ T = TypeVar("T")
 VERSION = "x-weight-version"
 """The header that names the version that made an answer, quoted as in a URL."""
 
+_LIMITS = HttpLimits(body_bytes="16MiB")  # a prompt of a million tokens, as ids or as text
 _LEFT = 499  # as other servers count clients that close the connection before they are answered
 _Chunks = asyncio.Queue[dict[str, Any] | Exception | None]
 
@@ -61,8 +67,9 @@ class Routes:
         self._batching = batching
         self._receiver = receiver
         self._metrics = metrics
-        self._guard = Guard(token, None)
+        self._door = Door(Guard(token, None), _LIMITS)
         self._token = token
+        self._reading = ThreadPoolExecutor(1, thread_name_prefix="weight-transfer requests")
         self._created = int(time.time())  # noqa: TID251  (the time of day)
 
     def app(self) -> Starlette:
@@ -72,6 +79,8 @@ class Routes:
                 Route("/v1/completions", self._completions, methods=["POST"]),
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
                 Route("/v1/models", self._models, methods=["GET"]),
+                Route("/v1/models/{name:path}", self._one_model, methods=["GET"]),
+                Route("/v1/{rest:path}", self._unknown, methods=["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]),
                 Route("/metrics", self._tell_metrics, methods=["GET"]),
                 Mount("/", create_app(self._receiver, self._token)),
             ]
@@ -85,29 +94,48 @@ class Routes:
 
     async def _models(self, request: Request) -> Response:
         try:
-            self._guard.check(request)
+            self._door.admit(request)
         except Refusal as refusal:
             return _refused(refusal)
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def _one_model(self, request: Request) -> Response:
+        try:
+            self._door.admit(request)
+        except Refusal as refusal:
+            return _refused(refusal)
+        name = request.path_params["name"]
+        if name != self._hosted.name:
+            return _no_model(f"This server has no model {brief(name)}; it has {self._hosted.name!r}.")
+        return JSONResponse(self._model())
+
+    def _model(self) -> dict[str, Any]:
         status = self._receiver.status()
         model = {"id": self._hosted.name, "object": "model", "created": self._created, "owned_by": "weight-transfer"}
         model |= {"weight_version": status["version"], "weight_digest": status.get("digest")}
-        model |= {"max_model_len": self._hosted.context}
-        return JSONResponse({"object": "list", "data": [model]})
+        return model | {"max_model_len": self._hosted.context}
+
+    async def _unknown(self, request: Request) -> Response:
+        return _error(404, "invalid_request_error", f"There is no {request.method} {brief(request.url.path)} here.")
 
     async def _tell_metrics(self, request: Request) -> Response:
         try:
-            self._guard.check(request)
+            self._door.admit(request)
         except Refusal as refusal:
             return _refused(refusal)
         return Response(self._metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     async def _answer(self, request: Request, chat: bool) -> Response:
         try:
-            self._guard.check(request)
-            wish = read(_parsed(await request.body()), self._hosted, chat)
+            self._door.admit(request)
+            wish = await self._read(await self._door.body_of(request), chat)
             response = await _unless_left(request, self._streamed(wish) if wish.stream else self._whole(wish))
         except Refusal as refusal:
             response = _refused(refusal)
+        except ClientDisconnect:
+            response = Response(status_code=_LEFT)
+        except NoModelError as error:
+            response = _no_model(str(error))
         except ConfigError as error:
             response = _error(400, "invalid_request_error", str(error))
         except TransferTimeoutError as error:
@@ -117,9 +145,14 @@ class Routes:
         self._metrics.ended(request.url.path, response.status_code)
         return response
 
+    async def _read(self, body: bytes, chat: bool) -> Wish:
+        """Read a request on a thread, one at a time, as tokenizers want it: a long prompt takes seconds."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._reading, lambda: read(_parsed(body), self._hosted, chat))
+
     async def _whole(self, wish: Wish) -> Response:
         async with self._serving() as version:
-            parts = await _all(self._collect(wish, prompt) for prompt in wish.prompts)
+            parts = await _all(self._collect(wish, prompt) for prompt in wish.continued)
         self._count(wish, [len(part.tokens) for part in parts])
         answer = Answer(wish, self._hosted.name, version).whole(parts)
         return JSONResponse(answer, headers={VERSION: quote(str(version))})
@@ -148,9 +181,10 @@ class Routes:
             async with self._serving() as version:
                 answer = Answer(wish, self._hosted.name, version)
                 counts = await _all(
-                    self._feed(wish, index, prompt, answer, chunks) for index, prompt in enumerate(wish.prompts)
+                    self._feed(wish, index, prompt, answer, chunks) for index, prompt in enumerate(wish.continued)
                 )
-            chunks.put_nowait(answer.last(counts))
+            if wish.with_usage:
+                chunks.put_nowait(answer.last(counts))
             self._count(wish, counts)
         except WeightTransferError as error:
             chunks.put_nowait(error)
@@ -227,13 +261,19 @@ def _parsed(body: bytes) -> dict[str, Any]:
     return data
 
 
-def _told(kind: str, message: str) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+def _told(kind: str, message: str, code: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
 def _error(status: int, kind: str, message: str) -> Response:
     return JSONResponse(_told(kind, message), status_code=status)
 
 
+def _no_model(message: str) -> Response:
+    return JSONResponse(_told("invalid_request_error", message, "model_not_found"), status_code=404)
+
+
 def _refused(refusal: Refusal) -> Response:
-    return _error(refusal.status, "authentication_error", str(refusal.error))
+    """Answer, and close the connection: what else comes on it is not read."""
+    kind = "authentication_error" if refusal.status in (401, 403) else "invalid_request_error"
+    return JSONResponse(_told(kind, str(refusal.error)), status_code=refusal.status, headers={"Connection": "close"})

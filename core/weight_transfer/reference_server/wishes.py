@@ -7,22 +7,29 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from weight_transfer.config.structuring import brief, structure
+from weight_transfer.config.structuring import brief, require_text, structure
 from weight_transfer.errors import ConfigError
 from weight_transfer.reference_server.batching import Sampling
 
 if TYPE_CHECKING:
     from weight_transfer.reference_server.hosted import Hosted
 
-_COMMON: dict[str, Any] = {"frequency_penalty": 0, "presence_penalty": 0, "n": 1, "logit_bias": {}}
+_COMMON: dict[str, Any] = {"frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}}
 _NEUTRAL: dict[bool, dict[str, Any]] = {
-    False: _COMMON | {"best_of": 1, "echo": False, "suffix": ""},
-    True: _COMMON | {"logprobs": False, "tool_choice": "none", "tools": [], "response_format": {"type": "text"}},
+    False: _COMMON | {"best_of": 1, "echo": False, "logprobs": None, "suffix": ""},
+    True: _COMMON
+    | {"logprobs": False, "top_logprobs": 0, "tool_choice": "none", "tools": [], "response_format": {"type": "text"}},
 }
 """Fields of a completion, and of a chat, that are taken as long as they ask for nothing."""
-_IGNORED = ("metadata", "service_tier", "store", "stream_options", "user")
+_IGNORED = ("metadata", "service_tier", "store", "user")
 _COMPLETION = 16  # tokens, if a completion does not say how many; OpenAI's default
+_ALL = -1  # of top_k, as in vLLM
 _MAX_STOPS = 16
+_MAX_COPIES = 128  # continuations of a prompt; OpenAI's limit
+
+
+class NoModelError(ConfigError):
+    """A request names a model that is not served."""
 
 
 @attrs.frozen(kw_only=True)
@@ -33,9 +40,11 @@ class _Fields:
     stream: bool = False
     temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int | None = None
+    top_k: int = _ALL
     max_tokens: int | None = None
+    n: int = 1
     stop: Any = ()
+    stream_options: Mapping[str, bool] = attrs.field(factory=dict)
     return_token_ids: bool = False
 
 
@@ -45,27 +54,37 @@ class Wish:
 
     Attributes:
         prompts: token ids; a chat has one prompt.
+        copies: continuations of each prompt.
         limit: tokens that are generated at most.
         sampling: how they are chosen.
         stop: texts before which an answer ends.
         stream: whether the answer comes in parts.
+        with_usage: whether numbers of tokens come after the last part.
         with_tokens: whether the answer has token ids, too.
         chat: whether it is a chat.
     """
 
     prompts: Sequence[list[int]]
+    copies: int
     limit: int
     sampling: Sampling
     stop: Sequence[str]
     stream: bool
+    with_usage: bool
     with_tokens: bool
     chat: bool
+
+    @property
+    def continued(self) -> list[list[int]]:
+        """What is continued, in the order of the answer's choices."""
+        return [prompt for prompt in self.prompts for _ in range(self.copies)]
 
 
 def read(body: Mapping[str, Any], hosted: Hosted, chat: bool) -> Wish:
     """Read a request of ``/v1/completions`` or ``/v1/chat/completions``.
 
     Raises:
+        NoModelError: it names another model.
         ConfigError: a field is unknown or wrong; the sentence names it.
     """
     given = {name: value for name, value in body.items() if value is not None and name not in _IGNORED}
@@ -78,9 +97,16 @@ def read(body: Mapping[str, Any], hosted: Hosted, chat: bool) -> Wish:
     asked = given.pop("messages" if chat else "prompt", None)
     fields = structure(given, _Fields, "request")
     if fields.model not in (None, hosted.name):
-        raise ConfigError(f"request: this server has no model {brief(fields.model)}; it has {hosted.name!r}.")
+        raise NoModelError(f"request: this server has no model {brief(fields.model)}; it has {hosted.name!r}.")
+    if not 0 < fields.n <= _MAX_COPIES:
+        raise ConfigError(f"request: n must be 1 to {_MAX_COPIES}, got {fields.n}.")
     prompts = [_of_chat(asked, hosted)] if chat else _prompts(asked, hosted)
-    room = hosted.context - max(map(len, prompts))
+    longest = max(map(len, prompts))
+    room = hosted.context - longest
+    if room < 1:
+        raise ConfigError(
+            f"request: a prompt has {longest} tokens, and the context {hosted.context}, with room for none after it."
+        )
     limit = fields.max_tokens if fields.max_tokens is not None else room if chat else min(room, _COMPLETION)
     if not 0 < limit <= room:
         raise ConfigError(
@@ -88,10 +114,12 @@ def read(body: Mapping[str, Any], hosted: Hosted, chat: bool) -> Wish:
         )
     return Wish(
         prompts=prompts,
+        copies=fields.n,
         limit=limit,
         sampling=_sampling(fields),
         stop=_stops(fields.stop, hosted),
         stream=fields.stream,
+        with_usage=fields.stream_options.get("include_usage", False),
         with_tokens=fields.return_token_ids,
         chat=chat,
     )
@@ -102,9 +130,9 @@ def _sampling(fields: _Fields) -> Sampling:
         raise ConfigError(f"request: temperature must be 0 to 100, got {fields.temperature}.")
     if not 0 < fields.top_p <= 1:
         raise ConfigError(f"request: top_p must be above 0 and at most 1, got {fields.top_p}.")
-    if fields.top_k is not None and fields.top_k < 1:
-        raise ConfigError(f"request: top_k must be at least 1, got {fields.top_k}.")
-    return Sampling(temperature=fields.temperature, top_p=fields.top_p, top_k=fields.top_k)
+    if fields.top_k < _ALL:
+        raise ConfigError(f"request: top_k must be at least 1, or {_ALL} or 0 for all tokens, got {fields.top_k}.")
+    return Sampling(temperature=fields.temperature, top_p=fields.top_p, top_k=max(fields.top_k, 0) or None)
 
 
 def _stops(stop: Any, hosted: Hosted) -> Sequence[str]:
@@ -130,7 +158,7 @@ def _ids(prompt: Any, hosted: Hosted) -> list[int]:
     if isinstance(prompt, str):
         if hosted.tokenizer is None:
             raise ConfigError(f"request: prompt must be token ids, since {hosted.name!r} has no tokenizer.")
-        prompt = hosted.tokenizer(prompt)["input_ids"]
+        prompt = hosted.tokenizer(_text(prompt, "prompt"))["input_ids"]
     vocabulary = hosted.model.config.get_text_config().vocab_size
     if not _is_ids(prompt) or not all(0 <= token < vocabulary for token in prompt):
         raise ConfigError(f"request: prompt must be a text, or token ids from 0 to {vocabulary - 1}; at least one.")
@@ -148,16 +176,29 @@ def _of_chat(messages: Any, hosted: Hosted) -> list[int]:
         raise ConfigError(f"request: {hosted.name!r} has no chat template; use /v1/completions.")
     if not isinstance(messages, list) or not messages:
         raise ConfigError("request: messages must be a list with at least one message.")
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ConfigError(f"request: a message has a role and a content, both texts, got {brief(message)}.")
+    plain = [_message(message) for message in messages]
     try:
-        text = hosted.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = hosted.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
     except Exception as error:
         raise ConfigError("request: the chat template does not take these messages.", cause=str(error)) from error
-    return _ids_of_template(text, hosted)
+    # it has its special tokens already
+    return list(hosted.tokenizer(_text(text, "messages"), add_special_tokens=False)["input_ids"])
 
 
-def _ids_of_template(text: str, hosted: Hosted) -> list[int]:
-    """Return the token ids of a templated chat, which has its special tokens already."""
-    return list(hosted.tokenizer(text, add_special_tokens=False)["input_ids"])
+def _message(message: Any) -> dict[str, Any]:
+    """Return a message whose content is one text, which it may say in parts."""
+    if isinstance(message, dict):
+        content = message.get("content")
+        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+            texts = [part.get("text") for part in content]
+            content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
+        if isinstance(message.get("role"), str) and isinstance(content, str):
+            return message | {"content": content}
+    raise ConfigError(f"request: a message has a role and a content, both texts, got {brief(message)}.")
+
+
+def _text(text: str, field: str) -> str:
+    try:
+        return require_text(text)
+    except ValueError as error:
+        raise ConfigError(f"request: {field}: {error}.") from error

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import attrs
 import torch
 
-from weight_transfer.control.http_server import Server, require_token
+from weight_transfer.control.http_server import Server, require_free, require_token
+from weight_transfer.control.tls import Tls
 from weight_transfer.observers.update_metrics import UpdateMetrics
 from weight_transfer.reference_server.batching import Batching
 from weight_transfer.reference_server.hosted import host
@@ -49,9 +50,10 @@ def open_worker(
         cache_tokens: how many tokens the key-value cache has room for; by default 8192 on a CPU.
 
     Raises:
-        ConfigError: the model cannot be loaded, or the address not listened on.
+        ConfigError: the model cannot be loaded, the address not listened on, or a certificate file not read.
     """
     require_token(address, config.token)
+    require_free(address, port)  # before minutes go into loading
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     hosted, metrics = host(path, device, name), Metrics()
     if cache_tokens is None and device == "cpu":
@@ -66,7 +68,7 @@ def open_worker(
         metrics.watch(receiver)
         routes = Routes(hosted, batching, receiver, metrics, config.token)
         try:
-            with Server(routes.app(), address, port) as server:
+            with Server(routes.app(), address, port, tls=Tls.of(config)) as server:
                 yield server
         finally:
             batching.close()
