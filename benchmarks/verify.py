@@ -7,8 +7,8 @@ These are cases of ``weight-transfer bench`` with three senders: trainer and wor
 HTTP; the workers copy by name. The three, and the limit, take turns; medians of whole sends are compared, and the best
 ones, which a busy machine disturbs least. Before, all bits of the workers are compared after A, then B, then A again,
 for each of the three. With ``--peer`` the workers are on another GPU, which ``nccl`` on CUDA always needs. Shapes are
-Llama-3.1-8B's with ``--layers`` layers, or all 32; on the CPU half as wide, with a quarter of the vocabulary, 1 GB. With
-``--tensors`` they are that many small ones instead, of ``--bytes`` each, whose cost is not that of the bytes.
+Llama-3.1-8B's with ``--layers`` layers, or all 32; on the CPU half as wide, with a quarter of the vocabulary, 1 GB.
+With ``--tensors`` they are that many small ones instead, of ``--bytes`` each.
 
 On the CPU the limit of ``wire`` is measured beside it: the same bytes copied by all threads, copied with digests of
 each block, and read by all threads, in turns. Where no core is idle, ``wire`` cannot cost less than a copy with digests
@@ -52,10 +52,10 @@ def measure(backend: str, sent: ModelShape, places: tuple[str, str], workers: in
     """Return what sends to ``workers`` workers cost over a backend."""
     case = Case(
         model=sent,
-        config={"backend": backend, "verify": "none"},
+        config={"backend": backend},
         trainers=places[:1],
         workers=places[1:] * workers,
-        ways={way: {"verify": way} for way in WAYS if way != "none"},
+        ways={way: {"verify": way} for way in WAYS},
         rounds=rounds,
     )
     found = rows.measured(case)
