@@ -139,7 +139,7 @@ def _on_host(some: Sequence[tuple[torch.Tensor, torch.dtype]]) -> Words:
     digests = HostDigests([tensor.numel() * dtype.itemsize for tensor, dtype in some])
     in_place: dict[int, int] = {}
     for number, (tensor, dtype) in enumerate(some):
-        if tensor.is_cpu and lies_plain(tensor, dtype):
+        if not tensor.is_cuda and lies_plain(tensor, dtype):
             in_place[number] = tensor.data_ptr()
         else:
             data = plain(tensor.detach().cpu(), dtype)
