@@ -14,7 +14,7 @@ _TAKE_NOTHING = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0))
 _FILTER = struct.pack("@HP", 1, ctypes.addressof(_TAKE_NOTHING))
 
 
-def silence(silent: bool, but: Collection[int]) -> int:
+def silence(silent: bool, but: Collection[int]) -> None:
     """Lose whatever comes in on the TCP connections of this process, as if a cable were cut; or end that.
 
     Who has sent something sends it again and again, and is heard once that is over.
@@ -22,18 +22,12 @@ def silence(silent: bool, but: Collection[int]) -> int:
     Args:
         silent: whether to begin.
         but: ports of connections that go on.
-
-    Returns:
-        How many connections there are.
     """
-    found = 0
     for connection in _connections():
         with connection, suppress(OSError):  # it is not connected
             if {connection.getsockname()[1], connection.getpeername()[1]}.isdisjoint(but):
                 option = _ATTACH_FILTER if silent else _DETACH_FILTER
                 connection.setsockopt(socket.SOL_SOCKET, option, _FILTER)
-                found += 1
-    return found
 
 
 def _connections() -> Iterator[socket.socket]:

@@ -1,4 +1,4 @@
-"""What fails in a process of its surroundings: files cannot grow, memory cannot be had, the wall clock jumps."""
+"""What fails in a process of its surroundings: files, memory, the network, or the clock on the wall."""
 
 from __future__ import annotations
 

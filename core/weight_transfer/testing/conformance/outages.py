@@ -25,7 +25,10 @@ _DAY = 86_400.0  # seconds
 
 
 class OutagesTests(Kit):
-    """A control channel that is slow, reset or half-open; files that cannot grow; a wall clock that jumps."""
+    """A control channel that is slow, reset or half-open, connections of the data plane that fall silent.
+
+    Files that cannot grow, memory that cannot be had, a wall clock that jumps.
+    """
 
     def test_a_control_channel_that_fails_is_known_in_time_and_that_it_is_slow_is_no_failure(self, cast: Cast) -> None:
         """It is slow: the update is good. It is reset, or passes nothing: an error in time; afterwards all is well.
