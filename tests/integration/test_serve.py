@@ -239,6 +239,7 @@ def test_weights_that_are_not_finite_cost_the_requests_that_met_them_and_no_othe
     ("fields", "word"),
     [
         ({"prompt": "x", "n": 129}, "n must be 1 to 128"),
+        ({"prompt": ["x"] * 200, "n": 20}, "200 prompts, each 20 times"),
         ({"prompt": "x", "logprobs": 1}, "logprobs is not supported"),
         ({"prompt": "x", "stream_options": 5}, "stream_options"),
         ({"prompt": "\ud800"}, "half of a character"),
