@@ -63,9 +63,10 @@ def host(path: Path, device: str, name: str | None = None) -> Hosted:
         config = AutoConfig.from_pretrained(path)
         model: Any
         if trained:
-            model, told = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype="auto", use_safetensors=True, output_loading_info=True
             )
+            model, told = loaded
             lacking = sorted(told["missing_keys"])
         else:
             lacking = []
