@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import httpx
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 import weight_transfer as wt
 from support.tiny_llama import expected, model, save, tokenizer
@@ -237,6 +239,7 @@ def test_weights_that_are_not_finite_cost_the_requests_that_met_them_and_no_othe
     ("fields", "word"),
     [
         ({"prompt": "x", "n": 129}, "n must be 1 to 128"),
+        ({"prompt": ["x"] * 200, "n": 20}, "200 prompts, each 20 times"),
         ({"prompt": "x", "logprobs": 1}, "logprobs is not supported"),
         ({"prompt": "x", "stream_options": 5}, "stream_options"),
         ({"prompt": "\ud800"}, "half of a character"),
@@ -329,6 +332,19 @@ def test_an_update_does_not_wait_for_a_reader_that_is_gone_or_slow(folder: Path)
 def test_an_address_that_is_taken_is_an_error_before_the_model_is_loaded(client: httpx.Client, tmp_path: Path) -> None:
     port = client.base_url.port or 0
     with pytest.raises(wt.ConfigError, match="choose another"), open_worker(CONFIG, tmp_path, "127.0.0.1", port):
+        pass
+
+
+def test_a_checkpoint_that_is_not_whole_is_not_served(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    file = copy / "model.safetensors"
+    weights = load_file(file)
+    del weights["lm_head.weight"]
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(wt.ConfigError, match=r"lacks 'lm_head\.weight'; complete the checkpoint"), worker(copy):
+        pass
+    os.truncate(file, 1000)
+    with pytest.raises(wt.ConfigError, match="cannot load a causal language model"), worker(copy):
         pass
 
 

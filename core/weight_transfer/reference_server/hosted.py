@@ -53,7 +53,7 @@ def host(path: Path, device: str, name: str | None = None) -> Hosted:
         name: default is the folder's.
 
     Raises:
-        ConfigError: transformers cannot load it, or a folder has no weights.
+        ConfigError: transformers cannot load it, or a folder has no weights or lacks some.
     """
     trained = path.is_dir()
     folder = path if trained else path.parent
@@ -63,17 +63,25 @@ def host(path: Path, device: str, name: str | None = None) -> Hosted:
         config = AutoConfig.from_pretrained(path)
         model: Any
         if trained:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype="auto", use_safetensors=True, output_loading_info=True
+            )
+            model, told = loaded
+            lacking = sorted(told["missing_keys"])
         else:
+            lacking = []
             model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
             if (folder / "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(folder)
         has_tokenizer = any((folder / file).is_file() for file in _TOKENIZER)
         tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # whatever is damaged, in whatever library
         raise ConfigError(
             f"{path}: transformers cannot load a causal language model from it.", cause=str(error)
         ) from error
+    if lacking:  # transformers would go on with random ones
+        others = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise ConfigError(f"{folder} lacks {lacking[0]!r}{others}; complete the checkpoint.")
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     return Hosted(
         name=name or Path(os.path.abspath(folder)).name,  # as it is called, be it a link

@@ -262,7 +262,8 @@ def _parsed(body: bytes) -> dict[str, Any]:
 
 
 def _told(kind: str, message: str, code: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    printable = message.encode(errors="backslashreplace").decode()  # a template may quote half of a character
+    return {"error": {"message": printable, "type": kind, "param": None, "code": code}}
 
 
 def _error(status: int, kind: str, message: str) -> Response:

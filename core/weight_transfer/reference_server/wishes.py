@@ -26,6 +26,7 @@ _COMPLETION = 16  # tokens, if a completion does not say how many; OpenAI's defa
 _ALL = -1  # of top_k, as in vLLM
 _MAX_STOPS = 16
 _MAX_COPIES = 128  # continuations of a prompt; OpenAI's limit
+_MAX_CONTINUATIONS = 2048  # of one request
 
 
 class NoModelError(ConfigError):
@@ -101,6 +102,11 @@ def read(body: Mapping[str, Any], hosted: Hosted, chat: bool) -> Wish:
     if not 0 < fields.n <= _MAX_COPIES:
         raise ConfigError(f"request: n must be 1 to {_MAX_COPIES}, got {fields.n}.")
     prompts = [_of_chat(asked, hosted)] if chat else _prompts(asked, hosted)
+    if len(prompts) * fields.n > _MAX_CONTINUATIONS:
+        raise ConfigError(
+            f"request: {len(prompts)} prompts, each {fields.n} times, are more than the {_MAX_CONTINUATIONS} "
+            "continuations that one request may ask for."
+        )
     longest = max(map(len, prompts))
     room = hosted.context - longest
     if room < 1:

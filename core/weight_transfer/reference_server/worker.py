@@ -53,7 +53,9 @@ def open_worker(
         ConfigError: the model cannot be loaded, the address not listened on, or a certificate file not read.
     """
     require_token(address, config.token)
-    require_free(address, port)  # before minutes go into loading
+    tls = Tls.of(config)
+    tls.for_worker()  # a file that cannot be read, like a port that is taken, is told before minutes go into loading
+    require_free(address, port)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     hosted, metrics = host(path, device, name), Metrics()
     if cache_tokens is None and device == "cpu":
@@ -68,7 +70,7 @@ def open_worker(
         metrics.watch(receiver)
         routes = Routes(hosted, batching, receiver, metrics, config.token)
         try:
-            with Server(routes.app(), address, port, tls=Tls.of(config)) as server:
+            with Server(routes.app(), address, port, tls=tls) as server:
                 yield server
         finally:
             batching.close()
