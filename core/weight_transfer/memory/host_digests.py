@@ -53,11 +53,12 @@ class HostDigests:
         digests = map(xxhash.xxh3_64_intdigest, memories)
         self._chunks[self._first[numbers]] = np.fromiter(digests, np.uint64, len(memories))
 
-    def take_all(self, number: int, address: int) -> None:
-        """Take a whole tensor, whose bytes lie at ``address``."""
-        nbytes = int(self._nbytes[number])
-        blocks = range(0, nbytes, BLOCK)
-        share_out(blocks, lambda at: self.take(number, at, memory_at(address + at, min(BLOCK, nbytes - at))))
+    def take_all(self, number: int, data: torch.Tensor) -> None:
+        """Take a whole tensor; ``data`` are its bytes, uint8."""
+        blocks = range(0, data.nbytes, BLOCK)
+        share_out(
+            blocks, lambda at: self.take(number, at, memory_at(data.data_ptr() + at, min(BLOCK, data.nbytes - at)))
+        )
 
     def digests(self) -> Words:
         """Return them, uint64 ``[tensors]``, once all bytes were taken."""
@@ -73,32 +74,46 @@ class HostReading:
 
     def __init__(self, tensors: Sequence[tuple[torch.Tensor, torch.dtype]]) -> None:
         self._tensors = tensors
-        self._nbytes = [tensor.numel() * dtype.itemsize for tensor, dtype in tensors]
+        self._nbytes = sizes = [tensor.numel() * dtype.itemsize for tensor, dtype in tensors]
         in_place = [not each[0].is_cuda and lies_plain(*each) for each in tensors]
-        is_small = [here and nbytes <= CHUNK for here, nbytes in zip(in_place, self._nbytes, strict=True)]
-        self._small = list(compress(range(len(tensors)), is_small))
-        self._others = [(number, in_place[number]) for number in range(len(tensors)) if not is_small[number]]
-        self._small_tensors = [tensors[number][0] for number in self._small]
+        self._placed = list(compress(range(len(tensors)), in_place))
+        self._others = [number for number, is_in_place in enumerate(in_place) if not is_in_place]
+        self._small = [number for number in self._placed if sizes[number] <= CHUNK]
+        large = (number for number in self._placed if sizes[number] > CHUNK)
+        self._blocks = [(number, start) for number in large for start in range(0, sizes[number], BLOCK)]
+        self._placed_tensors = [tensors[number][0] for number in self._placed]
         self._addresses: list[int] = []
+        self._address_of: dict[int, int] = {}
         self._memories: list[memoryview] = []
 
     def digests(self, go_on: Callable[[], object] = tuple) -> Words:
-        """Return them, uint64 ``[tensors]``; ``go_on`` is called again and again, and raises to end it."""
+        """Return them, uint64 ``[tensors]``; ``go_on`` is called again and again, on any thread, and may raise."""
+        self._look()
         found = HostDigests(self._nbytes)
-        addresses = addresses_of(self._small_tensors)
-        if addresses != self._addresses:
-            sizes = (self._nbytes[number] for number in self._small)
-            self._addresses, self._memories = addresses, list(map(memory_at, addresses, sizes))
         for start in range(0, len(self._small), _SOME):
             go_on()
             some = slice(start, start + _SOME)
             found.take_each(self._small[some], self._memories[some])
-        for number, is_in_place in self._others:
+
+        def take(block: tuple[int, int]) -> None:
+            go_on()
+            number, start = block
+            nbytes = min(BLOCK, self._nbytes[number] - start)
+            found.take(number, start, memory_at(self._address_of[number] + start, nbytes))
+
+        share_out(self._blocks, take)
+        for number in self._others:
             go_on()
             tensor, dtype = self._tensors[number]
-            data = tensor if is_in_place else plain(tensor.detach().cpu(), dtype)
-            found.take_all(number, data.data_ptr())
+            found.take_all(number, plain(tensor.detach().cpu(), dtype))
         return found.digests()
+
+    def _look(self) -> None:
+        """See where the tensors lie now."""
+        addresses = addresses_of(self._placed_tensors)
+        if addresses != self._addresses:
+            self._addresses, self._address_of = addresses, dict(zip(self._placed, addresses, strict=True))
+            self._memories = [memory_at(self._address_of[number], self._nbytes[number]) for number in self._small]
 
 
 def host_reading(tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype] | None = None) -> HostReading | None:

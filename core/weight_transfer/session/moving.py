@@ -67,9 +67,12 @@ class Moving:
         self, update: Running, plan: RegionPlan, deadline: Deadline, begins: bool
     ) -> tuple[Lost, dict[Peer, WorkerReport]]:
         """Move the bytes; return the workers that were lost, and what each has noticed."""
-        engine, outgoing = self._engine, plan.outgoing(update.part)
+        engine = self._engine
         source = update.begin(plan, self._geometry if self._verifies else None)
-        info = self._described(update, source, plan, outgoing, deadline)
+        fields = engine.describe_update(source, source.manifest(), deadline)
+        outgoing = plan.outgoing(update.part)
+        shares = self._shares(plan, outgoing, deadline) if outgoing is not None else None
+        info = self._told(update, source.update, plan, deadline, {**fields, "shares": shares})
         peers = self._fleet.started
         calls = self._call(peers, update.outgoing.messages(info, peers), begins, deadline)
         progress = Progress(self._notify, info, self._config.backend)
@@ -111,17 +114,10 @@ class Moving:
         assert engine is not None
         return engine
 
-    def _described(
-        self,
-        update: Running,
-        source: GuardedSource,
-        plan: RegionPlan,
-        outgoing: OutgoingRegions | None,
-        deadline: Deadline,
+    def _told(
+        self, update: Running, name: str, plan: RegionPlan, deadline: Deadline, fields: Mapping[str, Any]
     ) -> WeightTransferUpdateInfo:
-        """Have the engines of all ranks prepare the update; return what the workers are told of it."""
-        fields = self._engine.describe_update(source, source.manifest(), deadline)
-        shares = self._shares(plan, outgoing, deadline) if outgoing is not None else None
+        """Have all ranks send; return what the workers are told: ``name`` is the id of the weights."""
         if self._crew.size > 1:
             update.in_lockstep = True
             self._crew.order("send", deadline)
@@ -131,12 +127,11 @@ class Moving:
             version=update.version,
             is_checkpoint_format=self._config.is_checkpoint_format,
             target=update.part.target,
-            update=source.update,
+            update=name,
             allow_rollback=update.part.allow_rollback,
             base=update.outgoing.update if plan.manifest.partial else None,
             verify=None if self._config.verify == "none" else self._config.verify,
             layout=plan.wire,
-            shares=shares,
             kept=plan.kept,
             **fields,
         )

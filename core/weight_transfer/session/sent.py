@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Self
 
 import attrs
@@ -101,11 +101,12 @@ class Sent:
         self._left = dict(known.left)
         self._digester.add(list(known.on_gpus), list(known.on_gpus.values()), beside=True)
         try:
-            with _on_thread(known.reading, go_on) as found:
+            with _on_thread(known.reading, go_on) if known.on_host else nullcontext() as found:
                 yield
         finally:
             self._digester.hold_up()
-        self._digester.put(known.on_host, found.result())
+        if found is not None:
+            self._digester.put(known.on_host, found.result())
         for name in [name for name in masters if name in self._left]:
             go_on()
             number = self._left.pop(name)
