@@ -38,6 +38,8 @@ def test_a_sender_that_cannot_connect_is_closed_again(monkeypatch: pytest.Monkey
     assert len(closed) == 1
     with pytest.raises(wt.ConfigError, match="needs a list of workers"):
         wt.connect(backend="loopback")
+    with pytest.raises(wt.ConfigError, match=r"unpack the list: connect\(\*workers\)"):
+        wt.connect(["http://127.0.0.1:9"], backend="loopback")  # type: ignore[arg-type]
 
 
 def test_objects_say_what_they_are(receiver: wt.WeightReceiver) -> None:

@@ -207,6 +207,32 @@ def test_a_sampler_that_does_not_let_go_is_named(pair: Pair) -> None:
     assert f"{threading.current_thread().name} still in serving(); let a block be one batch" in str(caught.value)
 
 
+def test_of_many_samplers_some_are_named() -> None:
+    hasty = WeightReceiver(LOOPBACK | {"timeout": 0.2}, model())
+
+    async def sample(number: int) -> None:
+        async with hasty.aserving():
+            holding.release()
+            await asyncio.to_thread(failed.wait, 10)
+
+    async def sample_together() -> None:
+        async with asyncio.TaskGroup() as group:
+            for number in range(5):
+                group.create_task(sample(number), name=f"sampler {number}")
+
+    holding, failed = threading.Semaphore(0), threading.Event()
+    with WeightSender(LOOPBACK, [hasty]) as sender:
+        sender.send(model(1.0))
+        samplers = threading.Thread(target=asyncio.run, args=(sample_together(),))
+        samplers.start()
+        for _ in range(5):
+            assert holding.acquire(timeout=10)
+        with pytest.raises(TransferTimeoutError, match=r"sampler 0, sampler 1, sampler 2 and 2 more still in serving"):
+            sender.send(model(2.0))
+        failed.set()
+        samplers.join(10)
+
+
 class Exiting:
     """A loader that raises what would end a thread, or the process."""
 

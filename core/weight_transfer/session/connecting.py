@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from weight_transfer.errors import ConfigError
 from weight_transfer.plugins.read_config import load_config
 from weight_transfer.session.sender import WeightSender
 
@@ -23,10 +24,15 @@ def connect(*workers: str | ControlChannel, config: Any = None, **settings: Any)
         settings: keys of the configuration, such as ``backend``.
 
     Raises:
-        ConfigError: a key is wrong, or there is no worker.
+        ConfigError: a key is wrong, there is no worker, or several came as one list.
         PeerLostError: a worker did not answer within ``init_timeout`` seconds.
         HandshakeError: a worker has another backend, or refuses the token.
     """
+    for worker in workers:
+        if isinstance(worker, (list, tuple)):
+            raise ConfigError(
+                f"connect takes each worker by itself; unpack the {type(worker).__name__}: connect(*workers)."
+            )
     sender = WeightSender(load_config(config, **settings), workers)
     try:
         sender.connect()

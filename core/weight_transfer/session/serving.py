@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_NAMED = 3  # threads and tasks that a message names
 _LOOK = 1.0  # seconds between two looks at a version that does not come: an update may have been abandoned
 
 
@@ -135,12 +136,12 @@ class Served:
         with self._changed:
             while samplers := self.samplers:
                 check(
-                    f"waiting for the sampling of the old version to end: {', '.join(samplers)} still in serving(); "
+                    f"waiting for the sampling of the old version to end: {_some(samplers)} still in serving(); "
                     "let a block be one batch or step, or raise timeout"
                 )
                 if not told and time.monotonic() - since > LONG:
                     told = True
-                    logger.warning("an update waits for %s to leave serving()", ", ".join(samplers))
+                    logger.warning("an update waits for %s to leave serving()", _some(samplers))
                 self._changed.wait(min(deadline.remaining(), 0.1))
 
     def when_sampled(self, tell: Callable[[], object]) -> Callable[[], None]:
@@ -280,3 +281,8 @@ def _require_no_loop() -> None:
             method="serving",
             state="waiting",
         )
+
+
+def _some(samplers: list[str]) -> str:
+    named, others = ", ".join(samplers[:_NAMED]), len(samplers) - _NAMED
+    return f"{named} and {others} more" if others > 0 else named

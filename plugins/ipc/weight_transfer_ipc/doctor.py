@@ -22,4 +22,4 @@ def _check_allocator() -> Check:
             found = f"{variable}={setting}: CUDA cannot export that memory, so each byte is copied twice"
             fix = f"Take expandable_segments and backend:cudaMallocAsync out of {variable}."
             return Check(title="torch's allocator", verdict=Verdict.LIMITED, found=found, fix=fix)
-    return Check(title="torch's allocator", found="its CUDA memory can be exported")
+    return Check(title="torch's allocator", found="does not keep CUDA memory from being exported")
