@@ -55,7 +55,7 @@ def choose(backend: str, chance: random.Random) -> Scene:
         "timeout": TIMEOUT,
         "init_timeout": INIT_TIMEOUT,
         "bucket_bytes": chance.choice(["16KiB", "256KiB"]),
-        "verify": "wire" if chance.random() < 0.25 else "none",
+        "verify": "none" if chance.random() < 0.25 else "wire",
         "on_worker_failure": chance.choice(["abort", "abort", "continue"]),
         backend: options,
     }
