@@ -555,7 +555,7 @@ def test_nobody_reacts_to_a_failed_worker_any_more_once_the_update_has_ended(
 
 
 def test_a_worker_that_samples_for_too_long_keeps_its_version(new_worker: Make, new_sender: Make) -> None:
-    config = LOOPBACK | {"timeout": 0.3}
+    config = LOOPBACK | {"timeout": 1.0}
     workers = [new_worker(config), new_worker(LOOPBACK)]
     sender = new_sender(workers, config)
     sender.send(Small(1))

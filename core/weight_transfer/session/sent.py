@@ -118,7 +118,9 @@ class Sent:
             self._passing.add([self._left.pop(name)], [tensor])
 
     def table(self) -> str:
-        """Return the `DigestTable` of all weights, as text."""
+        """Return the `DigestTable` of all weights, as text. Engines need not ask for those without elements."""
+        empty = [number for number in self._left.values() if not self._manifest.params[number].nbytes]
+        self._passing.add(empty, [torch.empty(0)] * len(empty))
         return DigestTable.of(self._digester.digests() | self._passing.digests()).to_text()
 
 
