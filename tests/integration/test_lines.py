@@ -308,6 +308,48 @@ def test_a_trainer_needs_no_thread_for_each_worker() -> None:
     assert max(counted) <= before
 
 
+@pytest.mark.parametrize(
+    ("place", "method"),
+    [
+        ("submit", "start_weight_update"),
+        ("submit", "begin_weight_update"),
+        ("submit", "finish_weight_update"),
+        ("_result", "begin_weight_update"),
+        ("_result", "finish_weight_update"),
+    ],
+)
+def test_ctrl_c_in_a_call_is_the_callers_and_no_failure_of_a_worker(
+    place: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes while the caller's thread writes a call, or reads an answer: some it reads, others the event loop does.
+
+    With "continue" the worker would be left behind.
+    """
+    config = wt.load_config(CONFIG, backend="ipc", on_worker_failure="continue")
+    model, own = Small(1), getattr(HttpChannel, place)
+    caller = threading.current_thread()
+
+    def interrupted(self: HttpChannel, call: Any, *arguments: Any, **fields: Any) -> Any:
+        if method == getattr(call, "method", call) and threading.current_thread() is caller:
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        return own(self, call, *arguments, **fields)
+
+    with (
+        wt.WeightReceiver(config, model) as receiver,
+        serve(receiver) as server,
+        wt.WeightSender(config, [server.url]) as sender,
+    ):
+        for seed in range(0 if method == "start_weight_update" else 2):
+            sender.send(Small(seed))
+        monkeypatch.setattr(HttpChannel, place, interrupted)
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+            for seed in range(50):
+                sender.send(Small(seed))
+        sender.send(Small(3))
+        assert digest(model) == digest(Small(3))
+
+
 # Start and update in one call.
 
 

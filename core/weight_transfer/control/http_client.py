@@ -218,7 +218,7 @@ class HttpChannel:
         line.ask(call.method, call.body, call.seconds, call.where, lambda answer: self._settle(call, answer))
 
     async def _connect_and_ask(self, call: _Call) -> None:
-        answer: Answer | BaseException
+        answer: Answer | Exception
         try:
             line = await self._open_line(call) if self._offers_line else None
             if line is not None:
@@ -257,13 +257,16 @@ class HttpChannel:
         await self._requests.close()
         return self._line
 
-    def _settle(self, call: _Call, answer: Answer | BaseException) -> None:
+    def _settle(self, call: _Call, answer: Answer | Exception) -> None:
         try:
-            if isinstance(answer, BaseException):
+            if isinstance(answer, Exception):
                 raise answer
             result = self._result(call, answer)
-        except BaseException as error:  # noqa: BLE001  (raised where the result is awaited)
+        except Exception as error:  # noqa: BLE001  (raised where the result is awaited)
             call.result.set_exception(error)
+        except BaseException as error:  # Ctrl-C: it is for this thread, whoever waits for the result
+            call.result.set_exception(error)
+            raise
         else:
             call.result.set_result(result)
 

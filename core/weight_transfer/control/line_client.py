@@ -19,7 +19,7 @@ from weight_transfer.control.line import HELLO, WAITS, Messages, framed
 from weight_transfer.control.line_wires import PlainWire, Wire, connect
 from weight_transfer.errors import PeerLostError, TransferTimeoutError
 
-Answered = Callable[[Answer | BaseException], None]
+Answered = Callable[[Answer | Exception], None]
 
 
 class NoLine(Exception):  # noqa: N818  (an answer, not a failure)

@@ -197,9 +197,13 @@ class Calls:
                 answer = outcome
             else:
                 answer.set_result(outcome)
-        except BaseException as error:  # noqa: BLE001  (collected)
+        except Exception as error:  # noqa: BLE001  (collected)
             answer.set_exception(error)
-        answer.add_done_callback(partial(self._end, peer))
+        except BaseException as error:  # Ctrl-C: it is for the caller, whatever becomes of the worker
+            answer.set_exception(error)
+            raise
+        finally:
+            answer.add_done_callback(partial(self._end, peer))
         return True
 
     def _end(self, peer: Peer, answer: Future[object]) -> None:
