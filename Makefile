@@ -26,8 +26,8 @@ demo: $(INSTALLED) ## Train a small model and send it to two workers: 40 seconds
 	$(BIN)/weight-transfer demo $(ARGS)
 
 test: export PYTHONDONTWRITEBYTECODE = # whatever the shell says: the tests start hundreds of processes
-test: $(INSTALLED) ## Run the tests, four at a time: a quarter of an hour on two cores (ARGS="-k name")
-	@echo "The whole suite takes about a quarter of an hour on two CPU cores."
+test: $(INSTALLED) ## Run the tests, four at a time: nine minutes on two cores (ARGS="-k name")
+	@echo "The whole suite takes about nine minutes on two CPU cores."
 	$(BIN)/python -m pytest -n 4 --dist worksteal -m 'not slow' $(ARGS)
 
 test-slow: $(INSTALLED) ## Run the tests that are too slow for each change, one at a time
