@@ -287,7 +287,8 @@ def test_the_model_and_the_metrics_tell_the_version(client: httpx.Client) -> Non
     assert client.get("/v1/models/tiny").json() == told
     ask(client, prompt="x")
     metrics = client.get("/metrics").text
-    assert 'weight_transfer_served{state="created",version="0"} 1.0' in metrics
+    assert 'weight_transfer_served{state="created"} 1.0' in metrics
+    assert "weight_transfer_served_version 0.0" in metrics
     assert 'weight_transfer_requests_total{route="/v1/completions",status="200"}' in metrics
     assert client.get("/healthz").json() == {"ok": True}
 

@@ -69,11 +69,13 @@ class _Served:
 
     def collect(self) -> Iterator[Any]:
         status = self._receiver.status()
-        served = GaugeMetricFamily(
-            "weight_transfer_served", "1 for the version that is served.", labels=["version", "state"]
-        )
-        served.add_metric([str(status["version"]), status["state"]], float(status["version"] is not None))
+        version = status["version"]
+        served = GaugeMetricFamily("weight_transfer_served", "1 while a version is served.", labels=["state"])
+        served.add_metric([status["state"]], float(version is not None))
         yield served
+        if isinstance(version, int):  # as a label each version would be another time series
+            help_text = "The version that is served, where it is a number."
+            yield GaugeMetricFamily("weight_transfer_served_version", help_text, value=version)
         if status["published"] is not None:
             yield GaugeMetricFamily(
                 "weight_transfer_version_published_seconds", "When it was, since 1970.", value=status["published"]
