@@ -114,11 +114,3 @@ class HostReading:
         if addresses != self._addresses:
             self._addresses, self._address_of = addresses, dict(zip(self._placed, addresses, strict=True))
             self._memories = [memory_at(self._address_of[number], self._nbytes[number]) for number in self._small]
-
-
-def host_reading(tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype] | None = None) -> HostReading | None:
-    """Return what reads tensors again and again, in these dtypes or their own; None if one of them is on a GPU."""
-    if any(tensor.is_cuda for tensor in tensors):
-        return None
-    wanted = [tensor.dtype for tensor in tensors] if dtypes is None else dtypes
-    return HostReading(list(zip(tensors, wanted, strict=True)))

@@ -128,6 +128,29 @@ class Digester:
         return torch.cuda.stream(stream)
 
 
+class Reading:
+    """The digests of some tensors, which are taken again and again as long as their shapes and strides stay.
+
+    Args:
+        tensors: on any devices.
+        dtypes: in which the bytes of each count; by default its own.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype] | None = None) -> None:
+        self._tensors = tensors
+        self._dtypes = [tensor.dtype for tensor in tensors] if dtypes is None else dtypes
+        is_on_gpus = any(tensor.is_cuda for tensor in tensors)
+        self._on_host = None if is_on_gpus else HostReading(list(zip(tensors, self._dtypes, strict=True)))
+
+    def digests(self, geometry: Geometry) -> Words:
+        """Return them, uint64 ``[tensors]``; for ``geometry`` see `Digester`."""
+        if self._on_host is not None:
+            return self._on_host.digests()
+        digester = Digester(len(self._tensors), geometry)
+        digester.add(range(len(self._tensors)), self._tensors, self._dtypes)
+        return digester.digests()
+
+
 def _groups(tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> Iterator[list[int]]:
     """Yield the numbers of those whose digests are computed together: of one device, and with bounded copies."""
     on_host = [number for number, tensor in enumerate(tensors) if not tensor.is_cuda]

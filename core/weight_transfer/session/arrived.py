@@ -81,13 +81,7 @@ class Arrived:
         self._tables = [DigestTable.of(self._whole.digests()).to_text()]
         if self._arrivals is None:
             return
-        pieces, views = self._arrivals.pieces, self._arrivals.views
-        if self._arrivals.on_host is not None:
-            digests = self._arrivals.on_host.digests()
-        else:
-            digester = Digester(len(views), self._geometry)
-            digester.add(range(len(views)), views)
-            digests = digester.digests()
+        pieces, digests = self._arrivals.pieces, self._arrivals.reading.digests(self._geometry)
         for rank in range(len(self._arrivals.planned)):
             own = digests[pieces.rank == rank]
             self._tables.append(DigestTable.of(own).to_text() if len(own) else "")

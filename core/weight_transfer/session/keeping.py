@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from weight_transfer.errors import ManifestMismatchError
-from weight_transfer.memory.host_digests import HostReading, host_reading
+from weight_transfer.memory.integrity import Reading
 from weight_transfer.model.declared import DeclaredLoader
 from weight_transfer.model.loading import KernelFormatLoader
 from weight_transfer.model.targets import RegionLoader, tensors_of
@@ -54,9 +54,9 @@ class Arrivals:
         return targets_of(self.pieces, self.targets)
 
     @cached_property
-    def on_host(self) -> HostReading | None:
-        """What reads these, if they lie in host memory."""
-        return host_reading(self.views)
+    def reading(self) -> Reading:
+        """What digests these."""
+        return Reading(self.views)
 
 
 class Keeping:

@@ -9,8 +9,7 @@ import attrs
 import numpy as np
 
 from weight_transfer.memory.digest_table import DigestTable
-from weight_transfer.memory.host_digests import HostReading, host_reading
-from weight_transfer.memory.integrity import Digester
+from weight_transfer.memory.integrity import Reading
 from weight_transfer.model.manifest import torch_dtype
 from weight_transfer.plan.pieces import Pieces
 from weight_transfer.plan.views import sources_of
@@ -37,19 +36,14 @@ class SentPieces:
 
     def tables(self) -> dict[str, str]:
         """Return the `DigestTable` of each worker that takes something, as text by its number as text."""
-        views, dtypes, numbers = self._pieces
-        if self._on_host is not None:
-            digests = self._on_host.digests()
-        else:
-            digester = Digester(len(views), self._geometry)
-            digester.add(range(len(views)), views, dtypes)
-            digests = digester.digests()
+        _, _, numbers = self._pieces
+        digests = self._reading.digests(self._geometry)
         return {str(worker): DigestTable.of(digests[own]).to_text() for worker, own in numbers.items()}
 
     @cached_property
-    def _on_host(self) -> HostReading | None:
+    def _reading(self) -> Reading:
         views, dtypes, _ = self._pieces
-        return host_reading(views, dtypes)
+        return Reading(views, dtypes)
 
     @cached_property
     def _pieces(self) -> tuple[list[torch.Tensor], list[torch.dtype], dict[int, Integers]]:
