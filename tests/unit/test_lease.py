@@ -287,13 +287,15 @@ def test_a_sender_that_was_replaced_while_a_worker_stood_still_says_so_and_not_t
     class Slow(LocalChannel):
         def update_weights(self, update_info: dict[str, Any]) -> dict[str, Any]:
             closing(WeightSender(LOOPBACK, receivers)).send(model(2.0), version=2)
+            replaced.set()
             late.wait(20)
             return super().update_weights(update_info)
 
-    late = threading.Event()
+    replaced, late = threading.Event(), threading.Event()
     config = LOOPBACK | {"timeout": 1.5}
     sender = closing(WeightSender(config, [Slow(receivers[0]), receivers[1]]))
     with pytest.raises(ReplacedError):
         sender.send(model(1.0), version=1)
+    assert replaced.wait(20)
     late.set()
     assert [(receiver.state, receiver.version) for receiver in receivers] == [(ReceiverState.READY, 2)] * 2

@@ -449,7 +449,7 @@ def test_a_channel_that_raises_anything_is_reported_with_its_cause(new_worker: M
 def test_a_channel_that_never_returns_is_a_timeout_that_names_it(
     new_worker: Make, new_sender: Make, method: str
 ) -> None:
-    config = LOOPBACK | {"timeout": 0.5, "init_timeout": 0.5}
+    config = LOOPBACK | {"timeout": 1.0, "init_timeout": 1.0}  # good updates have that, too
     workers = [new_worker(config), new_worker(config)]
     release = threading.Event()
     channel = FullChannel(workers[1].receiver)

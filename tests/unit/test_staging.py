@@ -172,7 +172,7 @@ def test_a_commit_waits_for_those_who_sample(open_all: ExitStack) -> None:
 
 def test_somebody_who_samples_for_ever_keeps_the_old_version(open_all: ExitStack) -> None:
     model = Net(9)
-    receiver, sender = pair(open_all, LOOPBACK | {"timeout": 0.5}, model)
+    receiver, sender = pair(open_all, LOOPBACK | {"timeout": 1.0}, model)
     sender.send(Net(1))
     with receiver.serving() as version:
         with pytest.raises(wt.TransferTimeoutError, match="still in serving"):
