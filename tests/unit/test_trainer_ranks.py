@@ -163,6 +163,8 @@ def test_a_rank_that_left_may_come_again(new_ranks: Callable[..., Ranks], receiv
     ranks.senders[1].close()
     ranks.senders[1] = new_ranks(2).senders[1]
     reports = ranks.each(lambda _rank, each: each.send(model(1), version=7))
+    if isinstance(reports[0], wt.PeerLostError):  # the first rank has heard only now that the other had left
+        reports = ranks.each(lambda _rank, each: each.send(model(1), version=7))
     assert [report.version for report in reports] == [7, 7]
     assert receiver.version == 7
 

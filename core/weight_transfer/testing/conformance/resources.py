@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from weight_transfer.testing.conformance.cast import Cast, Member
 
 _UPDATES = 50
+_TEAMS = 8  # threads of OpenMP: each thread that computes has some of its own, and which does is a matter of chance
 _SETTLE = 5.0  # seconds in which threads and descriptors of the control channel come back by themselves
 _SLACK = {
     "MiB of device memory": 1,  # it is rounded
@@ -38,7 +39,7 @@ class ResourcesTests(Kit):
         before = [member.ask("held") for member in members]
         for version in range(4, 4 + _UPDATES):
             trainer.ask("send", seed=version, version=version)
-        _assert_back(members, before)
+        _assert_back(members, before, threads=_TEAMS)
 
     def test_everything_comes_back_when_both_sides_close(self, cast: Cast) -> None:
         """A second pair of engines that joins, transfers and closes leaves both processes as the first one left them.
@@ -114,8 +115,9 @@ class ResourcesTests(Kit):
         assert eventually(lambda: worker.ask("held")["abandoned files in /dev/shm"] <= before, _SETTLE)
 
 
-def _assert_back(members: list[Member], before: list[dict[str, int]]) -> None:
-    """Fail, and name what grew, unless all members hold no more than before."""
+def _assert_back(members: list[Member], before: list[dict[str, int]], threads: int = 0) -> None:
+    """Fail, and name what grew, unless all members hold no more than before, but for some ``threads``."""
+    slack = {**_SLACK, "threads": threads}
 
     def grown() -> list[str]:
         return [
@@ -123,7 +125,7 @@ def _assert_back(members: list[Member], before: list[dict[str, int]]) -> None:
             for member, role, was in zip(members, ("worker", "trainer"), before, strict=True)
             for now in [member.ask("held")]
             for what in was
-            if now[what] > was[what] + _SLACK.get(what, 0)
+            if now[what] > was[what] + slack.get(what, 0)
         ]
 
     eventually(lambda: not grown(), _SETTLE)
