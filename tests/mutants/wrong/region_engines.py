@@ -9,10 +9,10 @@ import attrs
 import numpy as np
 
 from weight_transfer.authoring import IncomingRegions
-from weight_transfer_ipc import piece_views
+from weight_transfer_ipc import host_region_reader
 from weight_transfer_ipc.engine import IpcTrainerEngine, IpcWorkerEngine
 
-_honest = piece_views.sources_of
+_honest = host_region_reader.sources_of
 
 
 class Altered(IncomingRegions):
@@ -81,7 +81,7 @@ class CopiesColumnsAsRowsWorker(IpcWorkerEngine):
                 for part in _honest(pieces, shards)
             ]
 
-        with mock.patch.object(piece_views, "sources_of", flat):
+        with mock.patch.object(host_region_reader, "sources_of", flat):
             super().receive_regions(update_info, incoming)
 
 
