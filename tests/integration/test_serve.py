@@ -27,11 +27,10 @@ from weight_transfer.cli import main
 
 pytest.importorskip("prometheus_client", reason="the extra serve is not installed")
 
+from support.served import CONFIG, COUNT, ask, events, worker
 from weight_transfer.reference_server.worker import open_worker
 
-CONFIG = wt.WeightTransferConfig(backend="ipc", timeout=30)
 PROMPTS = ["The capital of France is", "def f(n):", "Once upon a time", "é"]
-COUNT = 12
 
 
 @contextmanager
@@ -53,18 +52,6 @@ def process(path: Path) -> Iterator[str]:
             served.kill()
 
 
-@contextmanager
-def worker(path: Path, **options: Any) -> Iterator[httpx.Client]:
-    """Serve in this process."""
-    config = options.pop("config", CONFIG)
-    headers = {"Authorization": f"Bearer {config.token}"} if config.token else {}
-    with (
-        open_worker(config, path, "127.0.0.1", 0, device="cpu", **options) as server,
-        httpx.Client(base_url=server.url, timeout=60, headers=headers) as client,
-    ):
-        yield client
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
     """Several threads that compute so little would wait for each other, spinning."""
@@ -84,13 +71,6 @@ def client(folder: Path) -> Iterator[httpx.Client]:
     """Of a worker of this process, which serves the model of seed 1 as version 0."""
     with worker(folder) as client:
         yield client
-
-
-def ask(client: httpx.Client, **fields: Any) -> dict[str, Any]:
-    answer = client.post("/v1/completions", json={"max_tokens": COUNT, "temperature": 0, **fields})
-    assert answer.status_code == 200, answer.text
-    body: dict[str, Any] = answer.json()
-    return body
 
 
 def push(folder: Path, *urls: str, version: int) -> None:
@@ -149,16 +129,6 @@ async def load(url: str, checkpoint: Path) -> list[dict[str, Any]]:
         await pushing
         answers = [(await task).json() for task in (*first, *second)]
         return answers + [(await task).json() for task in begin(5)]
-
-
-def events(client: httpx.Client, route: str, body: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
-    """Return the chunks of a streamed answer, and the version in its header."""
-    body = body | {"stream": True, "stream_options": {"include_usage": True}}
-    with client.stream("POST", route, json=body) as answer:
-        assert answer.headers["content-type"].startswith("text/event-stream")
-        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
-    assert lines.pop() == "[DONE]"
-    return [json.loads(line) for line in lines], answer.headers["x-weight-version"]
 
 
 def test_a_streamed_answer_is_the_whole_one_in_parts(client: httpx.Client) -> None:
@@ -240,7 +210,7 @@ def test_weights_that_are_not_finite_cost_the_requests_that_met_them_and_no_othe
     [
         ({"prompt": "x", "n": 129}, "n must be 1 to 128"),
         ({"prompt": ["x"] * 200, "n": 20}, "200 prompts, each 20 times"),
-        ({"prompt": "x", "logprobs": 1}, "logprobs is not supported"),
+        ({"prompt": "x", "echo": True}, "echo is not supported"),
         ({"prompt": "x", "stream_options": 5}, "stream_options"),
         ({"prompt": "\ud800"}, "half of a character"),
         ({"prompt": "x" * 300}, "has 300 tokens, and the context 256"),

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from weight_transfer.reference_server.hosted import UNFINISHED
+from weight_transfer.reference_server.logprobs import Telling, Told, of_chat, of_completion
+
 if TYPE_CHECKING:
-    from weight_transfer.reference_server.batching import Batching
+    from weight_transfer.reference_server.batching import Batching, Sampling
     from weight_transfer.reference_server.hosted import Hosted
     from weight_transfer.reference_server.wishes import Wish
     from weight_transfer.values.events import Version
-
-_UNFINISHED = "\ufffd"  # what bytes are decoded to that are no character yet
 
 
 @attrs.frozen(kw_only=True)
@@ -26,36 +27,46 @@ class Part:
     Attributes:
         text: what came.
         tokens: ids of all tokens so far.
+        told: how likely the tokens since the last part were; empty, unless the request asks for it.
         reason: why it ends here, ``"stop"`` or ``"length"``; None if it goes on.
     """
 
     text: str
     tokens: list[int]
+    told: list[Told]
     reason: str | None = None
 
 
-async def continuation(wish: Wish, prompt: list[int], hosted: Hosted, batching: Batching) -> AsyncGenerator[Part, None]:
+async def continuation(
+    wish: Wish, prompt: list[int], sampling: Sampling, hosted: Hosted, batching: Batching
+) -> AsyncGenerator[Part, None]:
     """Yield the parts of a continuation; the last one has a reason."""
-    told = 0
-    async with aclosing(batching.generate(prompt, wish.limit, wish.sampling)) as generated:
-        async for tokens in generated:
+    said = 0
+    telling = Telling(hosted)
+    told: list[Told] = []
+    async with aclosing(batching.generate(prompt, wish.limit, sampling)) as generating:
+        async for generated in generating:
+            tokens = generated.tokens
+            if wish.with_logprobs:
+                told += [telling.tell(chosen) for chosen in generated.chosen]
             reason = "stop" if tokens[-1] in hosted.ends else "length" if len(tokens) >= wish.limit else None
             if reason is None and not wish.stop and not wish.stream:
                 continue
             text = hosted.decode(tokens)
-            found = [index for index in (text.find(stop, max(0, told - len(stop))) for stop in wish.stop) if index >= 0]
+            found = [index for index in (text.find(stop, max(0, said - len(stop))) for stop in wish.stop) if index >= 0]
             if found:
                 text, reason = text[: min(found)], "stop"
             safe = text if reason is not None else _safe(text, wish)
-            yield Part(text=safe[told:], tokens=tokens, reason=reason)
-            told = max(told, len(safe))
+            yield Part(text=safe[said:], tokens=tokens, told=told, reason=reason)
+            said = max(said, len(safe))
+            told = []
             if reason is not None:
                 return
 
 
 def _safe(text: str, wish: Wish) -> str:
     """Return what may be told of an unfinished text: no half character, and no beginning of a text that ends it."""
-    text = text.rstrip(_UNFINISHED)
+    text = text.rstrip(UNFINISHED)
     held = max((_overlap(text, stop) for stop in wish.stop), default=0)
     return text[: len(text) - held]
 
@@ -108,7 +119,10 @@ class Answer:
         return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
     def _choice(self, index: int, said: dict[str, Any], part: Part) -> dict[str, Any]:
-        choice = {"index": index, **said, "logprobs": None, "finish_reason": part.reason}
+        logprobs = None
+        if self._wish.with_logprobs:
+            logprobs = of_chat(part.told) if self._wish.chat else of_completion(part.told)
+        choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": part.reason}
         if self._wish.with_tokens and part.reason is not None:
             choice["token_ids"] = part.tokens
         return choice

@@ -12,6 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from weight_transfer.errors import ConfigError
 
+UNFINISHED = "\ufffd"
+"""What bytes are decoded to that are no character, or none yet."""
+
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
@@ -32,6 +35,7 @@ class Hosted:
     tokenizer: Any
     trained: bool
     context: int
+    _spelled: dict[int, str | None] = attrs.field(factory=dict, init=False)
 
     @property
     def ends(self) -> frozenset[int]:
@@ -42,6 +46,13 @@ class Hosted:
     def decode(self, tokens: list[int]) -> str:
         """Return the text of tokens; empty without a tokenizer."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True)) if self.tokenizer is not None else ""
+
+    def spell(self, token: int) -> str | None:
+        """Return what a token says by itself; None if it is a part of a character, or there is no tokenizer."""
+        if token not in self._spelled:
+            text = str(self.tokenizer.decode([token])) if self.tokenizer is not None else UNFINISHED
+            self._spelled[token] = None if UNFINISHED in text else text
+        return self._spelled[token]
 
 
 def host(path: Path, device: str, name: str | None = None) -> Hosted:

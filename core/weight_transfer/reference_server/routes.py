@@ -29,7 +29,7 @@ from weight_transfer.reference_server.wishes import NoModelError, read
 if TYPE_CHECKING:
     from starlette.requests import Request
 
-    from weight_transfer.reference_server.batching import Batching
+    from weight_transfer.reference_server.batching import Batching, Sampling
     from weight_transfer.reference_server.hosted import Hosted
     from weight_transfer.reference_server.metrics import Metrics
     from weight_transfer.reference_server.wishes import Wish
@@ -152,14 +152,19 @@ class Routes:
 
     async def _whole(self, wish: Wish) -> Response:
         async with self._serving() as version:
-            parts = await _all(self._collect(wish, prompt) for prompt in wish.continued)
+            parts = await _all(self._collect(wish, *continued) for continued in wish.continued)
         self._count(wish, [len(part.tokens) for part in parts])
         answer = Answer(wish, self._hosted.name, version).whole(parts)
         return JSONResponse(answer, headers={VERSION: quote(str(version))})
 
-    async def _collect(self, wish: Wish, prompt: list[int]) -> Part:
-        parts = [part async for part in continuation(wish, prompt, self._hosted, self._batching)]
-        return Part(text="".join(part.text for part in parts), tokens=parts[-1].tokens, reason=parts[-1].reason)
+    async def _collect(self, wish: Wish, prompt: list[int], sampling: Sampling) -> Part:
+        parts = [part async for part in continuation(wish, prompt, sampling, self._hosted, self._batching)]
+        return Part(
+            text="".join(part.text for part in parts),
+            tokens=parts[-1].tokens,
+            told=[told for part in parts for told in part.told],
+            reason=parts[-1].reason,
+        )
 
     async def _streamed(self, wish: Wish) -> Response:
         chunks: _Chunks = asyncio.Queue()
@@ -181,7 +186,8 @@ class Routes:
             async with self._serving() as version:
                 answer = Answer(wish, self._hosted.name, version)
                 counts = await _all(
-                    self._feed(wish, index, prompt, answer, chunks) for index, prompt in enumerate(wish.continued)
+                    self._feed(wish, index, *continued, answer, chunks)
+                    for index, continued in enumerate(wish.continued)
                 )
             if wish.with_usage:
                 chunks.put_nowait(answer.last(counts))
@@ -191,9 +197,11 @@ class Routes:
         finally:
             chunks.put_nowait(None)
 
-    async def _feed(self, wish: Wish, index: int, prompt: list[int], answer: Answer, chunks: _Chunks) -> int:
+    async def _feed(
+        self, wish: Wish, index: int, prompt: list[int], sampling: Sampling, answer: Answer, chunks: _Chunks
+    ) -> int:
         tokens = 0
-        async for part in continuation(wish, prompt, self._hosted, self._batching):
+        async for part in continuation(wish, prompt, sampling, self._hosted, self._batching):
             tokens = len(part.tokens)
             chunks.put_nowait(answer.chunk(index, part))
         return tokens

@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 
 _COMMON: dict[str, Any] = {"frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}}
 _NEUTRAL: dict[bool, dict[str, Any]] = {
-    False: _COMMON | {"best_of": 1, "echo": False, "logprobs": None, "suffix": ""},
-    True: _COMMON
-    | {"logprobs": False, "top_logprobs": 0, "tool_choice": "none", "tools": [], "response_format": {"type": "text"}},
+    False: _COMMON | {"best_of": 1, "echo": False, "suffix": "", "top_logprobs": 0},
+    True: _COMMON | {"tool_choice": "none", "tools": [], "response_format": {"type": "text"}},
 }
 """Fields of a completion, and of a chat, that are taken as long as they ask for nothing."""
 _IGNORED = ("metadata", "service_tier", "store", "user")
@@ -27,6 +26,9 @@ _ALL = -1  # of top_k, as in vLLM
 _MAX_STOPS = 16
 _MAX_COPIES = 128  # continuations of a prompt; OpenAI's limit
 _MAX_CONTINUATIONS = 2048  # of one request
+_MAX_LOGPROBS = 20  # of one token; as in OpenAI's chats, and in vLLM
+_MAX_FIGURES = 1 << 22  # log-probabilities in one answer, of 100 to 200 bytes each until it is sent
+_SEEDS = 1 << 64  # of torch's generators
 
 
 class NoModelError(ConfigError):
@@ -44,6 +46,9 @@ class _Fields:
     top_k: int = _ALL
     max_tokens: int | None = None
     n: int = 1
+    seed: Any = None
+    logprobs: Any = None
+    top_logprobs: int | None = None
     stop: Any = ()
     stream_options: Mapping[str, bool] = attrs.field(factory=dict)
     return_token_ids: bool = False
@@ -76,9 +81,18 @@ class Wish:
     chat: bool
 
     @property
-    def continued(self) -> list[list[int]]:
-        """What is continued, in the order of the answer's choices."""
-        return [prompt for prompt in self.prompts for _ in range(self.copies)]
+    def with_logprobs(self) -> bool:
+        """Whether the answer tells how likely its tokens were."""
+        return self.sampling.logprobs is not None
+
+    @property
+    def continued(self) -> list[tuple[list[int], Sampling]]:
+        """What is continued, in the order of the answer's choices, and how: each copy of a prompt has its own seed."""
+        return [(prompt, self._sampling_of(copy)) for prompt in self.prompts for copy in range(self.copies)]
+
+    def _sampling_of(self, copy: int) -> Sampling:
+        seed = self.sampling.seed
+        return self.sampling if seed is None else attrs.evolve(self.sampling, seed=(seed + copy) % _SEEDS)
 
 
 def read(body: Mapping[str, Any], hosted: Hosted, chat: bool) -> Wish:
@@ -118,11 +132,13 @@ def read(body: Mapping[str, Any], hosted: Hosted, chat: bool) -> Wish:
         raise ConfigError(
             f"request: max_tokens must be 1 to {room}, got {limit}: the context has {hosted.context} tokens."
         )
+    logprobs = _logprobs(fields, chat)
+    _require_room(logprobs, len(prompts) * fields.n, limit)
     return Wish(
         prompts=prompts,
         copies=fields.n,
         limit=limit,
-        sampling=_sampling(fields),
+        sampling=_sampling(fields, logprobs),
         stop=_stops(fields.stop, hosted),
         stream=fields.stream,
         with_usage=fields.stream_options.get("include_usage", False),
@@ -131,14 +147,55 @@ def read(body: Mapping[str, Any], hosted: Hosted, chat: bool) -> Wish:
     )
 
 
-def _sampling(fields: _Fields) -> Sampling:
+def _sampling(fields: _Fields, logprobs: int | None) -> Sampling:
     if not 0 <= fields.temperature <= 100:
         raise ConfigError(f"request: temperature must be 0 to 100, got {fields.temperature}.")
     if not 0 < fields.top_p <= 1:
         raise ConfigError(f"request: top_p must be above 0 and at most 1, got {fields.top_p}.")
     if fields.top_k < _ALL:
         raise ConfigError(f"request: top_k must be at least 1, or {_ALL} or 0 for all tokens, got {fields.top_k}.")
-    return Sampling(temperature=fields.temperature, top_p=fields.top_p, top_k=max(fields.top_k, 0) or None)
+    return Sampling(
+        temperature=fields.temperature,
+        top_p=fields.top_p,
+        top_k=max(fields.top_k, 0) or None,
+        seed=None if fields.seed is None else _seed(fields.seed),
+        logprobs=logprobs,
+    )
+
+
+def _logprobs(fields: _Fields, chat: bool) -> int | None:
+    """Return how many of the most likely tokens are told beside the chosen one; None to tell of none."""
+    if not chat:
+        return _most(fields.logprobs, "logprobs")
+    if not isinstance(fields.logprobs, bool | None):
+        raise ConfigError(f"request: logprobs of a chat must be true or false, got {brief(fields.logprobs)}.")
+    most = _most(fields.top_logprobs, "top_logprobs") or 0
+    if most and not fields.logprobs:
+        raise ConfigError(f"request: top_logprobs needs logprobs to be true, got {most} without it.")
+    return most if fields.logprobs else None
+
+
+def _seed(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not -_SEEDS // 2 <= value < _SEEDS // 2:
+        raise ConfigError(f"request: seed must be a whole number from -2**63 to 2**63 - 1, got {brief(value)}.")
+    return value % _SEEDS
+
+
+def _most(value: Any, name: str) -> int | None:
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _MAX_LOGPROBS:
+        raise ConfigError(f"request: {name} must be 0 to {_MAX_LOGPROBS}, got {brief(value)}.")
+    return value
+
+
+def _require_room(logprobs: int | None, continuations: int, limit: int) -> None:
+    figures = 0 if logprobs is None else continuations * limit * (logprobs + 1)
+    if figures > _MAX_FIGURES:
+        raise ConfigError(
+            f"request: {continuations} continuations of {limit} tokens with {logprobs} + 1 logprobs each are {figures} "
+            f"log-probabilities, and one answer may have {_MAX_FIGURES}; ask for fewer of them, or set max_tokens."
+        )
 
 
 def _stops(stop: Any, hosted: Hosted) -> Sequence[str]:
