@@ -19,6 +19,7 @@ from support.tiny_llama import model, save, tokenizer
 pytest.importorskip("prometheus_client", reason="the extra serve is not installed")
 
 from support.served import CONFIG, COUNT, ask, events, worker
+from weight_transfer.reference_server.drawing import Drawing
 
 SAMPLED = {"temperature": 1.7, "top_p": 0.9, "return_token_ids": True}
 NEAR = {"abs": 2e-4, "rel": 0}  # of log-probabilities: sums of a batch are rounded otherwise than those of one prompt
@@ -148,6 +149,20 @@ def test_a_seed_whose_client_has_left_keeps_nobody_waiting(client: httpx.Client)
             return answer
 
     assert asyncio.run(leave_and_come())["usage"]["completion_tokens"] == 2
+
+
+def test_tokens_that_are_not_the_drawn_ones_are_no_answer(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = Drawing.__call__
+
+    def left_to_others(drawing: Drawing, scores: torch.Tensor, argument: torch.Tensor) -> torch.Tensor:
+        draw(drawing, scores, argument)
+        return scores
+
+    monkeypatch.setattr(Drawing, "__call__", left_to_others)
+    answer = client.post("/v1/completions", json={"prompt": "x", "temperature": 50, "logprobs": 0})
+    assert (answer.status_code, "tokens that were drawn" in answer.text) == (500, True)
 
 
 def test_a_chat_tells_of_its_tokens_in_its_own_form(client: httpx.Client) -> None:
