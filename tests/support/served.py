@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 
 import weight_transfer as wt
 from weight_transfer.reference_server.worker import open_worker
@@ -20,14 +21,19 @@ COUNT = 12
 
 @contextmanager
 def worker(path: Path, **options: Any) -> Iterator[httpx.Client]:
-    """Serve in this process."""
+    """Serve in this process, on one thread: several that compute so little would wait for each other, spinning."""
     config = options.pop("config", CONFIG)
     headers = {"Authorization": f"Bearer {config.token}"} if config.token else {}
-    with (
-        open_worker(config, path, "127.0.0.1", 0, device="cpu", **options) as server,
-        httpx.Client(base_url=server.url, timeout=60, headers=headers) as client,
-    ):
-        yield client
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with (
+            open_worker(config, path, "127.0.0.1", 0, device="cpu", **options) as server,
+            httpx.Client(base_url=server.url, timeout=60, headers=headers) as client,
+        ):
+            yield client
+    finally:
+        torch.set_num_threads(threads)
 
 
 def ask(client: httpx.Client, **fields: Any) -> dict[str, Any]:

@@ -154,8 +154,10 @@ class Routes:
         async with self._serving() as version:
             parts = await _all(self._collect(wish, *continued) for continued in wish.continued)
         self._count(wish, [len(part.tokens) for part in parts])
-        answer = Answer(wish, self._hosted.name, version).whole(parts)
-        return JSONResponse(answer, headers={VERSION: quote(str(version))})
+        answer = Answer(wish, self._hosted.name, version)
+        headers = {VERSION: quote(str(version))}
+        # on a thread: a million log-probabilities take seconds
+        return await asyncio.to_thread(lambda: JSONResponse(answer.whole(parts), headers=headers))
 
     async def _collect(self, wish: Wish, prompt: list[int], sampling: Sampling) -> Part:
         parts = [part async for part in continuation(wish, prompt, sampling, self._hosted, self._batching)]

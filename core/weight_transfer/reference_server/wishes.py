@@ -27,7 +27,7 @@ _MAX_STOPS = 16
 _MAX_COPIES = 128  # continuations of a prompt; OpenAI's limit
 _MAX_CONTINUATIONS = 2048  # of one request
 _MAX_LOGPROBS = 20  # of one token; as in OpenAI's chats, and in vLLM
-_MAX_FIGURES = 1 << 22  # log-probabilities in one answer, of 100 to 200 bytes each until it is sent
+_MAX_FIGURES = 1 << 20  # log-probabilities of one answer, of up to 400 bytes each until it is sent
 _SEEDS = 1 << 64  # of torch's generators
 
 
