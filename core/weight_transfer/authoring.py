@@ -28,6 +28,7 @@ _MODULES = {
     "machine.nvml": ("Gpus", "find_gpus"),
     "memory.companions": ("companions_of",),
     "memory.export": ("Export", "Exporter", "Segment"),
+    "memory.gpu_copies": ("WeightCopies",),
     "memory.shared_memory": ("PrivateView", "SharedMemory"),
     "copying.host": ("HostCopies", "copy_on_host"),
     "model.bits": ("INTEGERS", "as_bits"),

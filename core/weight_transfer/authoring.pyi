@@ -37,6 +37,7 @@ from weight_transfer.memory.companions import companions_of as companions_of
 from weight_transfer.memory.export import Export as Export
 from weight_transfer.memory.export import Exporter as Exporter
 from weight_transfer.memory.export import Segment as Segment
+from weight_transfer.memory.gpu_copies import WeightCopies as WeightCopies
 from weight_transfer.memory.shared_memory import PrivateView as PrivateView
 from weight_transfer.memory.shared_memory import SharedMemory as SharedMemory
 from weight_transfer.model.bits import INTEGERS as INTEGERS

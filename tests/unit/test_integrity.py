@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weight_transfer.memory.chunks import CHUNK
-from weight_transfer.memory.gpu_digests import Geometry
+from weight_transfer.memory.gpu_copies import WeightCopies
+from weight_transfer.memory.gpu_digests import Geometry, GpuReading
 from weight_transfer.memory.integrity import Digester, tensor_digest, tensor_digests
 from weight_transfer.plan.buckets import as_bytes
 
@@ -152,12 +155,59 @@ def test_a_gpu_has_the_same_digests(offset: int) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_what_a_gpu_reads_beside_its_stream_may_be_written_after_it() -> None:
     tensors = [torch.randint(0, 256, (64 * 2**20 + size,), dtype=torch.uint8, device="cuda") for size in (0, 1, 300)]
-    expected, geometry = tensor_digests([tensor.cpu() for tensor in tensors]), Geometry()
+    expected = tensor_digests([tensor.cpu() for tensor in tensors])
     for _ in range(3):
         kept = [tensor.clone() for tensor in tensors]
-        digester = Digester(3, geometry)
-        digester.add(range(3), kept, beside=True)
+        digester = Digester(3)
+        digester.add_beside(range(3), GpuReading(kept))
         digester.hold_up()
         for tensor in kept:
             tensor.zero_()
         assert [f"{digest:016x}" for digest in digester.digests().tolist()] == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("together", [1, 2**31])
+def test_what_is_gathered_is_read_once_it_is_there(monkeypatch: pytest.MonkeyPatch, together: int) -> None:
+    monkeypatch.setattr("weight_transfer.memory.integrity._GATHERED", together)
+    whole = torch.randint(0, 256, (3, 64 * 2**20), dtype=torch.uint8)
+    expected, pinned, geometry = tensor_digests(list(whole)), whole.pin_memory(), Geometry()
+    arriving = torch.cuda.Stream()
+    for _ in range(3):
+        tensors = torch.zeros_like(whole, device="cuda")
+        arriving.wait_stream(torch.cuda.current_stream())
+        digester = Digester(4, geometry)
+        with torch.cuda.stream(arriving):
+            for number in range(3):
+                tensors[number].copy_(pinned[number], non_blocking=True)
+                digester.gather([number], [tensors[number]])
+        digester.gather([3], [whole[0]])
+        assert [f"{digest:016x}" for digest in digester.digests().tolist()] == [*expected, expected[0]]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("source", "target"), [(0, 0), (16, 0), (0, 16), (8, 0), (1, 16), (0, 3)])
+def test_a_gpu_copies_and_digests_at_once(source: int, target: int) -> None:
+    sizes = [0, 1, 16, 240, 241, 256, 272, 1023, 1024, 1040, 2048, 5008, CHUNK - 16, CHUNK, CHUNK + 16, CHUNK + 256]
+    sizes += [3 * CHUNK + 1040, 5 * CHUNK, 7 * CHUNK + 5]
+    generator = torch.Generator().manual_seed(4)
+    versions = [[torch.randint(0, 256, (n,), dtype=torch.uint8, generator=generator) for n in sizes] for _ in "AB"]
+    begins = list(accumulate((-(-n // 64) * 64 + 64 for n in sizes), initial=0))
+    reads, writes = (torch.zeros(begins[-1] + 64, dtype=torch.uint8, device="cuda") for _ in range(2))
+    sources = [reads[begin + source :][:n] for begin, n in zip(begins, sizes, strict=False)]
+    targets = [writes[begin + target :][:n] for begin, n in zip(begins, sizes, strict=False)]
+    copies = WeightCopies(targets, sources, lambda: pytest.fail("without digests"))
+    for wanted in (versions[0], versions[1], versions[0]):
+        for into, tensor in zip(sources, wanted, strict=True):
+            into.copy_(tensor)
+        writes.fill_(255)
+        digester = Digester(len(sizes))
+        digester.copy(range(len(sizes)), copies)
+        assert [f"{digest:016x}" for digest in digester.digests().tolist()] == tensor_digests(wanted)
+        untouched = writes.clone()
+        for begin, tensor in zip(begins, wanted, strict=False):
+            assert torch.equal(writes[begin + target :][: len(tensor)].cpu(), tensor)
+            untouched[begin + target :][: len(tensor)] = 255
+        assert (untouched == 255).all()

@@ -14,59 +14,69 @@ _AVALANCHE = tl.constexpr(0x165667919E3779F9)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def xxh3_blocks(table, secret, start, out, rows, height: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton's own types
-    """Write the digests of the blocks that ``table`` lists.
+def xxh3_blocks(table, secret, start, out, rows, height: tl.constexpr, copies: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton's own types
+    """Write the digests of the blocks that ``table`` lists; programs share them, ``height`` at a time.
 
-    ``table`` is int64 ``[rows, 2]``: address, a multiple of 8, and bytes, over 240; ``secret`` the 192 bytes of the
-    default secret, at steps of one byte as int64 ``[185]``, since it is read at odd places; ``start`` the accumulators'
-    first values, int64 ``[8]``; ``out`` int64 ``[rows]``. A program takes ``height`` blocks, and a lane of each one of
-    the eight accumulators.
+    ``table`` is int64 ``[rows, 3]``: address, a multiple of 8, bytes, over 240, and, if it also ``copies`` them, where
+    to, bytes being a multiple of 8 then; ``secret`` the 192 bytes of the default secret, at steps of one byte as int64
+    ``[185]``, since it is read at odd places; ``start`` the accumulators' first values, int64 ``[8]``; ``out`` int64
+    ``[rows]``. Threads read side by side: the 16 stripes of 1 KiB at once, which only add up, and of each its 8 words.
     """
-    row = tl.program_id(0) * height + tl.arange(0, height)
-    real = row < rows
-    base = tl.load(table + row.to(tl.int64) * 2, mask=real, other=0)
-    size = tl.load(table + row.to(tl.int64) * 2 + 1, mask=real, other=0)
     lane = tl.arange(0, 8)
-    words = base.to(tl.pointer_type(tl.int64))[:, None]
-    acc = tl.zeros([height, 8], tl.int64) + tl.load(start + lane)[None, :]
+    stripe = tl.arange(0, 16)[None, :, None]
+    word = stripe * 8 + lane[None, None, :]
+    keys = tl.load(secret + word * 8 - stripe * 56)
     last_secret = tl.load(secret + 128 + lane * 8)[None, :]
-    whole = tl.where(real, (size - 1) // 1024, 0)
-    for block in range(0, tl.max(whole, 0)):
-        inside = (block < whole)[:, None]
-        before = acc
-        plain = tl.zeros_like(acc)  # what goes to the neighbour
-        for stripe in tl.static_range(16):
-            value = tl.load(words + block * 128 + stripe * 8 + lane[None, :], mask=inside, other=0)
-            keyed = value ^ tl.load(secret + stripe * 8 + lane * 8)[None, :]
-            plain += value
-            acc += (keyed & 0xFFFFFFFF) * ((keyed >> 32) & 0xFFFFFFFF)
-        acc += _neighbours(plain, height)
-        acc ^= (acc >> 47) & 0x1FFFF
-        acc ^= last_secret
-        acc *= _PRIME32_1
-        acc = tl.where(inside, acc, before)
-    stripes = tl.where(real, (size - 1 - whole * 1024) // 64, 0)
-    plain = tl.zeros_like(acc)
-    for stripe in range(0, tl.max(stripes, 0)):
-        inside = (stripe < stripes)[:, None]
-        at = words + (whole * 128)[:, None] + stripe * 8
-        value = tl.load(at + lane[None, :], mask=inside, other=0)
-        keyed = value ^ tl.load(secret + stripe * 8 + lane * 8)[None, :]
-        plain += value
-        acc += tl.where(inside, (keyed & 0xFFFFFFFF) * ((keyed >> 32) & 0xFFFFFFFF), 0)
-    # the last 64 bytes, which may begin at any place
-    value = _word_at((base + size - 64)[:, None] + lane[None, :] * 8, real[:, None])
-    keyed = value ^ tl.load(secret + 121 + lane * 8)[None, :]
-    acc += _neighbours(plain + value, height) + (keyed & 0xFFFFFFFF) * ((keyed >> 32) & 0xFFFFFFFF)
-    # the accumulators, pair by pair
-    keyed = acc ^ tl.load(secret + 11 + lane * 8)[None, :]
-    left, right = tl.split(tl.reshape(keyed, [height, 4, 2]))
-    high = tl.umulhi(left.to(tl.uint64, bitcast=True), right.to(tl.uint64, bitcast=True)).to(tl.int64, bitcast=True)
-    total = size * _PRIME64_1 + tl.sum((left * right) ^ high, 1)
-    total ^= (total >> 37) & 0x7FFFFFF
-    total *= _AVALANCHE
-    total ^= (total >> 32) & 0xFFFFFFFF
-    tl.store(out + row, total, mask=real)
+    for number in range(tl.program_id(0), tl.cdiv(rows, height), tl.num_programs(0)):
+        row = number * height + tl.arange(0, height)
+        real = row < rows
+        entry = table + row.to(tl.int64) * 3
+        base = tl.load(entry, mask=real, other=0)
+        size = tl.load(entry + 1, mask=real, other=0)
+        words = base.to(tl.pointer_type(tl.int64))[:, None, None] + word
+        target = tl.load(entry + 2, mask=real, other=0).to(tl.pointer_type(tl.int64))[:, None, None] + word
+        acc = tl.zeros([height, 8], tl.int64) + tl.load(start + lane)[None, :]
+        whole = tl.where(real, (size - 1) // 1024, 0)
+        for block in range(0, tl.max(whole, 0)):
+            inside = block < whole
+            value = tl.load(words + block * 128, mask=inside[:, None, None], other=0)
+            if copies:
+                tl.store(target + block * 128, value, mask=inside[:, None, None])
+            mixed = acc + _of_stripes(value, keys, height)
+            mixed ^= (mixed >> 47) & 0x1FFFF
+            mixed = (mixed ^ last_secret) * _PRIME32_1
+            acc = tl.where(inside[:, None], mixed, acc)
+        # the stripes that make no whole block, and what is left of a stripe
+        left = tl.where(real, size - whole * 1024, 0)[:, None, None]
+        in_stripe = stripe < (left - 1) // 64
+        in_bytes = word * 8 + 8 <= left
+        at = (whole * 128)[:, None, None]
+        value = tl.load(words + at, mask=in_bytes, other=0)
+        if copies:
+            tl.store(target + at, value, mask=in_bytes)
+        value = tl.where(in_stripe, value, 0)
+        acc += _of_stripes(value, tl.where(in_stripe, keys, 0), height)
+        # the last 64 bytes, which may begin at any place
+        value = _word_at((base + size - 64)[:, None] + lane[None, :] * 8, real[:, None])
+        keyed = value ^ tl.load(secret + 121 + lane * 8)[None, :]
+        acc += _neighbours(value, height) + (keyed & 0xFFFFFFFF) * ((keyed >> 32) & 0xFFFFFFFF)
+        # the accumulators, pair by pair
+        keyed = acc ^ tl.load(secret + 11 + lane * 8)[None, :]
+        even, odd = tl.split(tl.reshape(keyed, [height, 4, 2]))
+        high = tl.umulhi(even.to(tl.uint64, bitcast=True), odd.to(tl.uint64, bitcast=True)).to(tl.int64, bitcast=True)
+        total = size * _PRIME64_1 + tl.sum((even * odd) ^ high, 1)
+        total ^= (total >> 37) & 0x7FFFFFF
+        total *= _AVALANCHE
+        total ^= (total >> 32) & 0xFFFFFFFF
+        tl.store(out + row, total, mask=real)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _of_stripes(value, keys, height: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton's own types
+    """Return what stripes, int64 ``[height, 16, 8]``, add to the accumulators."""
+    keyed = value ^ keys
+    products = tl.sum((keyed & 0xFFFFFFFF) * ((keyed >> 32) & 0xFFFFFFFF), 1)
+    return products + _neighbours(tl.sum(value, 1), height)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -1,4 +1,7 @@
-"""The digests of tensors on a GPU: one launch for their chunks, and what is too short for it on the host."""
+"""The digests of tensors on a GPU: one launch for their chunks, and what is too short for it on the host.
+
+The same launch may copy the tensors: it has their bytes in hand, and so the digests of a copy cost next to nothing.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,16 @@ import xxhash
 from numpy.typing import NDArray
 
 from weight_transfer.memory.chunks import CHUNK, LAST_SHIFT, ROUNDS, Words, chunks_of, finished, keys_of, mixed
-from weight_transfer.memory.plain import lies_plain, plain
 from weight_transfer.plan.buckets import as_bytes
 
-_SHORT = 240  # bytes up to which XXH3 is another algorithm
+SHORT = 240
+"""Bytes up to which XXH3 is another algorithm, which the kernel does not know."""
 _KEPT = 4 * 2**20  # chunks whose places are kept: those of 256 GiB, 24 bytes each
-_HEIGHT = 16  # blocks of a program; twice as fast on an H100 as 32
+_HEIGHT = 2  # blocks that a program has under way at once
+_WARPS = 2  # of a program
+_PROGRAMS = (
+    16  # for each multiprocessor: enough for all of a GPU's bandwidth, with room for others' kernels beside them
+)
 _START = (
     0xC2B2AE3D,
     0x9E3779B185EBCA87,
@@ -41,7 +48,8 @@ class Chunks:
     """Where the chunks of some tensors lie, ready for the kernel.
 
     Attributes:
-        table: address and bytes of each chunk that is long enough for the kernel, int64 ``[long, 2]``, on the GPU.
+        table: of each chunk that is long enough for the kernel the address, bytes and where it is copied to, or 0,
+            int64 ``[long, 3]``, on the GPU.
         keys: their keys, int64 ``[long]``, on the GPU.
         bounds: the number of the first one of each tensor, and of all, int64 ``[tensors + 1]``, on the GPU.
         tails: number and bytes of each tensor whose last chunk is too short for it, int64 ``[short, 2]``.
@@ -56,16 +64,35 @@ class Chunks:
     tail_keys: Words
     there: torch.cuda.Event
 
+    @property
+    def table_bytes(self) -> int:
+        """Device memory that they take."""
+        return self.table.nbytes + self.keys.nbytes + self.bounds.nbytes
+
     @classmethod
-    def of(cls, addresses: NDArray[np.int64], nbytes: Words, device: torch.device) -> Chunks:
-        """Cut tensors, which all lie on one GPU, into chunks; the current stream brings them there."""
+    def of(
+        cls,
+        addresses: NDArray[np.int64],
+        nbytes: Words,
+        device: torch.device,
+        targets: NDArray[np.int64] | None = None,
+    ) -> Chunks:
+        """Cut tensors into chunks; the current stream brings them to the GPU.
+
+        Args:
+            addresses: of the tensors, all readable on one GPU, int64 ``[tensors]``.
+            nbytes: of each, uint64 ``[tensors]``.
+            device: the GPU.
+            targets: addresses of copies, int64 ``[tensors]``; None if there are to be none.
+        """
         counts = chunks_of(nbytes)
         owner = np.repeat(np.arange(len(counts)), counts)
         start = (np.arange(len(owner)) - (counts.cumsum() - counts)[owner]) * CHUNK
         size = np.minimum(nbytes.astype(np.int64)[owner] - start, CHUNK)
         keys = keys_of(nbytes)
-        short = size <= _SHORT
-        table = np.stack((addresses[owner] + start, size), axis=1)[~short]
+        short = size <= SHORT
+        to = targets[owner] + start if targets is not None else np.zeros_like(start)
+        table = np.stack((addresses[owner] + start, size, to), axis=1)[~short]
         bounds = np.searchsorted(owner[~short], np.arange(len(counts) + 1))
         columns = table, keys[~short].view(np.int64), bounds
         on_gpu = [torch.from_numpy(column).pin_memory().to(device, non_blocking=True) for column in columns]
@@ -94,31 +121,53 @@ class Geometry:
         return chunks
 
 
-class GpuDigests:
-    """Digests that a GPU computes; queued on the current stream of the device when this is made.
+class GpuReading:
+    """Tensors of one GPU, which are digested where they lie, again and again as long as they lie there.
 
     Args:
-        tensors: all on one GPU, and the dtype in which the bytes of each count. They must keep their bytes until that
-            stream has come this far.
+        tensors: with bytes in row-major order at a multiple of 8 (`lies_plain`); they are kept.
         geometry: see `Geometry`.
     """
 
-    def __init__(self, tensors: Sequence[tuple[torch.Tensor, torch.dtype]], geometry: Geometry | None = None) -> None:
-        device = tensors[0][0].device
-        with torch.cuda.device(device):
-            data = [each[0] if lies_plain(*each) else _aligned(plain(*each)) for each in tensors]
-            self._nbytes: Words = np.array([each.nbytes for each in data], dtype=np.uint64)
-            addresses = np.array([each.data_ptr() for each in data], dtype=np.int64)
-            self._chunks = chunks = (geometry or Geometry()).chunks(addresses, self._nbytes, device)
-            stream = torch.cuda.current_stream()
-            stream.wait_event(chunks.there)  # another one may have brought them
-            for kept in (chunks.table, chunks.keys, chunks.bounds):  # may be forgotten before this stream has used them
-                kept.record_stream(stream)
-            tails = [as_bytes(data[number].detach())[-size:] for number, size in chunks.tails.tolist() if size]
-            self._tails = _to_host(torch.cat(tails)) if tails else None
-            self._sums = _to_host(_sums(chunks, _launched(chunks.table)))
-            self._done = torch.cuda.Event()
-            self._done.record()
+    def __init__(self, tensors: Sequence[torch.Tensor], geometry: Geometry | None = None) -> None:
+        self.device = tensors[0].device
+        self._tensors = tensors
+        self._nbytes: Words = np.array([tensor.nbytes for tensor in tensors], dtype=np.uint64)
+        addresses = np.array([tensor.data_ptr() for tensor in tensors], dtype=np.int64)
+        with torch.cuda.device(self.device):
+            self._chunks = (geometry or Geometry()).chunks(addresses, self._nbytes, self.device)
+        ends = [(tensors[number].detach(), size) for number, size in self._chunks.tails.tolist() if size]
+        self._tails = [as_bytes(tensor)[-size:] for tensor, size in ends]
+
+    def start(self) -> GpuDigests:
+        """Queue it on the current stream of the device. The tensors must keep their bytes until that has come here."""
+        with torch.cuda.device(self.device):
+            return GpuDigests(self._chunks, self._nbytes, self._tails)
+
+
+class GpuDigests:
+    """Digests that a GPU computes; queued on the current stream, of the current device, when this is made.
+
+    Args:
+        chunks: of the tensors.
+        nbytes: of each tensor.
+        tails: the bytes of what is too short for the kernel, uint8, on the GPU.
+        copies: whether the chunks are also copied to where their table says.
+    """
+
+    def __init__(
+        self, chunks: Chunks, nbytes: Words, tails: Sequence[torch.Tensor] = (), *, copies: bool = False
+    ) -> None:
+        self._chunks, self._nbytes = chunks, nbytes
+        stream = torch.cuda.current_stream()
+        stream.wait_event(chunks.there)  # another one may have brought them
+        for kept in (chunks.table, chunks.keys, chunks.bounds):  # may be forgotten before this stream has used them
+            kept.record_stream(stream)
+        found = _launched(chunks.table, copies)
+        self._tails = _to_host(torch.cat(list(tails))) if tails else None
+        self._sums = _to_host(_sums(chunks, found))
+        self._done = torch.cuda.Event()
+        self._done.record()
 
     def digests(self) -> Words:
         """Return the digest of each tensor, uint64 ``[tensors]``; waits for the GPU."""
@@ -139,10 +188,6 @@ def _to_host(found: torch.Tensor) -> torch.Tensor:
     return torch.empty(found.shape, dtype=found.dtype, pin_memory=True).copy_(found, non_blocking=True)
 
 
-def _aligned(data: torch.Tensor) -> torch.Tensor:
-    return data.clone() if data.data_ptr() % 8 else data
-
-
 def _sums(chunks: Chunks, found: torch.Tensor) -> torch.Tensor:
     """Return the sum over the chunks of each tensor, int64 ``[tensors]``, which wraps around as uint64 does."""
     words = found ^ chunks.keys
@@ -158,15 +203,21 @@ def _shifted(words: torch.Tensor, shift: int) -> torch.Tensor:
     return shifted
 
 
-def _launched(table: torch.Tensor) -> torch.Tensor:
+def _launched(table: torch.Tensor, copies: bool) -> torch.Tensor:
     from weight_transfer.memory.digest_kernel import xxh3_blocks
 
     rows = len(table)
     out = torch.empty(rows, dtype=torch.int64, device=table.device)
     if rows:
         secret, start = _constants(table.device)
-        xxh3_blocks[(-(-rows // _HEIGHT),)](table, secret, start, out, rows, _HEIGHT, num_warps=8)
+        programs = min(-(-rows // _HEIGHT), _programs(table.device))
+        xxh3_blocks[(programs,)](table, secret, start, out, rows, _HEIGHT, copies, num_warps=_WARPS)
     return out
+
+
+@cache
+def _programs(device: torch.device) -> int:
+    return _PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache

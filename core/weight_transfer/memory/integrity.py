@@ -9,21 +9,25 @@ change it all but certainly. It finds faults, not forgeries: it is no cryptograp
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
+from functools import cache
 from typing import TYPE_CHECKING
 
+import attrs
 import numpy as np
 import torch
 
 from weight_transfer.copying.gpu import has_kernel
+from weight_transfer.copying.host import HostCopies
 from weight_transfer.memory.host_digests import HostDigests, HostReading
-from weight_transfer.memory.plain import lies_plain
+from weight_transfer.memory.plain import lies_plain, plain
 
 if TYPE_CHECKING:
-    from weight_transfer.copying.host import HostCopies
     from weight_transfer.memory.chunks import Words
-    from weight_transfer.memory.gpu_digests import Geometry, GpuDigests
+    from weight_transfer.memory.gpu_copies import WeightCopies
+    from weight_transfer.memory.gpu_digests import Geometry, GpuDigests, GpuReading
 
+_GATHERED = 2 * 2**30  # bytes of tensors that are read together
 _TEMPORARY = 256 * 2**20  # bytes of tensors that have to be copied for one launch
 
 
@@ -58,15 +62,14 @@ class Digester:
         self._digests: Words = np.zeros(count, dtype=np.uint64)
         self._geometry = geometry
         self._queued: list[tuple[Sequence[int], GpuDigests]] = []
-        self._beside: dict[torch.device, torch.cuda.Stream] = {}
+        self._gathered: dict[torch.device, _Gathered] = {}
+        self._beside: set[torch.device] = set()
 
     def add(
         self,
         numbers: Sequence[int],
         tensors: Sequence[torch.Tensor],
         dtypes: Sequence[torch.dtype] | None = None,
-        *,
-        beside: bool = False,
     ) -> None:
         """Take some tensors.
 
@@ -77,55 +80,109 @@ class Digester:
             numbers: of each, below ``count``.
             tensors: with any strides.
             dtypes: in which the bytes of each count, with the bits of ``tensor.to``; by default its own.
-            beside: read those on a GPU after what its current stream holds now, but beside what comes next there.
-                They may be written once `digests` has returned, or after `hold_up`.
         """
         wanted = [tensor.dtype for tensor in tensors] if dtypes is None else list(dtypes)
         for group in _groups(tensors, wanted):
             some = [(tensors[at], wanted[at]) for at in group]
             if some[0][0].is_cuda and has_kernel():
-                from weight_transfer.memory.gpu_digests import GpuDigests
+                from weight_transfer.memory.gpu_digests import GpuReading
 
-                with self._stream(some[0][0].device) if beside else nullcontext():
-                    self._queued.append(([numbers[at] for at in group], GpuDigests(some, self._geometry)))
+                with torch.cuda.device(some[0][0].device):
+                    reading = GpuReading([_readable(*each) for each in some], self._geometry)
+                    self._queued.append(([numbers[at] for at in group], reading.start()))
             else:
                 self.put([numbers[at] for at in group], HostReading(some).digests())
+
+    def add_beside(self, numbers: Sequence[int], reading: GpuReading) -> None:
+        """Read tensors on a GPU after what its current stream holds now, but beside what comes next there.
+
+        They may be written once `digests` has returned, or after `hold_up`.
+        """
+        with self._own_stream(reading.device):
+            self._queued.append((numbers, reading.start()))
+
+    def gather(self, numbers: Sequence[int], tensors: Sequence[torch.Tensor]) -> None:
+        """Take some tensors that nobody writes before `digests` has returned.
+
+        Those on GPUs, which lie there once their current streams have come this far, are read some GB at a time beside
+        what comes next: many small launches would keep whoever calls this from what else there is to do.
+        """
+        on_host: list[int] = []
+        for at, tensor in enumerate(tensors):
+            if tensor.is_cuda and has_kernel():
+                self._gathered.setdefault(tensor.device, _Gathered()).append(numbers[at], tensor)
+            else:
+                on_host.append(at)
+        self.add([numbers[at] for at in on_host], [tensors[at] for at in on_host])
+        for device, gathered in self._gathered.items():
+            with self._own_stream(device):
+                if gathered.nbytes >= _GATHERED:
+                    self._read(gathered)
 
     def put(self, numbers: Sequence[int], digests: Words) -> None:
         """Take digests that are known."""
         self._digests[numbers] = digests
 
     def hold_up(self) -> None:
-        """Have what the current streams of GPUs are given next wait for what is read beside them."""
-        for device, stream in self._beside.items():
-            torch.cuda.current_stream(device).wait_stream(stream)
+        """Have what the current streams of GPUs are given next wait for `add_beside`."""
+        for device in self._beside:
+            torch.cuda.current_stream(device).wait_stream(_stream_beside(device))
 
-    def copy(self, numbers: Sequence[int], copies: HostCopies) -> None:
-        """Run copies, and take what each has written while it is in the processor's cache.
+    def copy(self, numbers: Sequence[int], copies: HostCopies | WeightCopies) -> None:
+        """Run copies, and take what each moves: in host memory what it has written, while a processor's cache has it.
 
         Args:
             numbers: of each target, below ``count``.
             copies: to be run.
         """
-        digests = HostDigests(copies.nbytes)
-        copies.run_noting(digests)
-        self.put(numbers, digests.digests())
-        self.add([numbers[at] for at in copies.converted], list(copies.converted.values()))
+        if isinstance(copies, HostCopies):
+            digests = HostDigests(copies.nbytes)
+            copies.run_noting(digests)
+            self.put(numbers, digests.digests())
+            others = copies.converted
+        else:
+            noted, found = copies.run_noting()
+            self._queued.append(([numbers[at] for at in noted], found))
+            others = copies.others
+        self.add([numbers[at] for at in others], list(others.values()))
 
     def digests(self) -> Words:
         """Return them by number, uint64 ``[count]``; waits for GPUs. Those that were never added are 0."""
+        for device, gathered in self._gathered.items():
+            with torch.cuda.stream(_stream_beside(device)):
+                self._read(gathered)
         for numbers, found in self._queued:
             self._digests[numbers] = found.digests()
         self._queued.clear()
         return self._digests
 
-    def _stream(self, device: torch.device) -> AbstractContextManager[object]:
-        """Return a context whose current stream is one of our own, ordered after the one that is current now."""
-        stream = self._beside.get(device)
-        if stream is None:
-            stream = self._beside[device] = torch.cuda.Stream(device)
+    def _read(self, gathered: _Gathered) -> None:
+        self.add(gathered.numbers, gathered.tensors)
+        gathered.clear()
+
+    def _own_stream(self, device: torch.device) -> AbstractContextManager[object]:
+        """Return a context whose current stream is our own, ordered after the one that is current now."""
+        stream = _stream_beside(device)
         stream.wait_stream(torch.cuda.current_stream(device))
+        self._beside.add(device)
         return torch.cuda.stream(stream)
+
+
+@attrs.define
+class _Gathered:
+    """Tensors on one GPU that are to be read together."""
+
+    numbers: list[int] = attrs.field(factory=list)
+    tensors: list[torch.Tensor] = attrs.field(factory=list)
+    nbytes: int = 0
+
+    def append(self, number: int, tensor: torch.Tensor) -> None:
+        self.numbers.append(number)
+        self.tensors.append(tensor)
+        self.nbytes += tensor.nbytes
+
+    def clear(self) -> None:
+        self.numbers, self.tensors, self.nbytes = [], [], 0
 
 
 class Reading:
@@ -149,6 +206,20 @@ class Reading:
         digester = Digester(len(self._tensors), geometry)
         digester.add(range(len(self._tensors)), self._tensors, self._dtypes)
         return digester.digests()
+
+
+def _readable(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor on a GPU, or a copy of its bytes that a kernel can read."""
+    if lies_plain(tensor, dtype):
+        return tensor
+    data = plain(tensor, dtype)
+    return data.clone() if data.data_ptr() % 8 else data
+
+
+@cache
+def _stream_beside(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream on which a GPU digests beside other work: one for all, as each takes memory of its own."""
+    return torch.cuda.Stream(device)
 
 
 def _groups(tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> Iterator[list[int]]:

@@ -24,6 +24,7 @@ from weight_transfer.values.deadline import Deadline
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from weight_transfer.memory.gpu_copies import WeightCopies
     from weight_transfer.model.manifest import Manifest
     from weight_transfer.model.targets import Targets
 
@@ -119,11 +120,11 @@ class InPlaceTarget(Protocol):
             names: weights that are whole now, if the engine tells; then digests are taken while others arrive.
         """
 
-    def copy(self, copies: HostCopies, names: Sequence[str]) -> None:
-        """Run copies between `write_in_place` and `written`, and take digests, if they are wanted, block by block.
+    def copy(self, copies: HostCopies | WeightCopies, names: Sequence[str]) -> None:
+        """Run copies between `write_in_place` and `written`, and take digests, if they are wanted, as the bytes pass.
 
         Args:
-            copies: into these tensors.
+            copies: into these tensors; those on a GPU are queued on its current stream.
             names: of their targets, whole weights.
         """
 

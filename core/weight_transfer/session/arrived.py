@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from weight_transfer.copying.host import HostCopies
+    from weight_transfer.memory.gpu_copies import WeightCopies
     from weight_transfer.memory.gpu_digests import Geometry
     from weight_transfer.model.info import WeightTransferUpdateInfo
     from weight_transfer.model.loading import WeightLoader, Weights
@@ -58,13 +59,13 @@ class Arrived:
         if self._landed is not None:
             self._landed.take(weights)
         numbers = self._numbers([name for name, _ in weights])
-        self._whole.add(numbers, [tensor for _, tensor in weights], beside=in_place)
+        (self._whole.gather if in_place else self._whole.add)(numbers, [tensor for _, tensor in weights])
 
     def take_written(self, names: Iterable[str], destinations: Mapping[str, Tensor]) -> None:
         """Take weights that have been written into the worker's own tensors."""
         self.take([(name, destinations[name]) for name in names], in_place=True)
 
-    def copy(self, copies: HostCopies, names: Sequence[str], destinations: Mapping[str, Tensor]) -> None:
+    def copy(self, copies: HostCopies | WeightCopies, names: Sequence[str], destinations: Mapping[str, Tensor]) -> None:
         """Run copies into the worker's own tensors, and take what they bring: whole weights, in the order of names."""
         self._whole.copy(self._numbers(names), copies)
         if self._landed is not None:

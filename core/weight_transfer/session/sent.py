@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Self
 import attrs
 import torch
 
+from weight_transfer.copying.gpu import has_kernel
 from weight_transfer.memory.digest_table import DigestTable
+from weight_transfer.memory.gpu_digests import GpuReading
 from weight_transfer.memory.host_digests import HostReading
 from weight_transfer.memory.integrity import Digester
+from weight_transfer.memory.plain import lies_plain
 from weight_transfer.model.autograd_modes import reading
 from weight_transfer.model.manifest import torch_dtype
 
@@ -28,13 +31,15 @@ class _Resident:
     """The weights that stay where they are, ready to be digested.
 
     Attributes:
-        on_gpus: the tensors on GPUs, by number.
+        on_gpus: the numbers of those that lie plain on a GPU, and what reads them.
+        laid_out: the tensors on GPUs that have to be laid out first, by number.
         on_host: the numbers of the others.
         reading: reads these.
         left: the numbers of the weights that are not among them, by name.
     """
 
-    on_gpus: dict[int, torch.Tensor]
+    on_gpus: list[tuple[list[int], GpuReading]]
+    laid_out: dict[int, torch.Tensor]
     on_host: list[int]
     reading: HostReading
     left: dict[str, int]
@@ -42,11 +47,17 @@ class _Resident:
     @classmethod
     def of(cls, manifest: Manifest, resident: Mapping[str, torch.Tensor]) -> Self:
         taken = {manifest.numbers[name]: tensor for name, tensor in resident.items() if name in manifest.numbers}
-        on_host = {number: tensor for number, tensor in taken.items() if not tensor.is_cuda}
-        on_gpus = {number: tensor for number, tensor in taken.items() if number not in on_host}
+        on_host = {number: tensor for number, tensor in taken.items() if not (tensor.is_cuda and has_kernel())}
+        laid_out: dict[int, torch.Tensor] = {}
+        plain: dict[torch.device, dict[int, torch.Tensor]] = {}
+        for number, tensor in taken.items():
+            if number not in on_host:
+                is_plain = lies_plain(tensor, tensor.dtype)
+                (plain.setdefault(tensor.device, {}) if is_plain else laid_out)[number] = tensor
+        on_gpus = [(list(some), GpuReading(list(some.values()))) for some in plain.values()]
         reading = HostReading([(tensor, tensor.dtype) for tensor in on_host.values()])
         left = {name: number for name, number in manifest.numbers.items() if number not in taken}
-        return cls(on_gpus, list(on_host), reading, left)
+        return cls(on_gpus, laid_out, list(on_host), reading, left)
 
 
 class Residents:
@@ -99,7 +110,9 @@ class Sent:
         """
         known = self._residents.of(self._manifest, resident)
         self._left = dict(known.left)
-        self._digester.add(list(known.on_gpus), list(known.on_gpus.values()), beside=True)
+        self._digester.add(list(known.laid_out), list(known.laid_out.values()))
+        for numbers, tensors in known.on_gpus:
+            self._digester.add_beside(numbers, tensors)
         try:
             with _on_thread(known.reading, go_on) if known.on_host else nullcontext() as found:
                 yield

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from weight_transfer.copying.host import HostCopies
+    from weight_transfer.memory.gpu_copies import WeightCopies
     from weight_transfer.model.info import WeightTransferUpdateInfo
     from weight_transfer.model.loading import WeightLoader, Weights
     from weight_transfer.model.manifest import Manifest, ParamMeta
@@ -166,7 +167,7 @@ class Update:
                 self._arrived.take_written(names, self._destinations)
         self._count(nbytes)
 
-    def copy(self, copies: HostCopies, names: Sequence[str]) -> None:
+    def copy(self, copies: HostCopies | WeightCopies, names: Sequence[str]) -> None:
         """Run copies into `destinations`, of whole weights in the order of ``names``, with all that goes with them."""
         self.write_in_place()
         if self._arrived is None or self._destinations is None:

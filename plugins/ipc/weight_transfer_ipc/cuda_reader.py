@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 import attrs
 import torch
 
-from weight_transfer.authoring import Boxes, destinations_of, has_kernel, private_copies
+from weight_transfer.authoring import Boxes, WeightCopies, destinations_of, has_kernel, private_copies
 from weight_transfer.errors import HandshakeError, ManifestMismatchError
 from weight_transfer_ipc import cuda
 from weight_transfer_ipc.conversion import load_converted, split
 from weight_transfer_ipc.copies import OWN, PEER, Copies
-from weight_transfer_ipc.cuda_export import layouts
 from weight_transfer_ipc.cuda_mapping import Mappings, finish
 from weight_transfer_ipc.cuda_ring import CudaRingReader
 from weight_transfer_ipc.ring import RING
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 _CHUNK = 512 * 2**20  # bytes that a loader is given at a time
 _COPIED = 128 * 2**20  # the same for a loader that may write into what it is given, and so is given copies
-_PART = 1024  # tensors whose places are compared before their copies are queued
+_PART = 1024  # weights whose copies are queued at once
 
 
 def require_reachable(gpu: str, device: torch.device, trainer: str) -> None:
@@ -54,46 +53,60 @@ def require_reachable(gpu: str, device: torch.device, trainer: str) -> None:
     )
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class _Part:
-    """Copies into some of the worker's own tensors.
+    """Copies of some weights straight into the worker's own tensors, without digests by the fastest way there is."""
 
-    Attributes:
-        tensors: where to.
-        layout: where these lay when the copies were made.
-        copies: by the GPU that they read from.
-    """
+    names: list[str]
+    weights: WeightCopies
+    alone: list[Copies]
 
-    tensors: list[torch.Tensor]
-    layout: object
-    copies: list[Copies]
+    @classmethod
+    def of(cls, rows: Sequence[_Row], device: torch.device) -> _Part:
+        alone = []
+        for peer, side in ((False, OWN), (True, PEER)):
+            some = [row for row in rows if row.on_peer is peer]
+            if some:
+                sources, targets = ([getattr(row, name).data_ptr() for row in some] for name in ("source", "target"))
+                sizes = [row.target.nbytes for row in some]
+                alone.append(Copies(Boxes.contiguous(sources, targets, sizes), device, side))
 
-    @property
-    def unchanged(self) -> bool:
-        """Whether all of the tensors still lie there."""
-        return layouts(self.tensors) == self.layout
+        def run() -> None:
+            for copies in alone:
+                copies.run(torch.cuda.current_stream(device))
 
-
-@attrs.frozen
-class _InPlace:
-    """Copies straight into the worker's own tensors.
-
-    Attributes:
-        destinations: what they were made for.
-        written: the tensors that they write, by name.
-        parts: the copies. Whether the tensors have moved is asked part by part, while the GPU copies earlier ones.
-        rest: what must go through the loader: other layouts, other devices.
-    """
-
-    destinations: Mapping[str, torch.Tensor]
-    written: Views
-    parts: list[_Part]
-    rest: list[Views]
+        weights = WeightCopies([row.target for row in rows], [row.source for row in rows], run)
+        return cls([row.name for row in rows], weights, alone)
 
     @property
     def table_bytes(self) -> int:
         """Device memory that the tables of the copies take."""
-        return sum(copies.nbytes for part in self.parts for copies in part.copies)
+        return self.weights.table_bytes + sum(copies.nbytes for copies in self.alone)
+
+
+@attrs.frozen(eq=False)
+class _Row:
+    """A weight that is copied straight into the worker's own tensor."""
+
+    name: str
+    source: torch.Tensor
+    target: torch.Tensor
+    on_peer: bool
+
+
+@attrs.frozen(eq=False)
+class _InPlace:
+    """Copies straight into the worker's own tensors.
+
+    Attributes:
+        destinations: what they were made for: as long as it is the same object, none of them has moved.
+        parts: the copies; more are worked out, and told, while the GPU makes the first ones.
+        rest: what must go through the loader: other layouts, other devices.
+    """
+
+    destinations: Mapping[str, torch.Tensor]
+    parts: list[_Part]
+    rest: list[Views]
 
 
 class CudaReader:
@@ -119,7 +132,7 @@ class CudaReader:
     @property
     def extra_memory(self) -> int:
         """Bytes of device memory beside the weights: the tables of the copies."""
-        tables = self._in_place.table_bytes if self._in_place else 0
+        tables = sum(part.table_bytes for part in self._in_place.parts) if self._in_place else 0
         return tables + (self._ring.extra_memory if self._ring is not None else 0)
 
     @property
@@ -161,22 +174,23 @@ class CudaReader:
     def _read(self, load_weights: LoadWeights, trainer: Connection, deadline: Deadline) -> None:
         destinations = destinations_of(load_weights)
         if destinations is not None and has_kernel():
-            work = self._copy_in_place(destinations, load_weights)
-            if work.written:
-                load_weights(work.written)  # checks and counts them, while the GPU copies
-            parts = work.rest
+            if self._in_place is None or self._in_place.destinations is not destinations:
+                self._in_place = self._plan_in_place(destinations)
+            for part in self._in_place.parts:
+                load_weights.copy(part.weights, part.names)  # type: ignore[attr-defined]  # whoever has destinations has this
+            others = self._in_place.rest
         else:
             nbytes = _CHUNK if destinations is not None else _COPIED
-            parts = self._chunks = self._chunks or chunks(self._all_views(), nbytes)
-        for part in parts:
+            others = self._chunks = self._chunks or chunks(self._all_views(), nbytes)
+        for some in others:
             deadline.check("copying from the trainer's memory", backend="ipc", phase="update")
             trainer.check_alive()
-            load_weights(part if destinations is not None else private_copies(part))
-        for part in chunks(self._masters, _CHUNK):
+            load_weights(some if destinations is not None else private_copies(some))
+        for some in chunks(self._masters, _CHUNK):
             deadline.check("copying from the trainer's memory", backend="ipc", phase="update")
             trainer.check_alive()
             assert self._manifest is not None
-            load_converted(part, self._manifest, load_weights)
+            load_converted(some, self._manifest, load_weights)
 
     # What is made once per export.
 
@@ -207,52 +221,19 @@ class CudaReader:
             self._views, self._masters = split(views, self._manifest)
         return self._views
 
-    def _copy_in_place(self, destinations: Mapping[str, torch.Tensor], load_weights: LoadWeights) -> _InPlace:
-        """Queue the copies into ``destinations``; if one of these has moved, plan them anew and begin again."""
-        work, lane = self._in_place, self._lane
-        assert lane is not None
-        if work is None or work.destinations is not destinations:
-            work = self._in_place = self._plan_in_place(destinations)
-        if work.parts:  # else all comes by the ring, which may bring nothing
-            load_weights.write_in_place()  # type: ignore[attr-defined]  # whoever has destinations has this too
-        while True:
-            for part in work.parts:
-                if not part.unchanged:
-                    break
-                for copies in part.copies:
-                    copies.run(lane)
-            else:
-                return work
-            lane.synchronize()  # copies only, which end by themselves
-            work = self._in_place = self._plan_in_place(destinations)
-
     def _plan_in_place(self, destinations: Mapping[str, torch.Tensor]) -> _InPlace:
         own = cuda.uuid_of(self._device.index)
         assert self._export is not None
-        rows: list[tuple[torch.Tensor, bool, tuple[int, int, int]]] = []
-        written, rest = [], []
+        rows: list[_Row] = []
+        rest = []
         memory, gpus = self._mappings.memory, self._mappings.gpus
         homes = {memory[s.id].untyped_storage().data_ptr(): gpus[s.id] for s in self._export.segments}
         for name, view in self._all_views():
-            destination = destinations[name]
-            if not (view.device == destination.device == self._device) or not (
-                view.is_contiguous() and destination.is_contiguous()
-            ):
+            target = destinations[name]
+            is_here = view.device == target.device == self._device
+            if is_here and view.is_contiguous() and target.is_contiguous():
+                rows.append(_Row(name, view, target, homes[view.untyped_storage().data_ptr()] != own))
+            else:
                 rest.append((name, view))
-                continue
-            peer = homes[view.untyped_storage().data_ptr()] != own
-            span = view.data_ptr(), destination.data_ptr(), view.numel() * view.element_size()
-            rows.append((destination, peer, span))
-            written.append((name, destination))
-        parts = [self._part(rows[start : start + _PART]) for start in range(0, len(rows), _PART)]
-        return _InPlace(destinations, written, parts, chunks(rest, _CHUNK))
-
-    def _part(self, rows: Sequence[tuple[torch.Tensor, bool, tuple[int, int, int]]]) -> _Part:
-        tensors = [tensor for tensor, _, _ in rows]
-        copies = []
-        for peer, side in ((False, OWN), (True, PEER)):
-            spans = [span for _, on_peer, span in rows if on_peer is peer]
-            if spans:
-                sources, targets, sizes = zip(*spans, strict=True)
-                copies.append(Copies(Boxes.contiguous(sources, targets, sizes), self._device, side))
-        return _Part(tensors, layouts(tensors), copies)
+        parts = [_Part.of(rows[start : start + _PART], self._device) for start in range(0, len(rows), _PART)]
+        return _InPlace(destinations, parts, chunks(rest, _CHUNK))
