@@ -20,8 +20,8 @@ from weight_transfer.plan.buckets import as_bytes
 SHORT = 240
 """Bytes up to which XXH3 is another algorithm, which the kernel does not know."""
 _KEPT = 4 * 2**20  # chunks whose places are kept: those of 256 GiB, 24 bytes each
-_HEIGHT = 2  # blocks that a program has under way at once
-_WARPS = 2  # of a program
+_HEIGHT = 4  # blocks that a program has under way at once
+_WARPS = 2  # of a program; with four it takes a third longer
 _PROGRAMS = (
     16  # for each multiprocessor: enough for all of a GPU's bandwidth, with room for others' kernels beside them
 )
