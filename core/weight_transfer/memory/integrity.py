@@ -8,7 +8,7 @@ change it all but certainly. It finds faults, not forgeries: it is no cryptograp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from typing import TYPE_CHECKING
@@ -19,13 +19,15 @@ import torch
 
 from weight_transfer.copying.gpu import has_kernel
 from weight_transfer.copying.host import HostCopies
+from weight_transfer.memory.gpu_digests import GpuReading
 from weight_transfer.memory.host_digests import HostDigests, HostReading
 from weight_transfer.memory.plain import lies_plain, plain
+from weight_transfer.model.whereabouts import addresses_of
 
 if TYPE_CHECKING:
     from weight_transfer.memory.chunks import Words
     from weight_transfer.memory.gpu_copies import WeightCopies
-    from weight_transfer.memory.gpu_digests import Geometry, GpuDigests, GpuReading
+    from weight_transfer.memory.gpu_digests import Geometry, GpuDigests
 
 _GATHERED = 2 * 2**30  # bytes of tensors that are read together
 _TEMPORARY = 256 * 2**20  # bytes of tensors that have to be copied for one launch
@@ -85,21 +87,23 @@ class Digester:
         for group in _groups(tensors, wanted):
             some = [(tensors[at], wanted[at]) for at in group]
             if some[0][0].is_cuda and has_kernel():
-                from weight_transfer.memory.gpu_digests import GpuReading
-
                 with torch.cuda.device(some[0][0].device):
                     reading = GpuReading([_readable(*each) for each in some], self._geometry)
                     self._queued.append(([numbers[at] for at in group], reading.start()))
             else:
                 self.put([numbers[at] for at in group], HostReading(some).digests())
 
+    def add_reading(self, numbers: Sequence[int], reading: GpuReading) -> None:
+        """Take tensors on a GPU, in its current stream."""
+        self._queued.append((numbers, reading.start()))
+
     def add_beside(self, numbers: Sequence[int], reading: GpuReading) -> None:
-        """Read tensors on a GPU after what its current stream holds now, but beside what comes next there.
+        """Take tensors on a GPU after what its current stream holds now, but beside what comes next there.
 
         They may be written once `digests` has returned, or after `hold_up`.
         """
         with self._own_stream(reading.device):
-            self._queued.append((numbers, reading.start()))
+            self.add_reading(numbers, reading)
 
     def gather(self, numbers: Sequence[int], tensors: Sequence[torch.Tensor]) -> None:
         """Take some tensors that nobody writes before `digests` has returned.
@@ -194,18 +198,48 @@ class Reading:
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype] | None = None) -> None:
-        self._tensors = tensors
-        self._dtypes = [tensor.dtype for tensor in tensors] if dtypes is None else dtypes
+        self._tensors = list(tensors)
+        self._dtypes = [tensor.dtype for tensor in tensors] if dtypes is None else list(dtypes)
         is_on_gpus = any(tensor.is_cuda for tensor in tensors)
         self._on_host = None if is_on_gpus else HostReading(list(zip(tensors, self._dtypes, strict=True)))
+        self._addresses: list[int] = []
+        self._on_gpus: OnGpus = [], []
 
     def digests(self, geometry: Geometry) -> Words:
         """Return them, uint64 ``[tensors]``; for ``geometry`` see `Digester`."""
         if self._on_host is not None:
             return self._on_host.digests()
+        addresses = addresses_of(self._tensors)
+        if addresses != self._addresses:
+            pairs = zip(self._tensors, self._dtypes, strict=True)
+            self._addresses, self._on_gpus = addresses, read_on_gpus(dict(enumerate(pairs)))
+        readings, others = self._on_gpus
         digester = Digester(len(self._tensors), geometry)
-        digester.add(range(len(self._tensors)), self._tensors, self._dtypes)
+        for numbers, reading in readings:
+            digester.add_reading(numbers, reading)
+        left = [self._tensors[number] for number in others], [self._dtypes[number] for number in others]
+        digester.add(others, *left)
         return digester.digests()
+
+
+OnGpus = tuple[list[tuple[list[int], GpuReading]], list[int]]
+"""What reads tensors on GPUs where they lie, with their numbers, and the numbers of all others."""
+
+
+def read_on_gpus(tensors: Mapping[int, tuple[torch.Tensor, torch.dtype]]) -> OnGpus:
+    """Return what reads those that a kernel can read where they lie.
+
+    Args:
+        tensors: by number, with the dtype in which the bytes of each count.
+    """
+    placed: dict[torch.device, dict[int, torch.Tensor]] = {}
+    others = []
+    for number, (tensor, dtype) in tensors.items():
+        if tensor.is_cuda and has_kernel() and lies_plain(tensor, dtype):
+            placed.setdefault(tensor.device, {})[number] = tensor
+        else:
+            others.append(number)
+    return [(list(some), GpuReading(list(some.values()))) for some in placed.values()], others
 
 
 def _readable(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

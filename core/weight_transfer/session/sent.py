@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, Self
 import attrs
 import torch
 
-from weight_transfer.copying.gpu import has_kernel
 from weight_transfer.memory.digest_table import DigestTable
 from weight_transfer.memory.gpu_digests import GpuReading
 from weight_transfer.memory.host_digests import HostReading
-from weight_transfer.memory.integrity import Digester
-from weight_transfer.memory.plain import lies_plain
+from weight_transfer.memory.integrity import Digester, read_on_gpus
 from weight_transfer.model.autograd_modes import reading
 from weight_transfer.model.manifest import torch_dtype
 
@@ -31,7 +29,7 @@ class _Resident:
     """The weights that stay where they are, ready to be digested.
 
     Attributes:
-        on_gpus: the numbers of those that lie plain on a GPU, and what reads them.
+        on_gpus: what reads those on GPUs where they lie.
         laid_out: the tensors on GPUs that have to be laid out first, by number.
         on_host: the numbers of the others.
         reading: reads these.
@@ -47,17 +45,12 @@ class _Resident:
     @classmethod
     def of(cls, manifest: Manifest, resident: Mapping[str, torch.Tensor]) -> Self:
         taken = {manifest.numbers[name]: tensor for name, tensor in resident.items() if name in manifest.numbers}
-        on_host = {number: tensor for number, tensor in taken.items() if not (tensor.is_cuda and has_kernel())}
-        laid_out: dict[int, torch.Tensor] = {}
-        plain: dict[torch.device, dict[int, torch.Tensor]] = {}
-        for number, tensor in taken.items():
-            if number not in on_host:
-                is_plain = lies_plain(tensor, tensor.dtype)
-                (plain.setdefault(tensor.device, {}) if is_plain else laid_out)[number] = tensor
-        on_gpus = [(list(some), GpuReading(list(some.values()))) for some in plain.values()]
-        reading = HostReading([(tensor, tensor.dtype) for tensor in on_host.values()])
+        on_gpus, others = read_on_gpus({number: (tensor, tensor.dtype) for number, tensor in taken.items()})
+        laid_out = {number: taken[number] for number in others if taken[number].is_cuda}
+        on_host = [number for number in others if number not in laid_out]
+        reading = HostReading([(taken[number], taken[number].dtype) for number in on_host])
         left = {name: number for name, number in manifest.numbers.items() if number not in taken}
-        return cls(on_gpus, laid_out, list(on_host), reading, left)
+        return cls(on_gpus, laid_out, on_host, reading, left)
 
 
 class Residents:
