@@ -136,8 +136,8 @@ class MemoryMark:
     """Measures by how many bytes this process's memory grows from now on."""
 
     def __init__(self) -> None:
-        self._resident = memory_of("VmRSS")  # with what malloc keeps and will use again: no growth
         give_back_freed()
+        self._resident = memory_of("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
         if torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats()

@@ -27,6 +27,9 @@ PLAIN: list[Weight] = [
 ]
 """Half a megabyte: several buckets, a weight that spans some of them, and several weights of one shape."""
 
+LARGE: list[Weight] = [weight(f"w{index}", "float32", 512, 512) for index in range(64)]
+"""64 MiB, of which no weight has more than one: what a test does with a weight itself is small beside all of them."""
+
 
 def plays(*, ranks: int = 1, workers: int = 1) -> Callable[[T], T]:
     """Mark a test that has other numbers of trainer ranks and of workers than one each."""

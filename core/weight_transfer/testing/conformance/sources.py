@@ -6,12 +6,11 @@ import pytest
 
 from weight_transfer.plugins.backend import Capability
 from weight_transfer.testing.conformance.bits import ZOO, loaders
-from weight_transfer.testing.conformance.cast import PLAIN, Cast
+from weight_transfer.testing.conformance.cast import LARGE, PLAIN, Cast
 from weight_transfer.testing.conformance.kit import Kit, assert_same, needs
 from weight_transfer.testing.models import Weight, weight
 
 _SPANNING: list[Weight] = [*PLAIN, weight("large", "float32", 5 * 16384 + 1), *ZOO]
-_MANY = [weight(f"w{index}", "float32", 1024, 1024) for index in range(16)]  # 64 MiB
 
 memories = pytest.mark.parametrize("memory", ["reused", "freed"])
 
@@ -48,8 +47,8 @@ class SourcesTests(Kit):
 
         If this fails: copy a tensor when there is room to send it, and not all of them at once.
         """
-        worker = cast.worker(_MANY, in_place=True, config={"bucket_bytes": 2**20})
-        trainer = cast.trainer([worker], _MANY, passing=True, memory="reused", config={"bucket_bytes": 2**20})
+        worker = cast.worker(LARGE, in_place=True, config={"bucket_bytes": 2**20})
+        trainer = cast.trainer([worker], LARGE, passing=True, memory="reused", config={"bucket_bytes": 2**20})
         trainer.ask("send", seed=1, version=1)
         trainer.ask("mark")
         trainer.ask("send", seed=2, version=2)
