@@ -131,6 +131,7 @@ MUTANTS = [
         "test_after_the_deadline_nothing_is_written_even_if_the_trainer_goes_on",
     ),
     Mutant("LeaksADescriptor", "opens a file per update", "test_nothing_accumulates_over_fifty_updates"),
+    Mutant("LeaksAThread", "starts a thread at every tenth update", "test_nothing_accumulates_over_fifty_updates"),
     Mutant("KeepsItsPort", "never closes its listener", "test_everything_comes_back_when_both_sides_close"),
     Mutant(
         "StaysWithItsFirst",

@@ -10,10 +10,16 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+import torch
 
+from weight_transfer.control import line_server
+from weight_transfer.session import calls
+from weight_transfer.testing import resources
+from weight_transfer.testing.conformance.cast import Cast
 from weight_transfer.testing.resources import abandoned, held, threads
 
 
@@ -65,11 +71,36 @@ def test_a_semaphore_is_held_though_its_file_was_made_under_another_name() -> No
     del semaphore
 
 
+def test_members_in_this_process_compute_on_one_thread_each_though_sessions_before_had_more() -> None:
+    assert len(_intra_op_threads()) == 2
+    cast = Cast({}, device=lambda rank: "cpu", in_process=True)
+    try:
+        assert _intra_op_threads() == [1, 1]
+    finally:
+        cast.end()
+
+
+def _intra_op_threads() -> list[int]:
+    """Return what torch says on a thread that makes calls, and on one that answers them."""
+    said: list[Future[int]] = [Future(), Future()]
+    for kept, future in zip((calls._threads, line_server.THREADS), said, strict=True):
+        kept.run(lambda future=future: future.set_result(torch.get_num_threads()))
+    return [future.result(10) for future in said]
+
+
+def test_threads_of_a_backend_are_counted_and_those_of_the_core_that_end_by_themselves_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = ["MainThread", "weight-transfer watch", "weight-transfer acme watch", "weight-transfer worker call"]
+    monkeypatch.setattr(resources, "threads", lambda: dict(enumerate(names)))
+    assert held()["threads"] == 2
+
+
 def test_a_thread_of_the_control_channel_that_ends_meanwhile_is_not_taken_from_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before, ends, listdir = held()["threads"], threading.Event(), os.listdir
-    passing = threading.Thread(target=ends.wait, name="weight-transfer calls")
+    passing = threading.Thread(target=ends.wait, name="weight-transfer call")
     passing.start()
     assert passing.native_id is not None and threads()[passing.native_id] == passing.name
 

@@ -19,11 +19,11 @@ class KeptThreads:
     A call that never returns costs its thread, and nobody waits for it when the process ends.
 
     Args:
-        name: of the threads.
+        name: of the threads, kept as an attribute.
     """
 
     def __init__(self, name: str) -> None:
-        self._name = name
+        self.name = name
         self._lock = threading.Lock()
         self._idle: list[queue.SimpleQueue[Callable[[], object]]] = []
         os.register_at_fork(after_in_child=self._forget)
@@ -34,7 +34,7 @@ class KeptThreads:
             inbox = self._idle.pop() if self._idle else None
         if inbox is None:
             inbox = queue.SimpleQueue()
-            threading.Thread(target=self._work, args=(inbox,), name=self._name, daemon=True).start()
+            threading.Thread(target=self._work, args=(inbox,), name=self.name, daemon=True).start()
         inbox.put(call)
 
     def _work(self, inbox: queue.SimpleQueue[Callable[[], object]]) -> None:
@@ -50,7 +50,7 @@ class KeptThreads:
             try:
                 call()
             except BaseException:
-                logger.exception("a call on thread %s has failed", self._name)
+                logger.exception("a call on thread %s has failed", self.name)
             del call  # nothing that it refers to outlives it
             with self._lock:
                 self._idle.append(inbox)

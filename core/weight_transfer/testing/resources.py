@@ -17,7 +17,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 if TYPE_CHECKING:
     from torch import nn
 
-_OF_THE_CONTROL_CHANNEL = ("AnyIO worker thread", "asyncio_", "weight-transfer ")
+_COME_AND_GO = (
+    "AnyIO worker thread",
+    "asyncio_",
+    "weight-transfer call",
+    "weight-transfer copies",
+    "weight-transfer watch",
+    "weight-transfer worker call",
+)
+"""How the names of those of the core's threads begin that end some time after they had something to do."""
 _SHARED_MEMORY = "/dev/shm"  # noqa: S108  (looked at, not written to)
 _OF_THE_DRIVER = "cuda.shm."  # CUDA's own; it leaves them when a process is killed
 _MEBIBYTE = 2**20
@@ -26,13 +34,13 @@ _MEBIBYTE = 2**20
 def held() -> dict[str, int]:
     """Count this process's descriptors, native threads, shared mappings and children, and `abandoned` files.
 
-    Threads of the control channel, which come and go by themselves, are not counted.
+    Threads of the core that come and go by themselves are not counted.
     """
     gc.collect()  # a cycle of a traceback and its frames is no leak
     names = threads()
     return {
         "file descriptors": len(os.listdir("/proc/self/fd")) - 1,  # without the listing's own
-        "threads": sum(not name.startswith(_OF_THE_CONTROL_CHANNEL) for name in names.values()),
+        "threads": sum(not name.startswith(_COME_AND_GO) for name in names.values()),
         "child processes": sum(len(_children(task)) for task in names),
         "shared mappings": sum(line.split()[1].endswith("s") for line in _lines("/proc/self/maps")),
         "abandoned files in /dev/shm": len(abandoned()),

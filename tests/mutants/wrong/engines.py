@@ -151,6 +151,18 @@ class LeaksADescriptorTrainer(AcmeTrainerEngine):
         super().send_weights(source, manifest, deadline, progress)
 
 
+class LeaksAThreadTrainer(AcmeTrainerEngine):
+    """Starts a thread at every tenth update, which never ends."""
+
+    _updates = 0
+
+    def send_weights(self, source, manifest, deadline, progress):
+        self._updates += 1
+        if self._updates % 10 == 0:
+            threading.Thread(target=threading.Event().wait, name="weight-transfer acme", daemon=True).start()
+        super().send_weights(source, manifest, deadline, progress)
+
+
 class KeepsItsPortTrainer(AcmeTrainerEngine):
     """Forgets to close its listener."""
 

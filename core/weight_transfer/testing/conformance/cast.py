@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any, TypeVar
+from unittest import mock
 
 import torch
 
+from weight_transfer.control import line_server
+from weight_transfer.control.kept_threads import KeptThreads
+from weight_transfer.session import calls
 from weight_transfer.testing.actors import PATIENCE, Actor
 from weight_transfer.testing.models import Weight, weight
 
@@ -105,9 +109,8 @@ class Cast:
         self._end = ExitStack()
         self._actors: list[Actor] = []
         self._names = 0
-        if in_process:  # OpenMP would give every thread a team of its own
-            self._end.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(1)
+        if in_process:
+            self._have_no_teams()
 
     def worker(
         self,
@@ -159,6 +162,18 @@ class Cast:
         for actor in self._actors:
             actor.stop()
         self._end.close()
+
+    def _have_no_teams(self) -> None:
+        """Let no thread compute with others: OpenMP would give each one a team of its own.
+
+        A thread knows how large its team is from the first time that torch asks on it. Calls are therefore made by
+        other threads than those that may be left of an earlier session of this process.
+        """
+        self._end.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
+        for module, name in ((calls, "_threads"), (line_server, "THREADS")):
+            new = KeptThreads(getattr(module, name).name)
+            self._end.enter_context(mock.patch.object(module, name, new))
 
     def _start(self, role: str) -> Actor:
         threads = None if self.in_process else 1

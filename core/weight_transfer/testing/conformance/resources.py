@@ -6,20 +6,18 @@ from typing import TYPE_CHECKING
 
 from weight_transfer.plugins.backend import Capability
 from weight_transfer.testing.actors import eventually
+from weight_transfer.testing.conformance.cast import LARGE
 from weight_transfer.testing.conformance.kit import Kit, needs
-from weight_transfer.testing.models import weight
 
 if TYPE_CHECKING:
     from weight_transfer.testing.conformance.cast import Cast, Member
 
 _UPDATES = 50
-_TEAMS = 8  # threads of OpenMP: each thread that computes has some of its own, and which does is a matter of chance
-_SETTLE = 5.0  # seconds in which threads and descriptors of the control channel come back by themselves
+_SETTLE = 5.0  # seconds in which threads and descriptors of the core come back by themselves
 _SLACK = {
     "MiB of device memory": 1,  # it is rounded
     "file descriptors": 1,  # the control channel keeps a second connection once an abort has needed one
 }
-_LARGE = [weight(f"w{index}", "float32", 1024, 1024) for index in range(16)]  # 64 MiB
 
 
 class ResourcesTests(Kit):
@@ -39,7 +37,7 @@ class ResourcesTests(Kit):
         before = [member.ask("held") for member in members]
         for version in range(4, 4 + _UPDATES):
             trainer.ask("send", seed=version, version=version)
-        _assert_back(members, before, threads=_TEAMS)
+        _assert_back(members, before)
 
     def test_everything_comes_back_when_both_sides_close(self, cast: Cast) -> None:
         """A second pair of engines that joins, transfers and closes leaves both processes as the first one left them.
@@ -86,8 +84,8 @@ class ResourcesTests(Kit):
         temporary tensors. Load each bucket as it arrives. ``extra_memory`` tells of staging buffers in bytes.
         """
         config = {"bucket_bytes": 2**20}
-        worker = cast.worker(_LARGE, in_place=True, config=config)
-        trainer = cast.trainer([worker], _LARGE, config=config)
+        worker = cast.worker(LARGE, in_place=True, config=config)
+        trainer = cast.trainer([worker], LARGE, config=config)
         worker.ask("mark")
         sent = trainer.ask("send", seed=1, version=1)
         assert sent["extra_memory"] <= 2 * 2**20
@@ -115,9 +113,8 @@ class ResourcesTests(Kit):
         assert eventually(lambda: worker.ask("held")["abandoned files in /dev/shm"] <= before, _SETTLE)
 
 
-def _assert_back(members: list[Member], before: list[dict[str, int]], threads: int = 0) -> None:
-    """Fail, and name what grew, unless all members hold no more than before, but for some ``threads``."""
-    slack = {**_SLACK, "threads": threads}
+def _assert_back(members: list[Member], before: list[dict[str, int]]) -> None:
+    """Fail, and name what grew, unless all members hold no more than before."""
 
     def grown() -> list[str]:
         return [
@@ -125,7 +122,7 @@ def _assert_back(members: list[Member], before: list[dict[str, int]], threads: i
             for member, role, was in zip(members, ("worker", "trainer"), before, strict=True)
             for now in [member.ask("held")]
             for what in was
-            if now[what] > was[what] + slack.get(what, 0)
+            if now[what] > was[what] + _SLACK.get(what, 0)
         ]
 
     eventually(lambda: not grown(), _SETTLE)
