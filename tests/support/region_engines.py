@@ -1,195 +1,286 @@
-"""Engines that move regions, driven by hand in processes of their own: trainer ranks and workers, told by a pipe."""
+"""The engines of a case's trainer ranks and workers, each in a process of its own, driven as sessions drive them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from multiprocessing.connection import Connection
-from typing import Any
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Self
 
+import attrs
 import torch
 
-from support import regions as cases
-from weight_transfer import load_backend, load_config
+from support.actors import Actor
+from support.region_case import Case, Incoming, placed, raw
+from weight_transfer import ModuleSource, load_backend, load_config
+from weight_transfer.authoring import Deadline, OutgoingRegions, Taker, unstructure
 from weight_transfer.config.settings import ParallelConfig
 from weight_transfer.engine import WorkerSlot
-from weight_transfer.errors import WeightTransferError, error_from_dict, error_to_dict
-from weight_transfer.memory.export import Export
-from weight_transfer.plan.exchange import OutgoingRegions, Taker
-from weight_transfer.plan.layout import Layout
-from weight_transfer.plan.pieces import plan_pieces
-from weight_transfer.testing.actors import PROCESSES
-from weight_transfer.values.deadline import Deadline
+from weight_transfer.memory.integrity import tensor_digest
+
+if TYPE_CHECKING:
+    from support.actors import Stage
+
+_LONG = 30.0  # seconds
 
 
-class RankActor:
-    """A trainer rank.
+def main(stage: Stage, side: str, **spec: Any) -> None:
+    """Be a trainer rank or a worker until the test is over; SIGUSR1 has another thread abort the update."""
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        player = (_Rank if side == "rank" else _Worker)(stage, **spec)
+        abort = player.engine.abort_update
+        signal.signal(signal.SIGUSR1, lambda *_: threading.Thread(target=abort, daemon=True).start())
+        stage.say("ready")
+        stage.serve(player.commands())
+        player.engine.shutdown()
 
-    Args:
-        rank: its number.
-        ranks: of the trainer.
-        dim: along which weights are cut.
-        workers: how many there are.
-        config: of `load_config`.
-    """
 
-    def __init__(self, rank: int, ranks: int, dim: int, workers: int, config: dict[str, Any]) -> None:
-        self.rank = rank
-        self.layout = Layout.of(cases.split(ranks, dim))
-        self.tensors = cases.shards(self.layout, rank)
-        own = load_config(**config)
-        self.engine = load_backend(own.backend).create_trainer_engine(own, ParallelConfig(device="cpu"))
-        self.slots = [
-            WorkerSlot(peer=f"worker {n}", rank_offset=1 + n, count=1, world_size=1 + workers) for n in range(workers)
+class _Player:
+    """What both sides can do."""
+
+    own: Sequence[str] = ()
+
+    def __init__(self, number: int, case: dict[str, Any], engine: Any) -> None:
+        self.number = number
+        self.case = Case(**case)
+        self.engine = engine
+
+    def commands(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("call", "get", "fork", *self.own)}
+
+    def call(self, method: str, arguments: Sequence[Any] = ()) -> None:
+        """Call a method of the engine."""
+        getattr(self.engine, method)(*arguments)
+
+    def get(self, name: str) -> Any:
+        """Return an attribute of the engine."""
+        return getattr(self.engine, name)
+
+    def fork(self) -> None:
+        """Start a child, and wait for its end."""
+        child = os.fork()
+        if not child:
+            os._exit(0)
+        os.waitpid(child, 0)
+
+
+class _Rank(_Player):
+    own = ("open", "join", "fill", "describe", "share", "send", "move")
+
+    def __init__(self, stage: Stage, number: int, case: dict[str, Any], config: dict[str, Any]) -> None:
+        parallel = ParallelConfig(rank=number, world_size=len(case["held"]), device="cpu")
+        engine = load_backend(config["backend"]).create_trainer_engine(load_config(config), parallel)
+        super().__init__(number, case, engine)
+        self._whole = ModuleSource(torch.nn.Module())
+        self._shards = self.case.shards(number)
+        named = zip(self.case.sharded(number), self._shards, strict=True)
+        self._lent = [shard.view(-1) for (param, _), shard in named if param.name in self.case.lent]
+        takers = [
+            Taker(peer=name, worker=worker, pieces=self.case.pieces(worker).of_rank(number))
+            for worker, name in enumerate(_names(self.case))
         ]
-        pieces = [plan_pieces(self.layout, kept, n).of_rank(rank) for n, kept in enumerate(cases.kept(workers))]
-        takers = [Taker(peer=f"worker {n}", worker=n, pieces=some) for n, some in enumerate(pieces)]
-        self.outgoing = OutgoingRegions(rank=rank, layout=self.layout, tensors=self.tensors, takers=takers)
+        layout = self.case.layout
+        self._outgoing = OutgoingRegions(rank=number, layout=layout, tensors=self._shards, takers=takers)
 
-    def open(self) -> dict[str, Any]:
-        if self.rank:
-            return self.engine.open_rank({}, self.slots, Deadline(20))
-        return self.engine.open_endpoint(self.slots, Deadline(20))[0]
+    def open(self, workers: Sequence[int], first: dict[str, Any] | None = None) -> Any:
+        names = _names(self.case)
+        slots = [
+            WorkerSlot(peer=names[number], rank_offset=1 + number, count=1, world_size=1 + len(names))
+            for number in workers
+        ]
+        if first is None:
+            return unstructure(self.engine.open_endpoint(slots, Deadline(_LONG)))
+        return unstructure(self.engine.open_rank(first, slots, Deadline(_LONG)))
 
-    def join(self) -> None:
-        self.engine.join_workers(Deadline(20))
+    def join(self, timeout: float) -> None:
+        self.engine.join_workers(Deadline(timeout))
 
-    def share(self, seed: int) -> dict[str, Any]:
-        cases.fill(self.tensors, self.layout, self.rank, cases.full(seed))
-        return self.engine.share_regions(self.outgoing, Deadline(20))
+    def fill(self, seed: int) -> None:
+        self.case.fill(self._shards, self.number, seed)
 
-    def send(self, timeout: float = 20) -> int:
+    def describe(self) -> Any:
+        return unstructure(self.engine.describe_update(self._whole, self._whole.manifest(), Deadline(_LONG)))
+
+    def share(self) -> Any:
+        shared = self.engine.share_regions(self._outgoing, Deadline(_LONG))
+        assert self.engine.share_regions(self._outgoing, Deadline(_LONG)) is shared, "nothing has changed"
+        return unstructure(shared)
+
+    def send(self, timeout: float) -> int:
         sent: list[int] = []
-        self.engine.send_regions(self.outgoing, Deadline(timeout), sent.append)
+        self.engine.send_regions(self._outgoing, Deadline(timeout), sent.append)
         return sum(sent)
 
-    def release(self) -> int:
-        self.engine.release_source()
-        return self.engine.extra_memory
-
-    def shutdown(self) -> None:
-        self.engine.shutdown()
-
-
-class WorkerActor:
-    """A worker; see `RankActor`."""
-
-    def __init__(self, worker: int, ranks: int, dim: int, workers: int, config: dict[str, Any]) -> None:
-        self.worker = worker
-        self.layout = Layout.of(cases.split(ranks, dim))
-        self.own = cases.kept(workers)[worker]
-        self.incoming = cases.Incoming(self.layout, self.own, worker, cases.targets(self.own))
-        self.shares: Any = None
-        own = load_config(**config)
-        self.engine = load_backend(own.backend).create_worker_engine(own, ParallelConfig(device="cpu"))
-
-    def join(self, infos: list[dict[str, Any]]) -> None:
-        common = {"rank_offset": 1 + self.worker, "world_size": 9, "timeout": 20, "trainer_ranks": len(infos)}
-        given = [{name: value for name, value in info.items() if value is not None} for info in infos]
-        self.engine.init_transfer_engine(self.engine.parse_init_info(common | given[0] | {"ranks": given[1:]}))
-
-    def receive(self, shares: list[dict[str, Any]], timeout: float = 20) -> dict[int, int]:
-        if shares != self.shares:  # as with the core, the same object while it is unchanged
-            self.shares = shares
-        self.incoming.bytes_by_rank = {}
-        info = self.engine.update_info_cls(
-            manifest=cases.MANIFEST, timeout=timeout, export=Export((), (), (), {}), shares=self.shares
-        )
-        self.engine.receive_regions(info, self.incoming)
-        return self.incoming.bytes_by_rank
-
-    def holds(self, seed: int) -> bool:
-        expected = cases.expected(self.own, cases.full(seed))
-        return all(map(cases.same_bits, self.incoming.targets, expected))
-
-    def move_targets(self) -> None:
-        self.incoming.targets = [torch.empty_like(target) for target in self.incoming.targets]
-
-    def planned(self) -> dict[int, int]:
-        sizes = self.incoming.pieces.by_rank(len(self.layout.places)).tolist()
-        return {rank: size for rank, size in enumerate(sizes) if size}
-
-    def lost(self) -> bool:
-        return self.engine.lost
-
-    def abort(self) -> None:
-        self.engine.abort_update()
-
-    def shutdown(self) -> None:
-        self.engine.shutdown()
+    def move(self, names: Sequence[str] | None = None) -> None:
+        """Give the shards of some weights, by default of all, other memory, as an optimiser that swaps tensors does."""
+        for shard, (param, _) in zip(self._shards, self.case.sharded(self.number), strict=True):
+            if names is None or param.name in names:
+                shard.data = torch.empty_strided(shard.shape, shard.stride(), dtype=shard.dtype)
+        self._shards = list(self._shards)
+        self._outgoing = attrs.evolve(self._outgoing, tensors=self._shards)
 
 
-def answer_calls(kind: type[Any], arguments: tuple[Any, ...], pipe: Connection) -> None:
-    """Make an actor and answer calls of its methods until the pipe is closed."""
-    torch.set_num_threads(1)
-    actor = kind(*arguments)
-    while True:
-        try:
-            name, given = pipe.recv()
-        except EOFError:
-            return
-        try:
-            pipe.send({"result": getattr(actor, name)(*given)})
-        except WeightTransferError as error:
-            pipe.send({"error": error_to_dict(error)})
+class _Worker(_Player):
+    own = ("join", "receive", "unlike", "digests", "replace", "move")
+
+    def __init__(self, stage: Stage, number: int, case: dict[str, Any], config: dict[str, Any]) -> None:
+        engine = load_backend(config["backend"]).create_worker_engine(load_config(config), ParallelConfig(device="cpu"))
+        super().__init__(number, case, engine)
+        self._stage = stage
+        self._holds = False
+        self._incoming = Incoming(self.case, number, self._wait_if_held)
+        self._told: Any = None
+        self._info: Any = None
+
+    def join(self, timeout: float, first: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
+        members = {"rank_offset": 1 + self.number, "world_size": 1 + len(self.case.kept)}
+        info = {**first, **members, "timeout": timeout, "trainer_ranks": len(self.case.held), "ranks": ranks}
+        self.engine.init_transfer_engine(self.engine.parse_init_info(info))
+
+    def receive(self, timeout: float, info: dict[str, Any], holds: bool = False) -> list[int]:
+        """Return how many bytes came from each rank; if it ``holds``, say so and wait before the next write."""
+        if info != self._told:  # as with the core, the same objects while they are unchanged
+            told = {"manifest": unstructure(self.case.manifest), "layout": self.case.layout.to_wire(), **info}
+            self._told, self._info = info, self.engine.parse_update_info({"timeout": timeout, **told})
+        self._incoming.by_rank, self._holds = [0] * len(self.case.held), holds
+        self.engine.receive_regions(attrs.evolve(self._info, timeout=timeout), self._incoming)
+        return self._incoming.by_rank
+
+    def _wait_if_held(self) -> None:
+        if self._holds:
+            self._holds = False
+            self._stage.say("held")
+            self._stage.await_command("release")
+
+    def unlike(self, seed: int) -> list[str]:
+        return self.case.unlike(self._incoming.targets, self.number, seed)
+
+    def digests(self) -> list[str]:
+        return [tensor_digest(raw(target)) for target in self._incoming.targets]
+
+    def replace(self) -> None:
+        """Keep everything in new tensors."""
+        self._incoming.targets = self.case.targets(self.number)
+
+    def move(self, target: int, lies: str = "") -> None:
+        """Give one tensor other memory; see `placed`."""
+        tensor = self._incoming.targets[target]
+        tensor.data = placed(tensor.shape, tensor.dtype, lies)
+        self._incoming.targets = list(self._incoming.targets)
 
 
-class Remote:
-    """An actor in a process of its own; a call is begun by `begin`, and `end` returns its result."""
-
-    def __init__(self, kind: type[Any], *arguments: Any) -> None:
-        self._pipe, theirs = PROCESSES.Pipe()
-        self.process = PROCESSES.Process(target=answer_calls, args=(kind, arguments, theirs), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def begin(self, name: str, *arguments: Any) -> Callable[[], Any]:
-        self._pipe.send((name, arguments))
-        return self.end
-
-    def end(self) -> Any:
-        assert self._pipe.poll(60), "no answer"
-        answer = self._pipe.recv()
-        if "error" in answer:
-            raise error_from_dict(answer["error"])
-        return answer["result"]
-
-    def ask(self, name: str, *arguments: Any) -> Any:
-        return self.begin(name, *arguments)()
-
-    def stop(self) -> None:
-        self._pipe.close()
-        self.process.kill()
-        self.process.join(10)
+def _names(case: Case) -> list[str]:
+    return [f"worker {number}" for number in range(len(case.kept))]
 
 
-class RegionFleet:
-    """Trainer ranks and workers that have joined, in processes; use it in a ``with`` block."""
+class RegionEngines:
+    """All engines of a case; use it in a ``with`` block.
 
-    def __init__(self, ranks: int, workers: int, config: dict[str, Any], dim: int = 0) -> None:
-        common = dim, workers, config
-        self.trainers = [Remote(RankActor, rank, ranks, *common) for rank in range(ranks)]
-        self.workers = [Remote(WorkerActor, number, ranks, *common) for number in range(workers)]
+    Args:
+        case: what is sent.
+        config: that of `load_config`.
 
-    def __enter__(self) -> RegionFleet:
-        infos = [trainer.ask("open") for trainer in self.trainers]
-        ends = [worker.begin("join", infos) for worker in self.workers]
-        ends += [trainer.begin("join") for trainer in self.trainers]
-        for end in ends:
-            end()
+    Attributes:
+        ranks: the trainer's.
+        workers: in the case's order.
+    """
+
+    def __init__(self, case: Case, config: dict[str, Any]) -> None:
+        self._case, self._config = case, config
+        self.ranks = [self._start("rank", number) for number in range(len(case.held))]
+        self.workers = [self._start("worker", number) for number in range(len(case.kept))]
+        for actor in self.all:
+            actor.ready()
+
+    def _start(self, side: str, number: int) -> Actor:
+        case = attrs.asdict(self._case)
+        return Actor("region_engines", side=side, number=number, case=case, config=self._config)
+
+    @property
+    def all(self) -> list[Actor]:
+        return [*self.ranks, *self.workers]
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for each in [*self.trainers, *self.workers]:
-            each.stop()
+        for actor in self.all:
+            actor.hang_up()
+        for actor in self.all:
+            actor.stop()
 
-    def update(self, seed: int) -> list[dict[int, int]]:
-        """Send weights; return how many bytes of each rank each worker has counted."""
-        shares = [trainer.ask("share", seed) for trainer in self.trainers]
-        receiving = [worker.begin("receive", shares) for worker in self.workers]
-        sending = [trainer.begin("send") for trainer in self.trainers]
-        received = [end() for end in receiving]
-        for end in sending:
-            end()
-        for trainer in self.trainers:
-            trainer.ask("release")
-        return received
+    def begin_joining(
+        self, timeout: float = _LONG, workers: Sequence[int] | None = None, without: Sequence[Actor] = ()
+    ) -> list[Actor]:
+        """Have workers, by default all, and ranks join each other, but for some; return who has to reply."""
+        numbers = range(len(self.workers)) if workers is None else workers
+        infos = self.ranks[0].ask("open", workers=list(numbers))
+        ranks = [actor.ask("open", workers=list(numbers), first=infos[0]) for actor in self.ranks[1:]]
+        joining = {self.workers[number]: first for number, first in zip(numbers, infos, strict=True)}
+        for actor in self.ranks:
+            if actor not in without:
+                actor.tell("join", timeout=timeout)
+        for actor, first in joining.items():
+            if actor not in without:
+                actor.tell("join", timeout=timeout, first=first, ranks=ranks)
+        return [actor for actor in (*self.ranks, *joining) if actor not in without]
+
+    def join(self, workers: Sequence[int] | None = None) -> Self:
+        for actor in self.begin_joining(workers=workers):
+            actor.reply()
+        return self
+
+    def restart(self, number: int) -> None:
+        """Start a worker anew."""
+        self.workers[number].stop()
+        self.workers[number] = self._start("worker", number).ready()
+
+    def describe(self) -> dict[str, Any]:
+        """Return what workers are told of an update."""
+        fields: dict[str, Any] = self.ranks[0].ask("describe")
+        for actor in self.ranks:
+            actor.tell("share")
+        return {**fields, "shares": [actor.reply() for actor in self.ranks]}
+
+    def begin(self, actor: Actor, info: dict[str, Any], timeout: float = _LONG, **spec: Any) -> None:
+        """Let one of them begin its part of an update."""
+        if actor in self.workers:
+            actor.tell("receive", timeout=timeout, info=info, **spec)
+        else:
+            actor.tell("send", timeout=timeout)
+
+    def fill(self, seed: int) -> None:
+        for actor in self.ranks:
+            actor.ask("fill", seed=seed)
+
+    def update(self, seed: int) -> list[int]:
+        """Send the bits of a seed, see that they and no others arrive, and return how many bytes each rank has sent."""
+        self.fill(seed)
+        info = self.describe()
+        for actor in (*self.workers, *self.ranks):
+            self.begin(actor, info)
+        moved = [actor.reply() for actor in self.workers]
+        sent: list[int] = [actor.reply() for actor in self.ranks]
+        for actor in self.ranks:
+            actor.ask("call", method="release_source")
+        assert moved == [self._case.planned(worker) for worker in range(len(self.workers))]
+        assert sum(sent) <= sum(map(sum, moved))
+        assert self.unlike(seed) == []
+        return sent
+
+    def to_and_fro(self) -> None:
+        for seed in (1, 2, 1):
+            self.update(seed)
+
+    def unlike(self, seed: int) -> list[str]:
+        """Return what workers keep that has other bits than those of a seed."""
+        return [text for actor in self.workers for text in actor.ask("unlike", seed=seed)]
+
+    def abort_from_another_thread(self, actor: Actor) -> None:
+        os.kill(actor.pid, signal.SIGUSR1)
+
+    def memory(self) -> list[int]:
+        """Return what each engine holds beside the weights, in bytes, ranks first."""
+        return [actor.ask("get", name="extra_memory") for actor in self.all]

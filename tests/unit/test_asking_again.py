@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from support.regions import same_bits
+from support.region_case import same_bits
 from weight_transfer import (
     LocalChannel,
     ManifestMismatchError,

@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from support import regions as cases
+from support.region_case import Incoming, mixed
 from weight_transfer.copying.table import ELEMENTS, joined, rows_of
 from weight_transfer.model.manifest import torch_dtype
-from weight_transfer.plan.layout import Layout
-from weight_transfer.plan.pieces import plan_pieces
 from weight_transfer.plan.views import sources_of, targets_of
 from weight_transfer.values.deadline import Deadline
 from weight_transfer_ipc import cuda_regions, piece_views
@@ -74,37 +72,36 @@ def test_the_copies_on_a_gpu_bring_every_region(
     monkeypatch: pytest.MonkeyPatch, part: int, ranks: int, dim: int, workers: int
 ) -> None:
     monkeypatch.setattr(cuda_regions, "_PART", part)
-    layout = Layout.of(cases.split(ranks, dim))
-    shards = [cases.shards(layout, rank) for rank in range(ranks)]
-    for worker, own in enumerate(cases.kept(workers)):
-        incoming = cases.Incoming(layout, own, worker, cases.targets(own))
+    case = mixed(ranks, workers, dim)
+    shards = [case.shards(rank) for rank in range(ranks)]
+    for worker in range(workers):
+        incoming = Incoming(case, worker)
         origins = [
             Origin(_in_place(incoming, rank, shards[rank]), [str(rank)] * len(shards[rank]), "")
             for rank in range(ranks)
         ]
         regions = CudaRegions(origins, incoming.targets, torch.device("cpu"))
         for seed in (1, 2, 1):
-            weights = cases.full(seed)
             for rank in range(ranks):
-                cases.fill(shards[rank], layout, rank, weights)
+                case.fill(shards[rank], rank, seed)
             assert regions.copy(incoming)
             regions.copy_others(incoming, Trainers(), Deadline(20))
-            assert all(map(cases.same_bits, incoming.targets, cases.expected(own, weights)))
+            assert case.unlike(incoming.targets, worker, seed) == []
 
 
 @pytest.mark.usefixtures("no_gpu")
 def test_a_target_that_has_moved_is_noticed() -> None:
-    layout = Layout.of(cases.split(2))
-    own = cases.kept(2)[0]
-    incoming = cases.Incoming(layout, own, 0, cases.targets(own))
-    origins = [Origin(_in_place(incoming, 0, cases.shards(layout, 0)), ["0"] * len(layout.shards(0)), "")]
+    case = mixed(2, 2)
+    incoming = Incoming(case, 0)
+    shards = case.shards(0)
+    origins = [Origin(_in_place(incoming, 0, shards), ["0"] * len(shards), "")]
     regions = CudaRegions(origins, incoming.targets, torch.device("cpu"))
     assert regions.copy(incoming)
     incoming.targets = [target.clone() for target in incoming.targets]
     assert not regions.copy(incoming)
 
 
-def _in_place(incoming: cases.Incoming, rank: int, shards: list[torch.Tensor]) -> RankPlan:
+def _in_place(incoming: Incoming, rank: int, shards: list[torch.Tensor]) -> RankPlan:
     pieces = incoming.pieces.of_rank(rank)
     params = shard_manifest(incoming.layout, rank).params
     exact = np.array([torch_dtype(p.dtype) is s.dtype for p, s in zip(params, shards, strict=True)], dtype=np.bool_)
@@ -113,12 +110,12 @@ def _in_place(incoming: cases.Incoming, rank: int, shards: list[torch.Tensor]) -
 
 @pytest.mark.parametrize("bucket_bytes", [256, 300, 1000, 1 << 20])
 def test_blocks_fit_their_buckets_and_bring_every_piece(bucket_bytes: int) -> None:
-    layout, own, weights = Layout.of(cases.split(2, 1)), cases.kept(2)[1], cases.full(3)
-    into = cases.targets(own)
+    case = mixed(2, 2, dim=1)
+    into = case.targets(1)
     for rank in range(2):
-        manifest: Manifest = shard_manifest(layout, rank)
-        shards = cases.shards(layout, rank)
-        cases.fill(shards, layout, rank, weights)
+        manifest: Manifest = shard_manifest(case.layout, rank)
+        shards = case.shards(rank)
+        case.fill(shards, rank, 3)
         staged = [number for number, param in enumerate(manifest.params) if param.nbytes]
         blocks = Blocks.of(manifest, staged, bucket_bytes)
         for slots in blocks.plan.buckets:
@@ -126,8 +123,8 @@ def test_blocks_fit_their_buckets_and_bring_every_piece(bucket_bytes: int) -> No
         sent = list(blocks.of_shards([shards[number] for number in staged], staged))
         assert [tensor.shape for tensor in sent] == [param.shape for param in blocks.plan.params]
         assert sum(param.nbytes for param in blocks.plan.params) == manifest.nbytes
-        pieces = plan_pieces(layout, own, 1).of_rank(rank)
+        pieces = case.pieces(1).of_rank(rank)
         cut = blocks.cut(pieces)
         assert cut.nbytes == pieces.nbytes
         piece_views.copy(targets_of(cut, into), sources_of(cut, sent))
-    assert all(map(cases.same_bits, into, cases.expected(own, weights)))
+    assert case.unlike(into, 1, 3) == []
