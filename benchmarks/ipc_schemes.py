@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import secrets
+import socket
 from collections.abc import Iterator, Sequence
 from functools import partial
-from multiprocessing.connection import Client, Listener
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,14 +14,14 @@ import torch
 from weight_transfer.bench.schemes import Scheme
 from weight_transfer.limit import timed
 from weight_transfer_ipc import cuda
+from weight_transfer_ipc.connection import credentials, is_trusted
 from weight_transfer_ipc.device_memory import bytes_at
 
 if TYPE_CHECKING:
     from weight_transfer.bench.schemes import SchemeSide
 
 GIB = 2**30
-AnyConnection = Any
-"""Of `multiprocessing.connection`, between the trainer and the worker."""
+LONG = 120.0  # seconds that a side waits for the other one at most
 Weights = Sequence[torch.Tensor]
 
 
@@ -46,6 +46,29 @@ class Mapped:
         cuda.close_handle(self._address, self._device.index)
 
 
+class Line:
+    """Brings JSON from one side to the other, a text a line; raises `TimeoutError` when the other one stands still."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.settimeout(LONG)
+        if not is_trusted(credentials(sock)[1]):
+            raise PermissionError("another user has the other end of the socket")
+        self._file = sock.makefile("rwb")
+
+    def say(self, value: Any) -> None:
+        self._file.write(json.dumps(value).encode() + b"\n")
+        self._file.flush()
+
+    def hear(self) -> Any:
+        said = self._file.readline()
+        if not said.endswith(b"\n"):
+            raise EOFError("the other side has ended")
+        return json.loads(said)
+
+    def close(self) -> None:
+        self._file.close()
+
+
 def split(weights: Weights) -> Iterator[list[torch.Tensor]]:
     chunk: list[torch.Tensor] = []
     total = 0
@@ -58,39 +81,45 @@ def split(weights: Weights) -> Iterator[list[torch.Tensor]]:
     yield chunk
 
 
-def receive_packed(pipe: AnyConnection, weights: Weights, device: torch.device) -> None:
+def receive_packed(line: Line, weights: Weights, device: torch.device) -> None:
     for chunk in split(weights):
-        handle, nbytes, offset = json.loads(pipe.recv_bytes())
+        handle, nbytes, offset = line.hear()
         with Mapped(handle, nbytes, device) as memory:
             sizes = [tensor.nbytes for tensor in chunk]
             for tensor, part in zip(chunk, memory[offset : offset + sum(sizes)].split(sizes), strict=True):
                 tensor.copy_(part.view(tensor.dtype).view(tensor.shape))
             torch.cuda.synchronize(device)
-        pipe.send_bytes(b"1")
+        line.say("copied")
 
 
-def send_packed(pipe: AnyConnection, weights: Weights, buffer: torch.Tensor) -> None:
+def send_packed(line: Line, weights: Weights, buffer: torch.Tensor) -> None:
     for chunk in split(weights):
         parts = [tensor.view(-1).view(torch.uint8) for tensor in chunk]
         torch.cat(parts, out=buffer[: sum(part.numel() for part in parts)])
         torch.cuda.synchronize()
-        pipe.send_bytes(json.dumps(where(buffer)).encode())
-        pipe.recv_bytes()
+        line.say(where(buffer))
+        line.hear()
 
 
-def receive_unpacked(pipe: AnyConnection, weights: Weights, device: torch.device) -> None:
-    for weight, (handle, nbytes, offset) in zip(weights, json.loads(pipe.recv_bytes()), strict=True):
+def receive_unpacked(line: Line, weights: Weights, device: torch.device) -> None:
+    for weight, (handle, nbytes, offset) in zip(weights, line.hear(), strict=True):
         with Mapped(handle, nbytes, device) as memory:
             part = memory[offset : offset + weight.nbytes]
             weight.copy_(part.view(weight.dtype).view(weight.shape))
             del part, memory
     torch.cuda.synchronize(device)
-    pipe.send_bytes(b"1")
+    line.say("copied")
 
 
-def send_unpacked(pipe: AnyConnection, weights: Weights) -> None:
-    pipe.send_bytes(json.dumps([where(weight) for weight in weights]).encode())
-    pipe.recv_bytes()
+def send_unpacked(line: Line, weights: Weights) -> None:
+    line.say([where(weight) for weight in weights])
+    line.hear()
+
+
+def _socket() -> socket.socket:
+    made = socket.socket(socket.AF_UNIX)
+    made.settimeout(LONG)
+    return made
 
 
 class Shared(Scheme):
@@ -99,16 +128,20 @@ class Shared(Scheme):
     side: SchemeSide
 
     def offer(self) -> Any:
-        key = secrets.token_bytes()
-        self._listener = Listener(family="AF_UNIX", authkey=key)
-        return {"address": self._listener.address, "key": key.hex()}
+        address = f"weight-transfer-scheme-{secrets.token_hex(16)}"
+        self._socket = _socket()
+        self._socket.bind("\0" + address)
+        self._socket.listen(1)
+        return address
 
     def join(self, offers: Sequence[Any]) -> None:
         if self.side.is_trainer:
-            self._pipe = self._listener.accept()
-            self._listener.close()
+            with self._socket as listener:
+                self._socket, _ = listener.accept()
         else:
-            self._pipe = Client(offers[0]["address"], authkey=bytes.fromhex(offers[0]["key"]))
+            self._socket = _socket()
+            self._socket.connect("\0" + offers[0])
+        self._line = Line(self._socket)
 
     def run(self) -> tuple[float, float]:
         weights = list(self.side.process.weights().values())
@@ -124,7 +157,8 @@ class Shared(Scheme):
         raise NotImplementedError
 
     def close(self) -> None:
-        self._pipe.close()
+        self._line.close()
+        self._socket.close()
 
 
 class Packed(Shared):
@@ -137,10 +171,10 @@ class Packed(Shared):
         return super().offer()
 
     def give(self, weights: Weights) -> None:
-        send_packed(self._pipe, weights, self._buffer)
+        send_packed(self._line, weights, self._buffer)
 
     def take(self, weights: Weights) -> None:
-        receive_packed(self._pipe, weights, self.side.device)
+        receive_packed(self._line, weights, self.side.device)
 
 
 class Unpacked(Shared):
@@ -149,7 +183,7 @@ class Unpacked(Shared):
     what = "a handle and a copy for each weight"
 
     def give(self, weights: Weights) -> None:
-        send_unpacked(self._pipe, weights)
+        send_unpacked(self._line, weights)
 
     def take(self, weights: Weights) -> None:
-        receive_unpacked(self._pipe, weights, self.side.device)
+        receive_unpacked(self._line, weights, self.side.device)

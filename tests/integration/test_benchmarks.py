@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ipc_schemes
 import nccl
 import pytest
 import rdma
+import torch
 
 from weight_transfer.bench.measuring import Case, Figures, measure
 from weight_transfer.bench.sweeping import alike
+from weight_transfer.limit import LimitSide
 
 ROOT = Path(__file__).parents[2]
 MODEL = alike(3, 4096)
@@ -29,6 +32,25 @@ def test_schemes_stand_beside_updates(backend: str, schemes: dict[str, str]) -> 
     found = compared(backend, schemes=schemes)
     assert found["schemes"].keys() == schemes.keys()
     assert all(figures["median"] > 0 for figures in found["schemes"].values())
+
+
+def test_sides_of_an_ipc_scheme_hear_each_other_and_wait_for_nobody_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    trainer, worker = (
+        ipc_schemes.Shared(LimitSide(config=None, member=member, trainers=[cpu], device=cpu, sizes=[], alike=True))
+        for member in range(2)
+    )
+    address = trainer.offer()
+    worker.join([address])
+    trainer.join([address])
+    worker._line.say(["copied", 1])
+    assert trainer._line.hear() == ["copied", 1]
+    worker.close()
+    trainer.close()
+    monkeypatch.setattr(ipc_schemes, "LONG", 0.1)
+    trainer.offer()
+    with pytest.raises(TimeoutError):
+        trainer.join([])
 
 
 def test_a_cast_stands_beside_an_exact_send() -> None:

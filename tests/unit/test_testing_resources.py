@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -84,8 +85,12 @@ def _intra_op_threads() -> list[int]:
     """Return what torch says on a thread that makes calls, and on one that answers them."""
     said: list[Future[int]] = [Future(), Future()]
     for kept, future in zip((calls._threads, line_server.THREADS), said, strict=True):
-        kept.run(lambda future=future: future.set_result(torch.get_num_threads()))
+        kept.run(partial(_say_threads, future))
     return [future.result(10) for future in said]
+
+
+def _say_threads(future: Future[int]) -> None:
+    future.set_result(torch.get_num_threads())
 
 
 def test_threads_of_a_backend_are_counted_and_those_of_the_core_that_end_by_themselves_are_not(
