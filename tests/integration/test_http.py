@@ -304,8 +304,9 @@ def test_a_closed_connection_ends_a_start_that_waits_and_the_old_version_is_serv
         sender.send(Odd(2), version=1)
         session = receivers[0]._lifecycle.session
         with receivers[0].serving():
+            url, patience = f"{server.url}/start_weight_update", httpx.Timeout(20, read=0.5)
             with pytest.raises(httpx.ReadTimeout):
-                httpx.post(f"{server.url}/start_weight_update", json={"session": session}, timeout=0.5, trust_env=False)
+                httpx.post(url, json={"session": session}, timeout=patience, trust_env=False)
             for receiver in receivers:
                 assert eventually(partial(_serves, receiver, 1), 5), "config.timeout is 20 s"
         sender.send(Odd(3), version=2)

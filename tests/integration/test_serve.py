@@ -284,7 +284,7 @@ def test_an_update_does_not_wait_for_a_reader_that_is_gone_or_slow(folder: Path)
     body = {"prompt": "x", "max_tokens": 200, "temperature": 0}
     with worker(folder) as client, wt.WeightSender(CONFIG, [str(client.base_url)]) as sender:
         with pytest.raises(httpx.ReadTimeout):
-            client.post("/v1/completions", json=body, timeout=0.05)
+            client.post("/v1/completions", json=body, timeout=httpx.Timeout(60, read=0.05))
         with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as slow:
             sender.send(model(2), version=1)
             assert ask(client, prompt="x", max_tokens=1)["weight_version"] == 1

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
+import attrs
 import pytest
 import torch
 
@@ -35,6 +36,8 @@ from weight_transfer import (
 )
 from weight_transfer.model.loading import destinations_of
 from weight_transfer.session.awaited import AwaitedCalls
+from weight_transfer.testing.actors import eventually
+from weight_transfer.values.deadline import Deadline
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -308,7 +311,8 @@ def test_a_trainer_that_joins_ends_the_join_of_another_one_at_once(worker: Worke
 def test_a_wait_for_a_version_ends_in_time_though_an_engine_takes_long_to_close(worker: Worker) -> None:
     worker.init()
     worker.start()
-    worker.update(1.0, 1, timeout=0.1)
+    worker.update(1.0, 1)
+    worker.receiver._update.deadline = Deadline(0.1)
     closes = threading.Event()
     worker.engine.shutdown = lambda: closes.wait(20)
     since = time.monotonic()
@@ -416,7 +420,7 @@ def test_an_update_that_waits_for_readers_can_be_aborted(worker: Worker) -> None
     with worker.receiver.serving():
         starting = threading.Thread(target=start)
         starting.start()
-        wait_until(lambda: worker.receiver.state is ReceiverState.UPDATING)
+        assert eventually(lambda: worker.receiver.state is ReceiverState.UPDATING, 20)
         worker.receiver.abort_weight_update("never mind")
         starting.join(20)
         assert "never mind" in str(errors[0])
@@ -716,16 +720,6 @@ def test_an_abandoned_update_that_touched_the_model_ends_with_no_version(worker:
 # Serving.
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Poll for something that another thread is about to do."""
-    tick = threading.Event()
-    for _ in range(4000):
-        if condition():
-            return
-        tick.wait(0.005)
-    pytest.fail("it did not happen within 20 s")
-
-
 def test_an_update_waits_until_nobody_samples_any_more(worker: Worker) -> None:
     to_ready(worker)
     started = threading.Event()
@@ -738,7 +732,7 @@ def test_an_update_waits_until_nobody_samples_any_more(worker: Worker) -> None:
     with worker.receiver.serving(), worker.receiver.serving() as version:
         assert version == "old"
         starting.start()
-        wait_until(lambda: worker.receiver.state is ReceiverState.UPDATING)
+        assert eventually(lambda: worker.receiver.state is ReceiverState.UPDATING, 20)
         assert not started.wait(0.15)
     assert started.wait(20)
     starting.join(20)
@@ -767,13 +761,15 @@ def test_who_wants_to_sample_during_an_update_waits_for_the_new_version(worker: 
     assert got == [("new", [2.0] * 3)]
 
 
-def test_somebody_who_samples_too_long_is_a_timeout_and_the_version_stays_served(new: Callable[..., Worker]) -> None:
-    worker = new(timeout=0.1)
+def test_somebody_who_samples_too_long_is_a_timeout_and_the_version_stays_served(worker: Worker) -> None:
     to_ready(worker)
+    patient = worker.receiver.config
+    worker.receiver.config = attrs.evolve(patient, timeout=0.1)
     with worker.receiver.serving():
         with pytest.raises(TransferTimeoutError, match="waiting for the sampling of the old version to end"):
             worker.start()
         assert (worker.receiver.state, worker.receiver.version) == (ReceiverState.READY, "old")
+    worker.receiver.config = patient
     worker.deliver(2.0, "new")
     assert worker.receiver.version == "new"
 

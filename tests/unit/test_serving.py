@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import attrs
 import pytest
 from torch import nn
 
@@ -199,19 +200,25 @@ def test_long_waits_are_logged_with_whom_they_wait_for(
 
 
 def test_a_sampler_that_does_not_let_go_is_named(pair: Pair) -> None:
-    hasty = WeightReceiver(LOOPBACK | {"timeout": 0.2}, model())
-    with WeightSender(LOOPBACK, [hasty]) as sender:
+    receiver = WeightReceiver(LOOPBACK, model())
+    with WeightSender(LOOPBACK, [receiver]) as sender:
         sender.send(model(1.0))
-        with hasty.serving(), pytest.raises(TransferTimeoutError) as caught:
+        _make_hasty(receiver)
+        with receiver.serving(), pytest.raises(TransferTimeoutError) as caught:
             sender.send(model(2.0))
     assert f"{threading.current_thread().name} still in serving(); let a block be one batch" in str(caught.value)
 
 
+def _make_hasty(receiver: WeightReceiver) -> None:
+    """Have the next update wait for samplers for a moment only."""
+    receiver.config = attrs.evolve(receiver.config, timeout=0.2)
+
+
 def test_of_many_samplers_some_are_named() -> None:
-    hasty = WeightReceiver(LOOPBACK | {"timeout": 0.2}, model())
+    receiver = WeightReceiver(LOOPBACK, model())
 
     async def sample(number: int) -> None:
-        async with hasty.aserving():
+        async with receiver.aserving():
             holding.release()
             await asyncio.to_thread(failed.wait, 10)
 
@@ -221,8 +228,9 @@ def test_of_many_samplers_some_are_named() -> None:
                 group.create_task(sample(number), name=f"sampler {number}")
 
     holding, failed = threading.Semaphore(0), threading.Event()
-    with WeightSender(LOOPBACK, [hasty]) as sender:
+    with WeightSender(LOOPBACK, [receiver]) as sender:
         sender.send(model(1.0))
+        _make_hasty(receiver)
         samplers = threading.Thread(target=asyncio.run, args=(sample_together(),))
         samplers.start()
         for _ in range(5):

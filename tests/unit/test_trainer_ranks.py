@@ -134,7 +134,7 @@ def test_a_rank_that_is_called_otherwise_is_named_on_all(
 
 
 def test_a_rank_that_does_not_send_is_named_within_the_deadline(new_ranks: Callable[..., Ranks]) -> None:
-    ranks = new_ranks(3, timeout=0.5)
+    ranks = new_ranks(3, timeout=1)
     errors = ranks.each(lambda rank, each: None if rank == 1 else each.send(model()))
     assert isinstance(errors[0], wt.TransferTimeoutError)
     assert errors[0].peer == "trainer rank 1"

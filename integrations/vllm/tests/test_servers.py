@@ -149,9 +149,10 @@ def test_a_loop_that_stands_still_is_told_apart_from_a_slow_vllm() -> None:
         with pytest.raises(wt.TransferTimeoutError, match=r"event loop of vLLM, which stands still; .*asend"):
             server.resume(Deadline(0.1))
         released.set()
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(10)
         vllm.gate.clear()
         with pytest.raises(wt.TransferTimeoutError, match="while waiting for vLLM"):
-            server.update({}, Deadline(0.1))
+            server.update({}, Deadline(1))
         vllm.gate.set()
     with pytest.raises(wt.PeerLostError):
         server.resume(Deadline(1))
@@ -234,7 +235,7 @@ def test_calls_come_one_after_another_each_with_its_deadline() -> None:
         released.wait(10)
 
     with pytest.raises(TimeoutError):
-        caller(slow, Deadline(0.1))
+        caller(slow, Deadline(1))
     assert begun.is_set()
     with pytest.raises(TimeoutError):
         caller(late.set, Deadline(0.1))

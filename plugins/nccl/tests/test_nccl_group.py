@@ -49,7 +49,7 @@ def test_several_groups_live_in_one_process_and_leave_the_default_group_alone() 
 def test_members_that_are_missing_are_named(place: MeetingPlace) -> None:
     group = Group(place.meeting("gloo"), 0, 3, CPU)
     with pytest.raises(TransferTimeoutError, match="worker 1, worker 2 to join") as caught:
-        group.join(Deadline(0.2), lambda rank: f"worker {rank}")
+        group.join(Deadline(1), lambda rank: f"worker {rank}")
     assert caught.value.peer == "worker 1, worker 2"
 
 

@@ -127,7 +127,7 @@ def test_without_the_secret_nobody_joins(meeting: Rendezvous) -> None:
     with pytest.raises(HandshakeError, match="does not share this member's secret"):
         Group(attrs.evolve(meeting, secret="0" * 32), 1, 2, CPU).join(Deadline(5), str)
     with pytest.raises(TransferTimeoutError, match="waiting for 1 to join"):
-        Group(meeting, 0, 2, CPU).join(Deadline(0.3), str)
+        Group(meeting, 0, 2, CPU).join(Deadline(1), str)
 
 
 def test_members_send_the_secret_to_nobody_and_refuse_who_does_not_know_it() -> None:
