@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
 
 import weight_transfer as wt
-from support.models import Odd, digest
+from support.models import Small, digest
 from weight_transfer.errors import embed
 
 if TYPE_CHECKING:
@@ -27,11 +27,6 @@ pytestmark = pytest.mark.timeout(60)
 
 CONFIG = wt.load_config(backend="loopback", timeout=20, init_timeout=10, verify="none")
 CALLS = ("init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update")
-
-
-class Small(Odd):
-    def __init__(self, seed: int) -> None:
-        super().__init__(seed, rows=16, width=32)
 
 
 class FourCalls:

@@ -18,7 +18,7 @@ import uvicorn
 from torch import nn
 
 import weight_transfer as wt
-from support.models import Odd, digest
+from support.models import Odd, Small, digest
 from weight_transfer.control import HttpChannel, create_app, serve
 from weight_transfer.control.http_server import Server
 from weight_transfer.testing.actors import eventually
@@ -30,11 +30,6 @@ pytestmark = pytest.mark.timeout(60)
 
 CONFIG = wt.load_config(backend="loopback", timeout=20, init_timeout=10)
 PLAIN = ["status", "init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update"]
-
-
-class Small(Odd):
-    def __init__(self, seed: int) -> None:
-        super().__init__(seed, rows=16, width=32)
 
 
 class Many(nn.Module):

@@ -9,7 +9,7 @@ from torch import nn
 
 from weight_transfer.testing.models import digest, randomise
 
-__all__ = ["CONTINUE", "LOOPBACK", "Odd", "digest", "model"]
+__all__ = ["CONTINUE", "LOOPBACK", "Odd", "Small", "digest", "model"]
 
 LOOPBACK: dict[str, Any] = {"backend": "loopback", "timeout": 20, "init_timeout": 5}
 CONTINUE = LOOPBACK | {"on_worker_failure": "continue"}
@@ -44,3 +44,10 @@ class Odd(nn.Module):
     def randomise(self, seed: int) -> None:
         """Give every weight new bits."""
         randomise(self, seed)
+
+
+class Small(Odd):
+    """The same in a few kilobytes; some are larger than a bucket."""
+
+    def __init__(self, seed: int, rows: int = 16) -> None:
+        super().__init__(seed, rows, width=32)

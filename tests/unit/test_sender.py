@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from support.listeners import Recorder
-from support.models import Odd, digest
+from support.models import Small, digest
 from weight_transfer import (
     CommitError,
     ConfigError,
@@ -47,13 +47,6 @@ pytestmark = pytest.mark.timeout(60)
 LOOPBACK: dict[str, Any] = {"backend": "loopback", "timeout": 20, "init_timeout": 20, "bucket_bytes": 512}
 IPC: dict[str, Any] = LOOPBACK | {"backend": "ipc"}
 CONTINUE = IPC | {"on_worker_failure": "continue"}
-
-
-class Small(Odd):
-    """Awkward weights of all kinds in a few kilobytes, some of them larger than a bucket."""
-
-    def __init__(self, seed: int, rows: int = 16) -> None:
-        super().__init__(seed, rows, width=32)
 
 
 class Worker:
