@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from weight_transfer.session.peers import Peer
     from weight_transfer.values.events import Version
 
-MANY = 500
+MANY = 200
 """Weights: fewer are looked at in less time than it takes to tell somebody of them."""
 
 
