@@ -149,6 +149,7 @@ class Readiness:
 
     def __init__(self) -> None:
         self._events: dict[int, Any] = {}
+        self._handles: dict[int, str] = {}
 
     def mark(self, devices: Sequence[int]) -> dict[str, str]:
         """Order the events after the caller's current streams; return their handles by the UUID of the GPU."""
@@ -158,7 +159,9 @@ class Readiness:
                 with torch.cuda.device(device):
                     self._events[device] = torch.cuda.Event(interprocess=True)
             self._events[device].record(torch.cuda.current_stream(device))
-            handles[cuda.uuid_of(device)] = self._events[device].ipc_handle().hex()
+            if device not in self._handles:
+                self._handles[device] = self._events[device].ipc_handle().hex()
+            handles[cuda.uuid_of(device)] = self._handles[device]
         return handles
 
 
