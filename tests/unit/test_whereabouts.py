@@ -85,6 +85,20 @@ def test_however_a_table_of_a_module_was_written_it_is_seen(
     assert weights.looks == looks + 1
 
 
+@pytest.mark.parametrize("hook", ["register_state_dict_post_hook", "register_state_dict_pre_hook"])
+def test_a_hook_of_state_dict_is_seen_though_hooks_of_others_were_registered_before(hook: str) -> None:
+    module, other = nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2)
+    weights = ModuleWeights(module)
+    before = weights.read()
+    for _ in range(2):
+        other.register_forward_hook(lambda *_: None)
+        assert weights.are_unchanged
+        assert weights.read() is before
+    getattr(module[0], hook)(lambda *_: None)
+    for _ in range(2):
+        assert not weights.are_unchanged
+
+
 @pytest.mark.parametrize("nbytes", [0, 1, 255, 2**18, 3 * 2**20 + 5])
 def test_copies_on_the_host_bring_every_bit(nbytes: int) -> None:
     sources = [torch.randint(0, 256, (nbytes,), dtype=torch.uint8) for _ in range(3)]

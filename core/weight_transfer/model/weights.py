@@ -7,6 +7,7 @@ from itertools import chain, cycle
 from typing import TYPE_CHECKING, Any
 
 from torch._C._dynamo.guards import dict_version  # another one after each write, as torch's guards compare it
+from torch.utils.hooks import RemovableHandle
 
 from weight_transfer.errors import ConfigError
 from weight_transfer.model.overlap import overlapping
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-_TABLES = ("_modules", "_parameters", "_buffers", "_state_dict_hooks", "_state_dict_pre_hooks")
+_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks")
+_TABLES = ("_modules", "_parameters", "_buffers", *_HOOKS)
 
 
 class ModuleWeights:
@@ -45,6 +47,8 @@ class ModuleWeights:
         self._resharding: Resharding | None = None
         self._tables: list[dict[str, Any]] = []
         self._empty: list[dict[Any, Any]] = []
+        self._unhooked: list[dict[Any, Any]] = []
+        self._registered = 0
         self._filled: list[dict[Any, Any]] = []
         self._owners: list[dict[str, Any]] = []
         self._written: list[dict[Any, Any]] = []
@@ -136,10 +140,15 @@ class ModuleWeights:
         """Compare what the module's tables hold.
 
         They are many, and in nobody's cache: no object is made for any, and what they hold is visited only if something
-        was written there.
+        was written there; whether a hook is where none was, only if any has been registered in this process.
         """
         if not self._tables or self._state.computed or any(self._empty) or self._transient != self._were_transient:
             return False
+        registered = RemovableHandle.next_id
+        if registered != self._registered:
+            if any(self._unhooked):
+                return False
+            self._registered = registered
         generations = list(map(dict_version, self._written))
         if generations != self._generations:
             if not self._holds_the_same():
@@ -172,7 +181,10 @@ class ModuleWeights:
         self._owners = [owner for owner in owners for _ in _TABLES]
         tables: list[Any] = list(map(dict.get, self._owners, cycle(_TABLES)))
         self._tables = tables if all(isinstance(table, dict) for table in tables) else []  # a script's are not
-        self._empty = [table for table in self._tables if not table]
+        named = list(zip(cycle(_TABLES), self._tables, strict=False))
+        self._registered = RemovableHandle.next_id
+        self._empty = [table for name, table in named if not table and name not in _HOOKS]
+        self._unhooked = [table for name, table in named if not table and name in _HOOKS]
         self._filled = [table for table in self._tables if table]
         self._written = [*owners, *self._filled]
         self._generations = list(map(dict_version, self._written))
