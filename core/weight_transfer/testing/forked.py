@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
+import traceback
 import warnings
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from weight_transfer.testing.actors import Actor, Stage
+from weight_transfer.testing.actors import Actor, Stage, eventually
 from weight_transfer.testing.models import hashes, randomise
 
 if TYPE_CHECKING:
@@ -22,22 +24,37 @@ class ForkedChild(Actor):
         self._pipe, theirs = multiprocessing.Pipe()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of threads, of which the child uses none
-            self._id = os.fork()
-        if not self._id:
+            pid = os.fork()
+        if not pid:
             try:
                 _close_all_but(theirs.fileno())
+                faulthandler.enable(2)  # as the parent may have it elsewhere
                 Stage(theirs).serve({"hashes": lambda: hashes(model), "randomise": lambda seed: randomise(model, seed)})
-            finally:
-                os._exit(0)
+            except BaseException:  # noqa: BLE001  (shown)
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
         theirs.close()
-        self._body = self
+        self._body = _Process(pid)
+
+
+class _Process:
+    """What an actor asks of its process."""
 
     name = "the forked child"
 
-    def stop(self) -> None:
-        """End it, and wait for that."""
-        self.hang_up()
-        os.waitpid(self._id, 0)
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.exitcode: int | None = None
+
+    def is_alive(self) -> bool:
+        if self.exitcode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self.exitcode = os.waitstatus_to_exitcode(status) if ended else None
+        return self.exitcode is None
+
+    def join(self, timeout: float) -> None:
+        eventually(lambda: not self.is_alive(), timeout)
 
 
 def _close_all_but(kept: int) -> None:
