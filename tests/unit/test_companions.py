@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from support.lone_rank import lone_rank
 from weight_transfer.memory.companions import companions_of
 from weight_transfer.memory.export import Export, Exporter
 from weight_transfer.model.manifest import Manifest, ParamMeta, dtype_name
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def _export(exporter: Exporter, tensors: dict[str, torch.Tensor]) -> Export:
@@ -37,21 +40,18 @@ def test_a_view_that_somebody_else_looks_into_is_staged() -> None:
 
 
 @pytest.fixture
-def group() -> Iterator[None]:
-    store = dist.HashStore()  # type: ignore[attr-defined]  # what it holds depends on the build
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+def mesh() -> Iterator[DeviceMesh]:
+    with lone_rank() as mesh:
+        yield mesh
 
 
-@pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("local", [lambda p: p._local_tensor, lambda p: p.to_local().detach()], ids=["own", "alias"])
 @pytest.mark.parametrize("steps", [0, 1])
 def test_what_fsdp_has_sharded_is_adopted_and_trained_in_place(
-    local: Callable[[nn.Parameter], torch.Tensor], steps: int
+    mesh: DeviceMesh, local: Callable[[nn.Parameter], torch.Tensor], steps: int
 ) -> None:
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
-    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    fully_shard(model, mesh=mesh)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
     def step() -> None:

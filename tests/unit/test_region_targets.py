@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from support.lone_rank import lone_rank
 from weight_transfer import KernelFormatLoader, Manifest, ManifestMismatchError, ModuleSource, Region
 from weight_transfer.memory.place import host, place_of
 from weight_transfer.model.checkpoint_loading import loader_for
@@ -21,13 +20,14 @@ from weight_transfer.model.overlap import Memory
 from weight_transfer.model.shards import Target
 from weight_transfer.model.targets import RegionLoader
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 
 @pytest.fixture(scope="module")
-def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceMesh]:
-    store = tmp_path_factory.mktemp("store") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
+def mesh() -> Iterator[DeviceMesh]:
+    with lone_rank() as mesh:
+        yield mesh
 
 
 def sharded(mesh: DeviceMesh, local: torch.Tensor, placement: Placement, shape: tuple[int, ...]) -> nn.Parameter:
