@@ -125,5 +125,10 @@ def _assert_back(members: list[Member], before: list[dict[str, int]]) -> None:
             if now[what] > was[what] + _SLACK.get(what, 0)
         ]
 
-    eventually(lambda: not grown(), _SETTLE)
-    assert not grown()
+    found: list[str] = []
+
+    def is_back() -> bool:
+        found[:] = grown()
+        return not found
+
+    assert eventually(is_back, _SETTLE), found
