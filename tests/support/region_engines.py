@@ -69,7 +69,7 @@ class _Player:
 class _Rank(_Player):
     own = ("open", "join", "fill", "describe", "share", "send", "move")
 
-    def __init__(self, stage: Stage, number: int, case: dict[str, Any], config: dict[str, Any]) -> None:
+    def __init__(self, _stage: Stage, number: int, case: dict[str, Any], config: dict[str, Any]) -> None:
         parallel = ParallelConfig(rank=number, world_size=len(case["held"]), device="cpu")
         engine = load_backend(config["backend"]).create_trainer_engine(load_config(config), parallel)
         super().__init__(number, case, engine)

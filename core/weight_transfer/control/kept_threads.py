@@ -19,7 +19,7 @@ class KeptThreads:
     A call that never returns costs its thread, and nobody waits for it when the process ends.
 
     Args:
-        name: of the threads, kept as an attribute.
+        name: of the threads; kept as an attribute.
     """
 
     def __init__(self, name: str) -> None:

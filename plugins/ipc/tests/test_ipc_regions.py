@@ -37,6 +37,7 @@ def test_every_bit_arrives_when_weights_go_from_a_to_b_and_back(
             trainer.ask("call", method="shutdown")
         for worker in engines.workers:
             assert _eventually_lost(worker)
+            worker.ask("call", method="shutdown")
 
 
 @BOTH
