@@ -312,8 +312,9 @@ def test_a_wait_for_a_version_ends_in_time_though_an_engine_takes_long_to_close(
     worker.init()
     worker.start()
     worker.update(1.0, 1)
-    assert worker.receiver._update is not None
-    worker.receiver._update.deadline = Deadline(0.1)
+    update = worker.receiver._update
+    assert update is not None
+    update.deadline = Deadline(0.1)
     closes = threading.Event()
     worker.engine.shutdown = lambda: closes.wait(20)
     since = time.monotonic()
