@@ -7,7 +7,7 @@ compared at the speed of C, and all else of a tensor by the guards that ``torch.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class Whereabouts:
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         unwrapped = (tensor for tensor in tensors if not is_traceable_wrapper_subclass(tensor))
-        self._tensors = list({id(tensor): tensor for tensor in unwrapped}.values())
+        self._tensors = tuple({id(tensor): tensor for tensor in unwrapped}.values())  # so that no call copies them
         self._placed = list(filter(_has_address, self._tensors))
         self._addresses = addresses_of(self._placed)
         self._forms = self._formed()
@@ -69,7 +69,7 @@ _FORM = (
 )
 
 
-def _of(way: Callable[[Any], Any], tensors: list[torch.Tensor]) -> list[Any]:
+def _of(way: Callable[[Any], Any], tensors: Sequence[torch.Tensor]) -> list[Any]:
     with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001  (no public name; subclasses take ten times as long)
         return list(map(way, tensors))
 
