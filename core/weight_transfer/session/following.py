@@ -248,10 +248,11 @@ class Follower:
         GuardedSource(part.whole(sharing.layout), part.whole(sharing.layout).manifest()).drain()
         self._require_going_on()
         outgoing = sharing.outgoing(part.shards)
+        is_right = part.confirm()
         if outgoing is not None:
             assert self._engine is not None
             self._engine.send_regions(outgoing, deadline, lambda _nbytes: None)
-        answer = {"done": "send", "right": part.confirm()}
+        answer = {"done": "send", "right": is_right}
         if outgoing is None or self._config.verify == "none":
             return answer
         return {**answer, "digests": sharing.digests(outgoing)}

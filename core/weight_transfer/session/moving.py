@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -161,13 +162,15 @@ class Moving:
         Raises:
             StartOver: a rank has sent what its model does not hold any more.
         """
-        if source.manifest().params:
-            with source.watched(), update.noting(partial(self._go_on, deadline)):
-                self._engine.send_weights(source, source.manifest(), deadline, progress)
-                source.finish()
+        some_go_whole = bool(source.manifest().params)
+        with update.noting(partial(self._go_on, deadline)) if some_go_whole else nullcontext():
+            is_right = update.part.confirm()  # first: workers are looking at theirs, too, or are reading already
+            if some_go_whole:
+                with source.watched():
+                    self._engine.send_weights(source, source.manifest(), deadline, progress)
+                    source.finish()
         if outgoing is not None:
             self._engine.send_regions(outgoing, deadline, progress)
-        is_right = update.part.confirm()
         own = [plan.digests(outgoing)] if outgoing is not None and self._verifies else []
         answers = self._crew.answers("to give their weights", deadline)
         if not (is_right and all(answer.get("right", True) for answer in answers)):
