@@ -149,6 +149,8 @@ class ModuleWeights:
             if any(self._unhooked):
                 return False
             self._registered = registered
+        if not all(self._written):  # so short a loop has the processor load many at a time, for the longer one below
+            return False
         generations = list(map(dict_version, self._written))
         if generations != self._generations:
             if not self._holds_the_same():

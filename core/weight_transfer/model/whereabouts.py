@@ -36,14 +36,12 @@ class Whereabouts:
     @property
     def unchanged(self) -> bool:
         """Whether nothing of that has changed."""
-        if addresses_of(self._placed) != self._addresses:
-            return False
-        if self._are_alike(*self._tensors):
-            return True
-        if self._formed() != self._forms:
-            return False
-        self._are_alike = self._guard()  # they also know ``requires_grad``, which is nothing to us, and torch's modes
-        return True
+        if not self._are_alike(*self._tensors):
+            if self._formed() != self._forms:
+                return False
+            # The guards also know ``requires_grad``, which is nothing to us, and torch's modes.
+            self._are_alike = self._guard()
+        return addresses_of(self._placed) == self._addresses
 
     def _guard(self) -> Callable[..., bool]:
         guards: Any = TensorGuards(*self._tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
