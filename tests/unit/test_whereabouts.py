@@ -27,6 +27,21 @@ def test_a_change_in_place_is_seen(change: Callable[[torch.Tensor], Any]) -> Non
     assert not whereabouts.unchanged
 
 
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize(
+    "change", [lambda t: t.t_(), lambda t: t.set_(t.clone()), lambda t: setattr(t, "data", t.data.clone())]
+)
+def test_a_change_is_seen_wherever_it_is_among_the_tensors(
+    change: Callable[[torch.Tensor], Any], number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weight_transfer.model.whereabouts._TOGETHER", 2)
+    tensors = [torch.zeros(3, 4) for _ in range(5)]
+    whereabouts = Whereabouts(tensors)
+    assert whereabouts.unchanged
+    change(tensors[number])
+    assert not whereabouts.unchanged
+
+
 @pytest.mark.parametrize("twin", [torch.Tensor.conj, torch.Tensor._neg_view])
 def test_values_that_are_not_the_bytes_any_more_are_seen(twin: Callable[[torch.Tensor], torch.Tensor]) -> None:
     tensor = torch.zeros(3, dtype=torch.complex64)

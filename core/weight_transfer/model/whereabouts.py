@@ -14,6 +14,8 @@ import torch
 from torch._C._dynamo.guards import TensorGuards  # torch has no public way to compare many tensors in one call
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+_TOGETHER = 1024  # tensors
+
 
 class Whereabouts:
     """Where some tensors lie, and their shapes, strides, dtypes and devices.
@@ -27,7 +29,24 @@ class Whereabouts:
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         unwrapped = (tensor for tensor in tensors if not is_traceable_wrapper_subclass(tensor))
-        self._tensors = tuple({id(tensor): tensor for tensor in unwrapped}.values())  # so that no call copies them
+        once = tuple({id(tensor): tensor for tensor in unwrapped}.values())
+        self._groups = [_Group(once[begin : begin + _TOGETHER]) for begin in range(0, len(once), _TOGETHER)]
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether nothing of that has changed."""
+        return all(group.unchanged for group in self._groups)
+
+
+class _Group:
+    """Some of the tensors: as many as a processor's cache holds for the second look, at addresses, after the guards'.
+
+    Args:
+        tensors: a tuple, which no call copies.
+    """
+
+    def __init__(self, tensors: tuple[torch.Tensor, ...]) -> None:
+        self._tensors = tensors
         self._placed = list(filter(_has_address, self._tensors))
         self._addresses = addresses_of(self._placed)
         self._forms = self._formed()
@@ -35,7 +54,6 @@ class Whereabouts:
 
     @property
     def unchanged(self) -> bool:
-        """Whether nothing of that has changed."""
         if not self._are_alike(*self._tensors):
             if self._formed() != self._forms:
                 return False
