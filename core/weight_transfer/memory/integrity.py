@@ -108,8 +108,8 @@ class Digester:
     def gather(self, numbers: Sequence[int], tensors: Sequence[torch.Tensor]) -> None:
         """Take some tensors that nobody writes before `digests` has returned.
 
-        Those on GPUs, which lie there once their current streams have come this far, are read some GB at a time beside
-        what comes next: many small launches would keep whoever calls this from what else there is to do.
+        Those in host memory are read now. Those on GPUs, which have their bytes once their current streams have come
+        this far, are read some GB at a time, beside what comes next: many small launches would cost the host more.
         """
         on_host: list[int] = []
         for at, tensor in enumerate(tensors):

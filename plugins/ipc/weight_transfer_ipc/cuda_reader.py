@@ -100,7 +100,7 @@ class _InPlace:
 
     Attributes:
         destinations: what they were made for: as long as it is the same object, none of them has moved.
-        parts: the copies; more are worked out, and told, while the GPU makes the first ones.
+        parts: the copies; while the GPU makes the first ones, the next ones are queued.
         rest: what must go through the loader: other layouts, other devices.
     """
 
