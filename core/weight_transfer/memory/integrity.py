@@ -205,8 +205,8 @@ class Reading:
         self._addresses: list[int] = []
         self._on_gpus: OnGpus = [], []
 
-    def digests(self, geometry: Geometry) -> Words:
-        """Return them, uint64 ``[tensors]``; for ``geometry`` see `Digester`."""
+    def digests(self) -> Words:
+        """Return them, uint64 ``[tensors]``."""
         if self._on_host is not None:
             return self._on_host.digests()
         addresses = addresses_of(self._tensors)
@@ -214,7 +214,7 @@ class Reading:
             pairs = zip(self._tensors, self._dtypes, strict=True)
             self._addresses, self._on_gpus = addresses, read_on_gpus(dict(enumerate(pairs)))
         readings, others = self._on_gpus
-        digester = Digester(len(self._tensors), geometry)
+        digester = Digester(len(self._tensors))
         for numbers, reading in readings:
             digester.add_reading(numbers, reading)
         left = [self._tensors[number] for number in others], [self._dtypes[number] for number in others]

@@ -42,7 +42,6 @@ class Arrived:
         self._left = dict(whole.numbers)
         self._whole = Digester(len(whole.params), geometry)
         self._arrivals = arrivals
-        self._geometry = geometry
         self._tables: list[str] = []
         self._landed = Landed(loader, info.manifest, whole, geometry) if info.verify == "loaded" else None
 
@@ -82,7 +81,7 @@ class Arrived:
         self._tables = [DigestTable.of(self._whole.digests()).to_text()]
         if self._arrivals is None:
             return
-        pieces, digests = self._arrivals.pieces, self._arrivals.reading.digests(self._geometry)
+        pieces, digests = self._arrivals.pieces, self._arrivals.reading.digests()
         for rank in range(len(self._arrivals.planned)):
             own = digests[pieces.rank == rank]
             self._tables.append(DigestTable.of(own).to_text() if len(own) else "")

@@ -102,7 +102,6 @@ class Leader:
     def forget(self) -> None:
         """Let go of the weights."""
         self._plans.clear()
-        self._moving.forget()
 
     def close(self) -> None:
         """Let go of the other ranks."""

@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from weight_transfer.errors import LifecycleError, TransferTimeoutError, WeightTransferError
-from weight_transfer.memory.gpu_digests import Geometry
 from weight_transfer.session.calls import ECHOES, refused_in
 from weight_transfer.session.part import StartOver
 from weight_transfer.session.progress import Progress
@@ -58,18 +57,13 @@ class Moving:
         self._config = config
         self._fleet = fleet
         self._crew = crew
-        self._geometry = Geometry()
-
-    def forget(self) -> None:
-        """Let go of the weights."""
-        self._geometry = Geometry()
 
     def run(
         self, update: Running, plan: RegionPlan, deadline: Deadline, begins: bool
     ) -> tuple[Lost, dict[Peer, WorkerReport]]:
         """Move the bytes; return the workers that were lost, and what each has noticed."""
         engine = self._engine
-        source = update.begin(plan, self._geometry if self._verifies else None)
+        source = update.begin(plan, verifies=self._verifies)
         fields = engine.describe_update(source, source.manifest(), deadline)
         outgoing = plan.outgoing(update.part)
         shares = self._shares(plan, outgoing, deadline) if outgoing is not None else None

@@ -13,7 +13,6 @@ from weight_transfer.session.sent import Sent
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from weight_transfer.memory.gpu_digests import Geometry
     from weight_transfer.session.outgoing import Outgoing
     from weight_transfer.session.part import Part
     from weight_transfer.session.region_plan import RegionPlan
@@ -40,11 +39,11 @@ class Running:
         self._source: GuardedSource | None = None
         self._sent: Sent | None = None
 
-    def begin(self, plan: RegionPlan, geometry: Geometry | None) -> GuardedSource:
-        """Return the guarded source of what goes whole; with ``geometry`` it has digests taken."""
+    def begin(self, plan: RegionPlan, *, verifies: bool) -> GuardedSource:
+        """Return the guarded source of what goes whole; if the update ``verifies``, digests are taken."""
         whole, manifest = self.part.whole(plan.layout), self.part.manifest
         manifest = manifest if whole is self.part.source else whole.manifest()
-        self._sent = Sent(manifest, geometry, self.outgoing.residents) if geometry is not None else None
+        self._sent = Sent(manifest, self.outgoing.residents) if verifies else None
         self._source = GuardedSource(whole, manifest, self._sent)
         return self._source
 

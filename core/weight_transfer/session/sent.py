@@ -20,7 +20,6 @@ from weight_transfer.model.manifest import torch_dtype
 
 if TYPE_CHECKING:
     from weight_transfer.memory.chunks import Words
-    from weight_transfer.memory.gpu_digests import Geometry
     from weight_transfer.model.manifest import Manifest
 
 
@@ -76,15 +75,13 @@ class Sent:
 
     Args:
         manifest: of what goes whole.
-        geometry: see `Digester`.
         residents: of the target that this is for.
     """
 
-    def __init__(self, manifest: Manifest, geometry: Geometry, residents: Residents) -> None:
+    def __init__(self, manifest: Manifest, residents: Residents) -> None:
         self._manifest = manifest
         self._residents = residents
-        self._digester = Digester(len(manifest.params), geometry)
-        self._passing = Digester(len(manifest.params))  # of temporary tensors, which lie elsewhere next time
+        self._digester = Digester(len(manifest.params))
         self._left = dict(manifest.numbers)
 
     @contextmanager
@@ -121,13 +118,13 @@ class Sent:
     def passes(self, name: str, tensor: torch.Tensor) -> None:
         """Take what the source yields to the engine, unless it is resident."""
         if name in self._left:
-            self._passing.add([self._left.pop(name)], [tensor])
+            self._digester.add([self._left.pop(name)], [tensor])
 
     def table(self) -> str:
         """Return the `DigestTable` of all weights, as text. Engines need not ask for those without elements."""
         empty = [number for number in self._left.values() if not self._manifest.params[number].nbytes]
-        self._passing.add(empty, [torch.empty(0)] * len(empty))
-        return DigestTable.of(self._digester.digests() | self._passing.digests()).to_text()
+        self._digester.add(empty, [torch.empty(0)] * len(empty))
+        return DigestTable.of(self._digester.digests()).to_text()
 
 
 @contextmanager

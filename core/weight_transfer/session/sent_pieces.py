@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import torch
 
     from weight_transfer.copying.boxes import Integers
-    from weight_transfer.memory.gpu_digests import Geometry
     from weight_transfer.plan.exchange import OutgoingRegions
 
 
@@ -27,17 +26,15 @@ class SentPieces:
 
     Args:
         outgoing: what the rank gives. Which pieces there are is worked out when it is first asked for.
-        geometry: see `Digester`.
     """
 
-    def __init__(self, outgoing: OutgoingRegions, geometry: Geometry) -> None:
+    def __init__(self, outgoing: OutgoingRegions) -> None:
         self.outgoing = outgoing
-        self._geometry = geometry
 
     def tables(self) -> dict[str, str]:
         """Return the `DigestTable` of each worker that takes something, as text by its number as text."""
         _, _, numbers = self._pieces
-        digests = self._reading.digests(self._geometry)
+        digests = self._reading.digests()
         return {str(worker): DigestTable.of(digests[own]).to_text() for worker, own in numbers.items()}
 
     @cached_property

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import numpy as np
 
-from weight_transfer.memory.gpu_digests import Geometry
 from weight_transfer.plan.exchange import OutgoingRegions, Taker
 from weight_transfer.plan.layout import NONE, Layout, Regions
 from weight_transfer.plan.pieces import Pieces, plan_pieces
@@ -93,7 +92,6 @@ class Sharing:
         self._keepers: Sequence[Keeper] = ()
         self._outgoing: OutgoingRegions | None = None
         self._sent: SentPieces | None = None
-        self._geometry = Geometry()
 
     @property
     def layout(self) -> Layout | None:
@@ -125,7 +123,7 @@ class Sharing:
         Workers that take nothing are absent. What several take is digested once.
         """
         if self._sent is None or self._sent.outgoing is not outgoing:
-            self._sent = SentPieces(outgoing, self._geometry)
+            self._sent = SentPieces(outgoing)
         return self._sent.tables()
 
     def _pieces(self, layout: Layout, keeper: Keeper) -> Pieces:
