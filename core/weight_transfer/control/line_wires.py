@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 import threading
 from collections.abc import Callable
@@ -70,7 +71,7 @@ class PlainWire:
         self._reading = threading.Lock()
         self._closed = False
         _keep_alive(sock)
-        self._loop.add_reader(sock, self.read)
+        self._eye = _Eye(sock, self._loop, self.read)
 
     def fileno(self) -> int:
         """Return the descriptor, which can be read when something has come; -1 once it is closed."""
@@ -78,6 +79,12 @@ class PlainWire:
 
     def write(self, data: bytes) -> None:
         self._writer.write(data)
+
+    def read_alone(self, alone: bool) -> None:
+        """Have the event loop not read from now on, or again: its thread would be woken to no purpose."""
+        with self._reading:
+            if not self._closed:
+                (self._eye.shut if alone else self._eye.open)()
 
     def read(self) -> None:
         """Take what has come, if anything has; from any thread."""
@@ -112,9 +119,54 @@ class PlainWire:
         with self._reading:
             if self._sock.fileno() < 0:
                 return
-            self._loop.remove_reader(self._sock)
+            self._eye.close()
             self._writer.close()
         self._lost(error)
+
+
+class _Eye:
+    """By what an event loop sees that a socket can be read. Any thread may shut it and open it, which wakes nobody.
+
+    It sees the socket through an epoll set once it was to be shut, so that not each connection takes two descriptors.
+
+    Args:
+        sock: the socket.
+        loop: the event loop, on which this is made and closed.
+        see: is called on the loop.
+    """
+
+    def __init__(self, sock: socket.socket, loop: asyncio.AbstractEventLoop, see: Callable[[], object]) -> None:
+        self._sock, self._loop, self._see = sock, loop, see
+        self._set: select.epoll | None = None
+        self._is_wanted = self._is_closed = False
+        loop.add_reader(sock, see)
+
+    def shut(self) -> None:
+        if self._set is not None:
+            self._set.modify(self._sock, 0)
+        elif not self._is_wanted and hasattr(select, "epoll"):
+            self._is_wanted = True
+            with suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._look_through)
+
+    def open(self) -> None:
+        if self._set is not None:
+            self._set.modify(self._sock, select.EPOLLIN)
+
+    def close(self) -> None:
+        self._is_closed = True
+        self._loop.remove_reader(self._sock if self._set is None else self._set)
+        if self._set is not None:
+            self._set.close()
+
+    def _look_through(self) -> None:
+        if self._is_closed:
+            return
+        seen = select.epoll()
+        seen.register(self._sock, select.EPOLLIN)
+        self._loop.remove_reader(self._sock)
+        self._loop.add_reader(seen, self._see)
+        self._set = seen
 
 
 class SecuredWire(asyncio.Protocol):

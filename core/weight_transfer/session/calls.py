@@ -33,6 +33,7 @@ _FEW = 8  # workers: their answers are read by whoever waits for them, those of 
 _GRACE = 0.5  # seconds
 _NAMED = 8  # workers in one message
 _PHASES = {"status": "init", "weight_needs": "init", "begin_weight_update": "update"}
+_LONG = ("init", "update")  # phases whose calls take longer than a round trip
 _threads = KeptThreads("weight-transfer call")
 
 Lost = dict[Peer, WeightTransferError]
@@ -171,7 +172,8 @@ class Calls:
     def _take(self, timeout: float, heeds_cancel: bool = True) -> None:
         """Wait for one answer."""
         wires = [peer.wire for peer in self._pending] if len(self._pending) <= _FEW else []
-        peer, error = self._answers.get(timeout, [wire for wire in wires if wire is not None])
+        is_short = self._phase not in _LONG
+        peer, error = self._answers.get(timeout, [wire for wire in wires if wire is not None], eager=is_short)
         if peer is None:
             if not heeds_cancel:
                 return

@@ -6,6 +6,7 @@ each answer, and would wake it in its turn.
 
 from __future__ import annotations
 
+import os
 import queue
 import select
 import socket
@@ -19,6 +20,8 @@ from weight_transfer.values.deadline import Deadline
 
 T = TypeVar("T")
 
+_SLEEPLESS = 1e-3  # seconds
+
 
 class Wire(Protocol):
     """A connection that whoever waits may read."""
@@ -28,6 +31,9 @@ class Wire(Protocol):
 
     def read(self) -> None:
         """Take what has come; for answers, that puts them into the inbox."""
+
+    def read_alone(self, alone: bool) -> None:
+        """Have nobody else read from now on, or again."""
 
 
 class Bell:
@@ -72,30 +78,42 @@ class Inbox(Generic[T]):
         if self._reader not in (None, threading.get_ident()):
             self._bell.ring()
 
-    def get(self, timeout: float, wires: Sequence[Wire] = ()) -> T:
+    def get(self, timeout: float, wires: Sequence[Wire] = (), eager: bool = False) -> T:
         """Return the next one.
 
         Args:
             timeout: seconds to wait.
             wires: those that may bring one, and are read meanwhile.
+            eager: whether one is to come at once, sooner than a thread that sleeps is woken.
 
         Raises:
             queue.Empty: there was none.
         """
         if not wires:
             return self._items.get(timeout=timeout)
-        deadline, by_number = Deadline(timeout), {each.fileno(): each for each in (self._bell, *wires)}
+        deadline = Deadline(timeout)
+        by_number: dict[int, Bell | Wire] = {wire.fileno(): wire for wire in wires}
+        by_number[self._bell.fileno()] = self._bell
         ready = select.poll()
         for number in by_number.keys() - {-1}:
             ready.register(number, select.POLLIN)
         self._reader = threading.get_ident()
+        sleepless = Deadline(min(_SLEEPLESS, timeout) if eager else 0.0)
         try:
+            for wire in wires:
+                wire.read_alone(True)
             while self._items.empty() and not deadline.expired:
-                for number, _ in ready.poll(1000 * deadline.remaining()):
+                found = ready.poll(0)
+                if not found and not sleepless.expired:
+                    os.sched_yield()
+                    continue
+                for number, _ in found or ready.poll(1000 * deadline.remaining()):
                     by_number[number].read()
             return self._items.get_nowait()
         finally:
             self._reader = None
+            for wire in wires:
+                wire.read_alone(False)
 
 
 def _close(*sockets: socket.socket) -> None:
