@@ -27,7 +27,12 @@ def place_of(device: str | torch.device | None) -> Place:
     if where.type != "cuda":
         return (host(),)
     index = torch.cuda.current_device() if where.index is None else where.index
-    return (host(), str(torch.cuda.get_device_properties(index).uuid))
+    return (host(), _gpu(index))
+
+
+@cache
+def _gpu(index: int) -> str:
+    return str(torch.cuda.get_device_properties(index).uuid)
 
 
 @cache

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from weight_transfer.model.manifest import Manifest
     from weight_transfer.session.calls import Lost
     from weight_transfer.session.fleet import Fleet
+    from weight_transfer.session.peers import Peer
     from weight_transfer.session.sharing import Keeper
 
 
@@ -40,6 +41,13 @@ class Asking:
             ManifestMismatchError: the weights do not fit a worker's model, and no failure is allowed, or none is left.
         """
         fleet, lost = self._fleet, self._lost
+        if self._strangers(manifest):
+            self._ask_all(manifest)
+        fleet.require_one(lost)
+        return [keeper for peer in fleet.peers if peer.joined for keeper in peer.kept[self._target][1]]
+
+    def _ask_all(self, manifest: Manifest) -> None:
+        fleet, lost = self._fleet, self._lost
         deadline = Deadline(self._config.timeout)
         failures = self._ask(manifest, deadline)
         gone = gone_in(failures)
@@ -50,16 +58,18 @@ class Asking:
             lost |= fleet.join()
             fleet.require_one(lost)
             lost |= fleet.settle(self._ask(manifest, deadline))
-        fleet.require_one(lost)
-        return [keeper for peer in fleet.peers if peer.joined for keeper in peer.kept[self._target][1]]
 
-    def _ask(self, manifest: Manifest, deadline: Deadline) -> Lost:
-        """Ask those that have not been asked; return those that failed."""
-        strangers = [
+    def _strangers(self, manifest: Manifest) -> list[Peer]:
+        """Return those that have joined and not been asked."""
+        return [
             peer
             for peer in self._fleet.peers
             if peer.joined and peer.kept.get(self._target, (None,))[0] is not manifest
         ]
+
+    def _ask(self, manifest: Manifest, deadline: Deadline) -> Lost:
+        """Ask those that have not been asked; return those that failed."""
+        strangers = self._strangers(manifest)
         asking = [peer for peer in strangers if hasattr(peer.channel, "weight_needs")]
         request = {
             "is_checkpoint_format": self._config.is_checkpoint_format,
