@@ -82,6 +82,10 @@ class NoBytesTrainerEngine(TrainerWeightTransferEngine[WeightTransferInitInfo, W
     def join_workers(self, deadline: Deadline) -> None:
         pass
 
+    @property
+    def tolerates_moves(self) -> bool:
+        return True  # nobody reads anything
+
     def send_weights(
         self, source: WeightSource, manifest: Manifest, deadline: Deadline, progress: Callable[[int], None]
     ) -> None:

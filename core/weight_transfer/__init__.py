@@ -45,6 +45,7 @@ _MODULES = {
         "TransferError",
         "TransferTimeoutError",
         "WeightTransferError",
+        "WeightsMovedError",
     ),
     "model.casting": ("CastSource",),
     "model.checkpoint": ("CheckpointSource",),

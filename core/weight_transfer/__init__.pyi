@@ -33,6 +33,7 @@ from weight_transfer.errors import SessionError as SessionError
 from weight_transfer.errors import StaleCommitError as StaleCommitError
 from weight_transfer.errors import TransferError as TransferError
 from weight_transfer.errors import TransferTimeoutError as TransferTimeoutError
+from weight_transfer.errors import WeightsMovedError as WeightsMovedError
 from weight_transfer.errors import WeightTransferError as WeightTransferError
 from weight_transfer.model.casting import CastSource as CastSource
 from weight_transfer.model.checkpoint import CheckpointSource as CheckpointSource

@@ -224,6 +224,17 @@ class TrainerWeightTransferEngine(ABC, Generic[TInitInfo, TUpdateInfo]):
         """
         return {}
 
+    @property
+    def tolerates_moves(self) -> bool:
+        """Whether what was described last may lie elsewhere by now, without harm: then the core looks at that later.
+
+        So it is if no address in this process is read that `describe_update` has not just seen to be right, but by
+        workers, whose reads of memory that is gone fail, or find what lay there. The core gives up an update of weights
+        that have moved; until it knows, bytes may go that are no weights of this version any more. By default it looks
+        where tens of thousands of tensors lie before the workers hear of the update.
+        """
+        return False
+
     @abstractmethod
     def send_weights(
         self, source: WeightSource, manifest: Manifest, deadline: Deadline, progress: Callable[[int], None]

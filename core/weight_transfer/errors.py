@@ -18,6 +18,7 @@
         ├── TransferTimeoutError(TimeoutError)
         ├── PeerLostError(ConnectionError)         permanent
         ├── ManifestMismatchError(ValueError)
+        ├── WeightsMovedError
         ├── IntegrityError(ValueError)             param, expected, got
         ├── RollbackError(ValueError)              published
         └── CommitError                            published, unpublished
@@ -237,6 +238,10 @@ class CommitError(TransferError):
 
 class ManifestMismatchError(TransferError, ValueError):
     """Both sides disagree about names, shapes, dtypes or the transfer plan."""
+
+
+class WeightsMovedError(TransferError):
+    """Weights lie elsewhere than when the update began, on one side; it is given up, and `send` itself sends anew."""
 
 
 @attrs.define(slots=False, eq=False, str=False, repr=False)

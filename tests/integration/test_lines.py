@@ -432,12 +432,11 @@ def test_workers_look_at_many_weights_while_the_trainer_does_and_see_each_change
     def needs(manifest: wt.Manifest) -> dict[str, wt.Target]:
         return {name: wt.Target(wt.Region.whole((3,)), getattr(model, name)) for name in ("w0", "w7")}
 
-    config = wt.load_config(CONFIG, backend="ipc")
     with (
-        wt.WeightReceiver(config, model, needs=needs if declares else None) as receiver,
+        wt.WeightReceiver(CONFIG, model, needs=needs if declares else None) as receiver,
         serve(receiver) as server,
         HttpChannel(server.url) as channel,
-        wt.WeightSender(config, [channel]) as sender,
+        wt.WeightSender(CONFIG, [channel]) as sender,
     ):
         expected: list[str] = []
         submit = channel.submit

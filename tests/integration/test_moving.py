@@ -19,8 +19,11 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
+    """Its first layer is looked at before an update begins, the others while bytes move."""
+
     def __init__(self) -> None:
         super().__init__()
+        self.embed = nn.Embedding(4, 3)
         self.first, self.second = Layer(), Layer()
         self.head = nn.Linear(6, 2)
 
@@ -126,7 +129,14 @@ CHANGES = [
 def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Model, Model, wt.WeightSender]]:
     trained, served = Model(), Model()
     config = {"backend": request.param, "timeout": 60}
-    with wt.WeightReceiver(config, served) as receiver, wt.WeightSender(config, [receiver]) as sender:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        wt.WeightReceiver(config, served) as receiver,
+        wt.WeightSender(config, [receiver]) as sender,
+    ):
+        patch.setattr("weight_transfer.model.looking._FIRST", 1)
+        patch.setattr("weight_transfer.model.looking._MOST", 1)
+        patch.setattr("weight_transfer.model.looking._CARE", 1)  # no surprise has either side look first for long
         for seed in (1, 2):
             trained.fill(seed)
             sender.send(trained)
@@ -149,31 +159,50 @@ def test_what_has_changed_between_updates_is_sent_from_and_into_where_it_is_now(
     assert same_bits(trained, served)
 
 
-SEEN_BY_ADDRESS = (data, transposed, there_and_back, storage, pointed, trains)
+SEEN_FIRST = (assigned, there_and_back, module, modules_exchanged)  # by the first layer, or by the model's own table
 
 
 @pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("side", [0, 1], ids=["trainer", "worker"])
 def test_what_has_changed_is_also_seen_while_bytes_move_and_sent_anew(
     pair: tuple[Model, Model, wt.WeightSender],
+    side: int,
     change: Callable[[Model], None],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A trainer that has found nothing new for a while begins with what it has read before, and looks then."""
+    """Who has found nothing new for a while begins with what was read before, and looks while bytes move."""
     trained, served, sender = pair
     monkeypatch.setattr("weight_transfer.session.outgoing.MANY", 0)
-    monkeypatch.setattr("weight_transfer.model.source._CARE", 1)
     for _ in range(3):
         sender.send(trained)
     caplog.set_level("INFO", "weight_transfer.session.sender")
     for seed in (8, 9, 8):
-        change(trained)
+        change((trained, served)[side])
         trained.fill(seed)
         sender.send(trained)
         assert same_bits(trained, served)
         for _ in range(2):
             sender.send(trained)
-    assert ("beginning anew" in caplog.text) is (change not in SEEN_BY_ADDRESS)
+    assert ("beginning anew" in caplog.text) is (change not in (*SEEN_FIRST, trains))
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["trainer", "worker"])
+def test_what_a_model_has_let_go_of_is_neither_sent_nor_written_into(
+    pair: tuple[Model, Model, wt.WeightSender], side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be somebody else's by now."""
+    trained, served, sender = pair
+    monkeypatch.setattr("weight_transfer.session.outgoing.MANY", 0)
+    for _ in range(3):
+        sender.send(trained)
+    old = (trained, served)[side].head.weight
+    (trained, served)[side].head.weight = nn.Parameter(torch.zeros(2, 6))
+    held = old.detach().clone()
+    trained.fill(10)
+    sender.send(trained)
+    assert same_bits(trained, served)
+    assert torch.equal(old, held)
 
 
 def test_what_is_tied_and_cut_again_on_both_sides_is_noticed(pair: tuple[Model, Model, wt.WeightSender]) -> None:

@@ -64,6 +64,7 @@ TREE: dict[str, tuple[tuple[type, ...], dict[str, object]]] = {
     "TransferTimeoutError": ((errors.TransferError, TimeoutError), TRANSFER),
     "PeerLostError": ((errors.TransferError, ConnectionError), {**TRANSFER, "permanent": True}),
     "ManifestMismatchError": ((errors.TransferError, ValueError), TRANSFER),
+    "WeightsMovedError": ((errors.TransferError,), TRANSFER),
     "IntegrityError": (
         (errors.TransferError, ValueError),
         {**TRANSFER, "param": "layers.0.weight", "expected": "00ff", "got": "ff00"},

@@ -13,7 +13,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.testing._internal.two_tensor import TwoTensor
 
 from weight_transfer import ConfigError, ModuleSource, WeightSource
-from weight_transfer.model.source import Confidence, as_source
+from weight_transfer.model.looking import Confidence
+from weight_transfer.model.source import as_source
 from weight_transfer.session.guarded import GuardedSource
 
 
@@ -149,6 +150,59 @@ def test_what_lies_elsewhere_is_never_recalled() -> None:
     assert source.resident() is not known
     assert source.resident()["norm.weight"].data_ptr() == module.norm.weight.data_ptr()
     assert source.confirm()
+
+
+def test_what_is_recalled_blindly_is_looked_at_before_anybody_reads_or_in_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("weight_transfer.model.looking._FIRST", 1)
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    source = ModuleSource(module)
+
+    def recall() -> None:
+        source.recall(False)
+        for _ in range(20):
+            source.manifest()
+        source.recall(True, blindly=True)
+
+    recall()
+    known, manifest = source.resident(), source.manifest()
+    module[2].weight.data = torch.ones(2, 2)
+    assert source.manifest() is manifest
+    assert source.resident() is known
+    assert not source.is_unmoved()
+    assert source.confirm()  # there is nothing left to confirm: it was said
+    recall()
+    assert source.is_unmoved()
+    assert source.confirm()
+    recall()
+    module[2].weight.data = torch.ones(2, 2)
+    source.manifest()
+    assert not source.confirm()
+    recall()
+    module[0].weight.data = torch.ones(2, 2)  # in the first stage, which is looked at
+    source.manifest()
+    assert source.resident()["0.weight"].data_ptr() == module[0].weight.data_ptr()
+    assert source.is_unmoved()
+    assert source.confirm()
+
+
+def test_a_look_goes_on_bit_by_bit_until_it_is_over_or_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weight_transfer.model.looking._FIRST", 1)
+    monkeypatch.setattr("weight_transfer.model.looking._MOST", 1)
+    module = nn.Sequential(*(nn.Linear(2, 2) for _ in range(4)))
+    source = ModuleSource(module)
+    for _ in range(3):
+        source.manifest()
+    source.recall(True, blindly=True)
+    source.manifest()
+    assert [source.look_on() for _ in range(4)] == [False, False, True, True]
+    assert source.confirm()
+    source.recall(True, blindly=True)
+    source.manifest()
+    module[3].bias.data = torch.ones(2)
+    assert [source.look_on() for _ in range(4)] == [False] * 4
+    assert not source.confirm()
 
 
 def test_each_surprise_makes_a_source_look_first_for_longer() -> None:

@@ -307,7 +307,7 @@ def test_a_rank_that_finds_other_weights_while_bytes_move_has_all_send_anew(
 ) -> None:
     """A, another parameter in the place of one of one rank, B, and again."""
     monkeypatch.setattr("weight_transfer.session.outgoing.MANY", 0)
-    monkeypatch.setattr("weight_transfer.model.source._CARE", 1)
+    monkeypatch.setattr("weight_transfer.model.looking._CARE", 1)
     caplog.set_level("INFO", "weight_transfer.session.sender")
     config = CONFIG | {"backend": "ipc"}
     served, sent = nn.Linear(8, 3), [nn.Linear(8, 3) for _ in range(2)]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from weight_transfer.model.abilities import offers
 from weight_transfer.model.loading import InPlaceLoader
 from weight_transfer.model.targets import NO_TARGETS, RegionLoader, tensors_of
 
@@ -42,9 +43,9 @@ class Writing:
     @contextmanager
     def __call__(self, loader: WeightLoader, manifest: Manifest) -> Iterator[None]:
         """Be in that mode; ``loader`` has begun the update of these weights."""
-        whole = loader.destinations() if isinstance(loader, InPlaceLoader) else None
+        whole = loader.destinations() if offers(loader, InPlaceLoader) else None
         parts: Targets = NO_TARGETS
-        if isinstance(loader, RegionLoader) and (whole is None or len(whole) < len(manifest.params)):
+        if offers(loader, RegionLoader) and (whole is None or len(whole) < len(manifest.params)):
             parts = loader.targets(manifest)
         if whole is None or self._seen is None or not (whole is self._seen[0] and parts is self._seen[1]):
             others = chain(self._model.parameters(), self._model.buffers()) if whole is None else whole.values()

@@ -7,9 +7,17 @@ from typing import TYPE_CHECKING, TypeVar
 
 from weight_transfer.config.structuring import nearest
 from weight_transfer.errors import ConfigError, ManifestMismatchError
+from weight_transfer.model.abilities import offers
 from weight_transfer.model.anchors import Anchors
 from weight_transfer.model.checkpoint_loading import CheckpointFormatLoader
-from weight_transfer.model.loading import FRESH, ExpectantLoader, InPlaceLoader, KernelFormatLoader, ReadableLoader
+from weight_transfer.model.loading import (
+    FRESH,
+    ExpectantLoader,
+    InPlaceLoader,
+    KernelFormatLoader,
+    ReadableLoader,
+    VouchingLoader,
+)
 from weight_transfer.model.manifest import Manifest, ParamMeta, cast_hint, dtype_name
 from weight_transfer.model.overlap import Memory, overlapping
 from weight_transfer.model.shards import Target
@@ -71,16 +79,18 @@ class DeclaredLoader:
         seen = Deadline(FRESH)
         if self._manifest is not None and self._anchors.hold:
             self._seen = seen
-        if isinstance(self._rest, ExpectantLoader):
+        if offers(self._rest, ExpectantLoader):
             self._rest.expect()
 
     def begin(self, manifest: Manifest) -> None:
         self._begun = None
         self._hand_rest(manifest, self._rest.begin)
+        if offers(self._rest, VouchingLoader):
+            self._rest.vouch()  # targets lie in what it looks at
         self._begun = manifest
 
     def targets(self, manifest: Manifest) -> Targets:
-        if isinstance(self._rest, RegionLoader):
+        if offers(self._rest, RegionLoader):
             is_begun = self._begun is manifest
             rest = self._rest.targets(self._other) if is_begun else self._hand_rest(manifest, self._rest.targets)
         else:
@@ -91,10 +101,10 @@ class DeclaredLoader:
         return self._targets
 
     def destinations(self) -> Mapping[str, Tensor] | None:
-        return self._rest.destinations() if isinstance(self._rest, InPlaceLoader) else None
+        return self._rest.destinations() if offers(self._rest, InPlaceLoader) else None
 
     def landed(self, manifest: Manifest) -> Targets:
-        rest = self._rest.landed(self._other) if isinstance(self._rest, ReadableLoader) else NO_TARGETS
+        rest = self._rest.landed(self._other) if offers(self._rest, ReadableLoader) else NO_TARGETS
         return {**rest, **self._declared}
 
     def dtypes(self) -> Mapping[str, str] | None:

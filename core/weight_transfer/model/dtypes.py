@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from weight_transfer.errors import HandshakeError
+from weight_transfer.model.abilities import offers
 
 if TYPE_CHECKING:
     from weight_transfer.model.info import WeightTransferInitInfo
@@ -30,7 +31,7 @@ def dtypes_answer(info: WeightTransferInitInfo, loaders: Mapping[bool, WeightLoa
         loaders: for checkpoint format (True) and kernel format (False).
     """
     loader = loaders[info.report_dtypes == "checkpoint"]
-    dtypes = loader.dtypes() if info.report_dtypes is not None and isinstance(loader, TypedLoader) else None
+    dtypes = loader.dtypes() if info.report_dtypes is not None and offers(loader, TypedLoader) else None
     if dtypes is None:
         return {}
     names: dict[str, list[str]] = {}

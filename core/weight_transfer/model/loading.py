@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import torch
 
 from weight_transfer.copying.host import HostCopies, copy_on_host
-from weight_transfer.errors import ConfigError, ManifestMismatchError
+from weight_transfer.errors import ConfigError, ManifestMismatchError, WeightsMovedError
+from weight_transfer.model.abilities import offers
 from weight_transfer.model.bits import as_bits
+from weight_transfer.model.looking import Confidence, Look, Stages
 from weight_transfer.model.manifest import ParamMeta, dtype_name
 from weight_transfer.model.regions import Region
 from weight_transfer.model.sharding import LocalParts
@@ -83,6 +85,21 @@ class ExpectantLoader(Protocol):
         """
 
 
+@runtime_checkable
+class VouchingLoader(Protocol):
+    """A loader that looks, from `WeightLoader.begin` on, at one weight after the other: bytes come meanwhile."""
+
+    def vouch(self, names: Iterable[str] | None = None) -> None:
+        """See that weights of the worker's are still the ones, and lie where they lay, before they are written.
+
+        Args:
+            names: which, of the manifest that began; None for all.
+
+        Raises:
+            WeightsMovedError: they are not, or others.
+        """
+
+
 FRESH = 0.1
 """Seconds for which a look at a model counts: an update that is expected begins within some milliseconds."""
 
@@ -109,8 +126,16 @@ class InPlaceTarget(Protocol):
         The same object from update to update as long as none of them was replaced, moved or laid out anew.
         """
 
-    def write_in_place(self) -> None:
-        """Say that bytes are about to be written there; raises after the deadline or an abort."""
+    def write_in_place(self, names: Iterable[str] | None = None) -> None:
+        """Say that bytes are about to be written there; raises after the deadline or an abort.
+
+        Args:
+            names: into which of these tensors; None for any of them. It sees that they are still the worker's own: of
+                thousands, those that it has not seen yet, while the bytes of others arrive.
+
+        Raises:
+            WeightsMovedError: one of them, or of the others, was replaced or moved since the update began.
+        """
 
     def written(self, nbytes: int, names: Iterable[str] = ()) -> None:
         """Say that so many bytes have been written there, instead of handing over the tensors they belong to.
@@ -132,12 +157,12 @@ class InPlaceTarget(Protocol):
 def destinations_of(load_weights: Callable[[Weights], object]) -> Mapping[str, Tensor] | None:
     """Return where an engine may write the weights directly, by name; None if it may not.
 
-    Before each batch of writes the engine calls ``load_weights.write_in_place()``; afterwards it hands the written
-    tensors themselves to ``load_weights``, or says ``load_weights.written(nbytes)``, which for thousands of them takes
-    less time. What was worked out of the tensors' addresses holds as long as the mapping is the same object. A plain
-    callable, such as a model's ``load_weights``, gives None.
+    Before each batch of writes the engine calls ``load_weights.write_in_place()``, best with the names of the weights;
+    afterwards it hands the written tensors themselves to ``load_weights``, or says ``load_weights.written(nbytes)``,
+    which for thousands of them takes less time. What was worked out of the tensors' addresses holds as long as the
+    mapping is the same object. A plain callable, such as a model's ``load_weights``, gives None.
     """
-    return load_weights.destinations() if isinstance(load_weights, InPlaceTarget) else None
+    return load_weights.destinations() if offers(load_weights, InPlaceTarget) else None
 
 
 class KernelFormatLoader:
@@ -163,6 +188,9 @@ class KernelFormatLoader:
         self._begun: Manifest | None = None
         self._looks = 0
         self._seen = Deadline(0.0)
+        self._confidence = Confidence()
+        self._stages = Stages({})
+        self._look: Look | None = None
         self.takers: Mapping[str, tuple[str, ...]] = {}
         """Names in the model by names in the manifest: several for weights that are tied on the trainer alone."""
 
@@ -185,10 +213,34 @@ class KernelFormatLoader:
 
     def begin(self, manifest: Manifest) -> None:
         self._begun = None
-        if self._seen.expired or manifest is not self._checked:
+        self._look = self._begun_look(manifest)
+        if self._look is None:
             self._check(manifest)
         self._seen = Deadline(0.0)
         self._begun = manifest
+
+    def vouch(self, names: Iterable[str] | None = None) -> None:
+        look = self._look
+        if look is None:
+            return
+        if not (look.finish() if names is None else look.reach(self._stages.of(names))):
+            self._look = None
+            self._confidence.learn(unchanged=False, was_surprised=True)
+            raise WeightsMovedError("Weights of the worker's model were replaced or moved meanwhile.", phase="update")
+        if look.is_over:
+            self._look = None
+            self._confidence.learn(unchanged=True)
+
+    def _begun_look(self, manifest: Manifest) -> Look | None:
+        """Return a look at the model that has begun well, or need not begin; None if all has to be looked at first."""
+        if manifest is not self._checked:
+            return None
+        if not self._seen.expired:
+            return Look(())
+        if self._parts or not (self._confidence.suffices and self._weights.can_be_recalled):
+            return None
+        look = self._weights.look()
+        return look if look.go_on() else None
 
     def targets(self, manifest: Manifest) -> Targets:
         if self._begun is not manifest:
@@ -224,7 +276,9 @@ class KernelFormatLoader:
 
     def _check(self, manifest: Manifest) -> None:
         read = self.weights()
-        if read is self._read and manifest is self._checked and self._shards.unchanged:
+        is_known = read is self._read and manifest is self._checked and self._shards.unchanged
+        self._confidence.learn(is_known)
+        if is_known:
             return
         self._checked = None
         own = {name: tensor for name, tensor in read.items() if name not in self._left}
@@ -244,6 +298,8 @@ class KernelFormatLoader:
                     self._twins[name] = twins
         self._shards = LocalParts(sharded)
         self._targets = None
+        stages = self._weights.stages
+        self._stages = Stages({name: max(map(stages.__getitem__, own)) for name, own in self.takers.items()})
         self._read, self._checked = read, manifest
 
     def dtypes(self) -> dict[str, str]:
@@ -255,6 +311,7 @@ class KernelFormatLoader:
         return self._whole
 
     def __call__(self, weights: Weights) -> None:
+        self.vouch(name for name, _ in weights)
         if self._parts:
             for name, tensor in weights:
                 scatter(tensor, self._parts.get(name, ()))
@@ -276,6 +333,7 @@ class KernelFormatLoader:
 
     def finish(self) -> None:
         """Copy what is one weight on the trainer, but two here."""
+        self.vouch()
         with torch.no_grad():
             for name, twins in self._twins.items():
                 for twin in twins:
@@ -284,7 +342,7 @@ class KernelFormatLoader:
 
     def abort(self, reason: str, touched: bool) -> None:
         """Nothing to put back: what was copied stays, and is no whole version."""
-        self._begun = None
+        self._begun = self._look = None
 
 
 def _whole_target(tensor: Tensor) -> Target:

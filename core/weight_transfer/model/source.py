@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from weight_transfer.errors import ConfigError
+from weight_transfer.model.looking import Confidence
 from weight_transfer.model.manifest import Manifest, ParamMeta, dtype_name
 from weight_transfer.model.sharding import LocalShards
 from weight_transfer.model.state import is_lazy
@@ -18,11 +19,8 @@ from weight_transfer.model.weights import ModuleWeights
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
+    from weight_transfer.model.looking import Look
     from weight_transfer.model.shards import Shard
-
-
-_CARE = 8
-"""How many times as many looks have to find nothing new after one that was relied on has found something."""
 
 NONE: Mapping[str, torch.Tensor] = MappingProxyType({})
 """No tensors; always the same object."""
@@ -203,9 +201,10 @@ class ModuleSource(WeightSource):
         self._manifest = Manifest(())
         self._collective = False
         self._confidence = Confidence()
-        self._recalls = False
+        self._recalls = self._is_blind = False
+        self._look: Look | None = None
 
-    def recall(self, may: bool) -> None:
+    def recall(self, may: bool, *, blindly: bool = False) -> None:
         """Have `manifest` and `shards` speak of what was read last, if it lies where it lay, or else read anew.
 
         Then `confirm` tells later whether the module still had these tensors: looking at each module takes longer than
@@ -213,17 +212,46 @@ class ModuleSource(WeightSource):
 
         Args:
             may: whether to; else everything is looked at first.
+            blindly: not even where the tensors lie is looked at: that `is_unmoved` does later, or `confirm`.
         """
         self._recalls = may and self._confidence.suffices
+        self._is_blind = self._recalls and blindly and self._reader.can_be_recalled
+        self._look = None
+
+    def is_unmoved(self) -> bool:
+        """Return whether what `recall` let `manifest` speak of lies where it lay: before anybody may read there."""
+        if not self._is_blind:
+            return True
+        self._is_blind, self._look = False, None
+        if not self._reader.are_unmoved:
+            self._recalls = False
+            self._confidence.learn(unchanged=False, was_surprised=True)
+            return False
+        return True
+
+    def look_on(self) -> bool:
+        """Do a part of what `confirm` does, for a millisecond at most; return whether all is done, and right."""
+        if self._recalls:
+            if not self._reader.can_be_recalled:
+                return False
+            look = self._later_look()
+            return look.go_on() and look.is_over
+        return True
 
     def confirm(self) -> bool:
         """Return whether what `manifest` and `shards` have told last was right; asked once after `recall`."""
         if not self._recalls:
             return True
         self._recalls = False
-        is_right = self._reader.still_holds and self._shards.are_held
+        holds = self._later_look().finish() if self._reader.can_be_recalled else self._reader.still_holds
+        is_right = holds and self._shards.are_held
         self._confidence.learn(is_right, was_surprised=not is_right)
         return is_right
+
+    def _later_look(self) -> Look:
+        if self._look is None:
+            self._look = self._reader.look(moved=self._is_blind)
+        return self._look
 
     def manifest(self) -> Manifest:
         """Read the module anew; iteration and `resident` then speak of the same tensors.
@@ -232,6 +260,11 @@ class ModuleSource(WeightSource):
             ConfigError: the module holds something that cannot be sent, two weights get one name, or FSDP2 is in the
                 middle of a forward pass; it is named.
         """
+        if self._is_blind:
+            self._look = self._reader.look()
+            if self._look.go_on():  # whoever has moved all of them between two updates is seen to have
+                return self._manifest
+            self._recalls = self._is_blind = False
         if self._recalls:
             read = self._reader.recall()
         else:
@@ -328,25 +361,6 @@ class ModuleSource(WeightSource):
                 raise ConfigError(f"rename drops {name!r}, but not {alias!r}, which is tied to it; drop both or none.")
             renamed[new] = first
         return renamed
-
-
-class Confidence:
-    """Whether a module is likely to have what it had: after two looks that found so, and more after a surprise."""
-
-    def __init__(self) -> None:
-        self._seen = 0
-        self._needed = 2
-
-    @property
-    def suffices(self) -> bool:
-        """Whether that has been seen often enough."""
-        return self._seen >= self._needed
-
-    def learn(self, unchanged: bool, was_surprised: bool = False) -> None:
-        """Take in what a look has found, and whether one would have relied on something else."""
-        self._seen = self._seen + 1 if unchanged else 0
-        if was_surprised:
-            self._needed *= _CARE
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:

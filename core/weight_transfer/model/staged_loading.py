@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from weight_transfer.model.abilities import offers
 from weight_transfer.model.dtypes import TypedLoader
-from weight_transfer.model.loading import ReadableLoader
+from weight_transfer.model.loading import ReadableLoader, VouchingLoader
 from weight_transfer.model.targets import NO_TARGETS
 
 if TYPE_CHECKING:
@@ -42,15 +43,17 @@ class StagedLoader:
 
     def dtypes(self) -> Mapping[str, str] | None:
         """Return those of the loader, if it knows."""
-        return self.loader.dtypes() if isinstance(self.loader, TypedLoader) else None
+        return self.loader.dtypes() if offers(self.loader, TypedLoader) else None
 
     def landed(self, manifest: Manifest) -> Targets:
         """Return those of the loader."""
-        return self.loader.landed(manifest) if isinstance(self.loader, ReadableLoader) else NO_TARGETS
+        return self.loader.landed(manifest) if offers(self.loader, ReadableLoader) else NO_TARGETS
 
     def begin(self, manifest: Manifest) -> None:
         self._kept = []
         self.loader.begin(manifest)
+        if offers(self.loader, VouchingLoader):
+            self.loader.vouch()  # it has to know before the commit
 
     def __call__(self, weights: Weights) -> None:
         self._kept.append([(name, self._copied(tensor), tensor.device) for name, tensor in weights])

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import operator
-from itertools import chain, cycle
-from typing import TYPE_CHECKING, Any
-
-from torch._C._dynamo.guards import dict_version  # another one after each write, as torch's guards compare it
-from torch.utils.hooks import RemovableHandle
+from functools import partial
+from typing import TYPE_CHECKING
 
 from weight_transfer.errors import ConfigError
+from weight_transfer.model.looking import Look, Tables, staged
 from weight_transfer.model.overlap import overlapping
 from weight_transfer.model.resharding import Resharding
 from weight_transfer.model.state import State, copies_of, is_lazy, local_part, state_of
 from weight_transfer.model.whereabouts import Whereabouts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     import torch
     from torch import nn
-
-_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks")
-_TABLES = ("_modules", "_parameters", "_buffers", *_HOOKS)
 
 
 class ModuleWeights:
@@ -45,20 +39,10 @@ class ModuleWeights:
         self._ignore = ignore
         self._state = State({}, {}, (), frozenset())
         self._resharding: Resharding | None = None
-        self._tables: list[dict[str, Any]] = []
-        self._empty: list[dict[Any, Any]] = []
-        self._unhooked: list[dict[Any, Any]] = []
-        self._registered = 0
-        self._filled: list[dict[Any, Any]] = []
-        self._owners: list[dict[str, Any]] = []
-        self._written: list[dict[Any, Any]] = []
-        self._generations: list[int] = []
-        self._counts: list[int] = []
-        self._keys: list[Any] = []
-        self._values: list[object] = []
-        self._whereabouts = Whereabouts(())
-        self._transient: list[set[str]] = []
-        self._were_transient: list[set[str]] = []
+        self._modules: list[list[nn.Module]] = []
+        self._tables: list[Tables] = []
+        self._whereabouts: list[Whereabouts] = []
+        self._stages: dict[str, int] = {}
         self.looks = 0
         """How often the module was looked at anew: whenever a weight was moved, among other reasons."""
 
@@ -82,11 +66,30 @@ class ModuleWeights:
             ConfigError: the module holds something that cannot be read or sent, or is in the middle of a forward pass
                 with FSDP2; the sentence names it.
         """
-        if not (self._unchanged() or self._is_resharded()):
+        if not self.still_holds:
             self._walk()
-        elif not self._whereabouts.unchanged:
+        elif not self.are_unmoved:
             self._look()
         return self._state.weights
+
+    @property
+    def can_be_recalled(self) -> bool:
+        """Whether `read` need not be asked again as long as a `look` finds that nothing has changed."""
+        return bool(self._tables) and not self._state.computed and self._resharding is None
+
+    @property
+    def stages(self) -> Mapping[str, int]:
+        """The stage of a `look` at which a weight is reached, by its name."""
+        return self._stages
+
+    def look(self, *, moved: bool = True) -> Look:
+        """Return a look at what `read` has returned last, at nothing of it yet.
+
+        Args:
+            moved: whether to look at where the weights lie, beside whether the module still has these very tensors.
+        """
+        both = zip(self._tables, self._whereabouts, strict=True)
+        return Look([partial(_is_as_it_was, tables, lie if moved else None) for tables, lie in both])
 
     def recall(self) -> Mapping[str, torch.Tensor]:
         """Return what `read` has returned last if that still lies where and as it lay, else read anew.
@@ -98,17 +101,22 @@ class ModuleWeights:
             return self.read()
         if resharding is not None:
             resharding.reshard()
-        return self._state.weights if self._whereabouts.unchanged else self.read()
+        return self._state.weights if self.are_unmoved else self.read()
 
     @property
     def still_holds(self) -> bool:
         """Whether the module has the very tensors that were read last, under the same names."""
-        return self._unchanged() or self._is_resharded()
+        return self._holds() or self._is_resharded()
+
+    @property
+    def are_unmoved(self) -> bool:
+        """Whether these lie where and as they lay."""
+        return all(some.unchanged for some in self._whereabouts)
 
     @property
     def are_unchanged(self) -> bool:
         """Whether `read` would return what it has returned last, as far as a look tells that changes nothing."""
-        return self._unchanged() and self._whereabouts.unchanged
+        return self._holds() and self.are_unmoved
 
     def require_writable(self) -> None:
         """Refuse what cannot be written tensor by tensor, in place.
@@ -136,42 +144,15 @@ class ModuleWeights:
                 f'receiver a load_weights of your own, or leave it out on both sides: ignore=["{copies[0]}"].'
             )
 
-    def _unchanged(self) -> bool:
-        """Compare what the module's tables hold.
-
-        They are many, and in nobody's cache: no object is made for any, and what they hold is visited only if something
-        was written there; whether a hook is where none was, only if any has been registered in this process.
-        """
-        if not self._tables or self._state.computed or any(self._empty) or self._transient != self._were_transient:
-            return False
-        registered = RemovableHandle.next_id
-        if registered != self._registered:
-            if any(self._unhooked):
-                return False
-            self._registered = registered
-        if not all(self._written):  # so short a loop has the processor load many at a time, for the longer one below
-            return False
-        generations = list(map(dict_version, self._written))
-        if generations != self._generations:
-            if not self._holds_the_same():
-                return False
-            self._generations = generations
-        return True
-
-    def _holds_the_same(self) -> bool:
-        return (
-            all(map(operator.is_, map(dict.get, self._owners, cycle(_TABLES)), self._tables))
-            and list(map(len, self._filled)) == self._counts
-            and list(chain.from_iterable(self._filled)) == self._keys
-            and all(map(operator.is_, _values_of(self._filled), self._values))
-        )
+    def _holds(self) -> bool:
+        return bool(self._tables) and not self._state.computed and all(tables.hold for tables in self._tables)
 
     def _is_resharded(self) -> bool:
         """Bring back the shards that the walk has seen, and return whether nothing else had changed."""
         if self._resharding is None:
             return False
         self._resharding.reshard()
-        return self._unchanged()
+        return self._holds()
 
     def _walk(self) -> None:
         resharding = Resharding(self._module)
@@ -179,34 +160,36 @@ class ModuleWeights:
         self._resharding = resharding if resharding.needed else None
         self._look()  # first: it may call hooks that change what the tables hold
         modules = list(self._module.modules())
-        owners = list(map(vars, modules))
-        self._owners = [owner for owner in owners for _ in _TABLES]
-        tables: list[Any] = list(map(dict.get, self._owners, cycle(_TABLES)))
-        self._tables = tables if all(isinstance(table, dict) for table in tables) else []  # a script's are not
-        named = list(zip(cycle(_TABLES), self._tables, strict=False))
-        self._registered = RemovableHandle.next_id
-        self._empty = [table for name, table in named if not table and name not in _HOOKS]
-        self._unhooked = [table for name, table in named if not table and name in _HOOKS]
-        self._filled = [table for table in self._tables if table]
-        self._written = [*owners, *self._filled]
-        self._generations = list(map(dict_version, self._written))
-        self._counts = list(map(len, self._filled))
-        self._keys = list(chain.from_iterable(self._filled))
-        self._values = list(_values_of(self._filled))
-        self._transient = [
-            module._non_persistent_buffers_set  # noqa: SLF001
-            for module in modules
-            if self._tables and module._buffers  # noqa: SLF001
-        ]
-        self._were_transient = list(map(set, self._transient))
+        self._modules = list(staged(modules)) if Tables.can_be_compared(modules) else []
+        self._tables = list(map(Tables, self._modules))
+        self._place()
 
     def _look(self) -> None:
         """Read the module; keep the mapping if it says the same."""
         state = state_of(self._module, self._ignore)
-        if not (state.is_same(self._state) and self._whereabouts.unchanged):
-            self._state, self._whereabouts = state, Whereabouts((*state.weights.values(), *state.tied))
+        if not (state.is_same(self._state) and self.are_unmoved):
+            self._state = state
+            self._place()
         self.looks += 1
 
+    def _place(self) -> None:
+        """Take down where the weights lie, by the stages in which they are looked at: those of their modules."""
+        owned = {
+            id(tensor): stage
+            for stage, modules in reversed(list(enumerate(self._modules)))
+            for module in modules
+            for tensor in (*module._parameters.values(), *module._buffers.values())  # noqa: SLF001
+        }
+        last = max(len(self._modules) - 1, 0)
+        together: list[list[torch.Tensor]] = [[] for _ in range(last + 1)]
+        self._stages = {}
+        for name, tensor in self._state.weights.items():
+            self._stages[name] = stage = owned.get(id(tensor), last)
+            together[stage].append(tensor)
+        for tensor in self._state.tied:
+            together[owned.get(id(tensor), last)].append(tensor)
+        self._whereabouts = list(map(Whereabouts, together))
 
-def _values_of(tables: Sequence[dict[Any, Any]]) -> Iterator[object]:
-    return chain.from_iterable(map(dict.values, tables))
+
+def _is_as_it_was(tables: Tables, whereabouts: Whereabouts | None) -> bool:
+    return tables.hold and (whereabouts is None or whereabouts.unchanged)

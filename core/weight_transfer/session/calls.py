@@ -17,6 +17,7 @@ from weight_transfer.errors import (
     ReplacedError,
     TransferError,
     TransferTimeoutError,
+    WeightsMovedError,
     WeightTransferError,
     extract,
 )
@@ -67,6 +68,11 @@ def refused_in(failures: Lost) -> LifecycleError | None:
     """Return the refusal of one that was to begin an update, and may join again; None if none was."""
     own = (error for error in gone_in(failures).values() if isinstance(error, LifecycleError))
     return next((error for error in own if error.method == "start_weight_update"), None)
+
+
+def moved_in(failures: Lost) -> WeightsMovedError | None:
+    """Return what one says whose weights have moved since the update began; None if none does."""
+    return next((error for error in failures.values() if isinstance(error, WeightsMovedError)), None)
 
 
 class Calls:

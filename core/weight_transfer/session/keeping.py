@@ -13,6 +13,7 @@ import torch
 
 from weight_transfer.errors import ManifestMismatchError
 from weight_transfer.memory.integrity import Reading
+from weight_transfer.model.abilities import offers
 from weight_transfer.model.declared import DeclaredLoader
 from weight_transfer.model.loading import KernelFormatLoader
 from weight_transfer.model.targets import RegionLoader, tensors_of
@@ -103,7 +104,7 @@ class Keeping:
         Raises:
             ManifestMismatchError: the weights do not fit.
         """
-        targets = loader.targets(manifest) if isinstance(loader, RegionLoader) else {}
+        targets = loader.targets(manifest) if offers(loader, RegionLoader) else {}
         if not targets:
             return None
         if targets is not self._targets or manifest is not self._manifest:

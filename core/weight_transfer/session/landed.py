@@ -8,6 +8,7 @@ import numpy as np
 
 from weight_transfer.errors import ConfigError, IntegrityError
 from weight_transfer.memory.integrity import Digester
+from weight_transfer.model.abilities import offers
 from weight_transfer.model.loading import ReadableLoader
 from weight_transfer.model.regions import Region
 from weight_transfer.model.targets import NO_TARGETS
@@ -35,7 +36,7 @@ class Landed:
     """
 
     def __init__(self, loader: WeightLoader, manifest: Manifest, whole: Manifest, geometry: Geometry) -> None:
-        places = loader.landed(manifest) if isinstance(loader, ReadableLoader) else NO_TARGETS
+        places = loader.landed(manifest) if offers(loader, ReadableLoader) else NO_TARGETS
         hidden = next((param.name for param in manifest.params if param.name not in places), None)
         if hidden is not None:
             raise ConfigError(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from weight_transfer.errors import LifecycleError, TransferTimeoutError, WeightTransferError
-from weight_transfer.session.calls import ECHOES, refused_in
+from weight_transfer.errors import LifecycleError, TransferTimeoutError, WeightsMovedError, WeightTransferError
+from weight_transfer.session.calls import ECHOES, moved_in, refused_in
 from weight_transfer.session.part import StartOver
 from weight_transfer.session.progress import Progress
 from weight_transfer.values.deadline import Deadline
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from weight_transfer.session.crew import Crew
     from weight_transfer.session.fleet import Fleet
     from weight_transfer.session.guarded import GuardedSource
+    from weight_transfer.session.part import Part
     from weight_transfer.session.peers import Peer
     from weight_transfer.session.region_plan import RegionPlan
     from weight_transfer.session.running import Running
@@ -66,6 +66,9 @@ class Moving:
         source = update.begin(plan, verifies=self._verifies)
         fields = engine.describe_update(source, source.manifest(), deadline)
         outgoing = plan.outgoing(update.part)
+        goes_blindly = engine.tolerates_moves and outgoing is None and self._crew.size == 1
+        if not goes_blindly:
+            self._require_unmoved(update.part)
         shares = self._shares(plan, outgoing, deadline) if outgoing is not None else None
         info = self._told(update, source.update, plan, deadline, {**fields, "shares": shares})
         peers = self._fleet.started
@@ -74,6 +77,10 @@ class Moving:
         update.phases.enter("wire")
         try:
             regions = self._give(update, source, plan, outgoing, deadline, progress)
+            sent = None
+            if self._verifies:
+                with update.phases.within("verify"):
+                    sent = update.tables(plan, regions)
             failures = calls.wait(deadline)
         except StartOver:
             raise
@@ -82,22 +89,27 @@ class Moving:
             refusal = refused_in(calls.failures) if begins else None
             if refusal is not None and cause is refusal:
                 raise Refused(refusal) from error
+            if isinstance(cause, WeightsMovedError) or not update.part.confirm():  # whose reads then may fail
+                raise StartOver(str(cause)) from error
             if cause is error:
                 raise
             raise cause from error
         refusal = refused_in(failures) if begins else None
         if refusal is not None:
             raise Refused(refusal)
+        moved = moved_in(failures)
+        if moved is not None:
+            raise StartOver(str(moved))
         noticed = {peer: WorkerReport.of(calls.results.get(peer)) for peer in peers}
-        if self._verifies:
+        if sent is not None:
             answered = {peer: report for peer, report in noticed.items() if peer not in failures}
             with update.phases.within("verify"):
-                failures |= self._unlike(update.tables(plan, regions), answered, deadline)
+                failures |= self._unlike(sent, answered, deadline)
         update.outgoing.remember(info, peers, failures)
         lost = self._fleet.settle(failures)
         progress(progress.left)
         engine.release_source()
-        update.outgoing.update = source.update
+        update.outgoing.update, update.outgoing.blindly = source.update, goes_blindly
         for peer, report in noticed.items():
             if report.asks_again:
                 peer.kept.pop(update.part.target, None)
@@ -156,13 +168,21 @@ class Moving:
         Raises:
             StartOver: a rank has sent what its model does not hold any more.
         """
-        some_go_whole = bool(source.manifest().params)
-        with update.noting(partial(self._go_on, deadline)) if some_go_whole else nullcontext():
-            is_right = update.part.confirm()  # first: workers are looking at theirs, too, or are reading already
-            if some_go_whole:
-                with source.watched():
-                    self._engine.send_weights(source, source.manifest(), deadline, progress)
-                    source.finish()
+        part = update.part
+
+        def moved(nbytes: int) -> None:
+            part.look_on()  # a little each time: bytes would wait for all of it, or all of it for bytes
+            progress(nbytes)
+
+        if source.manifest().params:
+            if self._verifies:  # digests read right away
+                self._require_unmoved(part)
+            with update.noting(partial(self._go_on, deadline)), source.watched():
+                self._engine.send_weights(source, source.manifest(), deadline, moved)
+                source.finish()
+                is_right = part.confirm()
+        else:
+            is_right = part.confirm()
         if outgoing is not None:
             self._engine.send_regions(outgoing, deadline, progress)
         own = [plan.digests(outgoing)] if outgoing is not None and self._verifies else []
@@ -170,6 +190,11 @@ class Moving:
         if not (is_right and all(answer.get("right", True) for answer in answers)):
             raise StartOver("weights were replaced since the last update")
         return [*own, *(answer.get("digests", {}) for answer in answers)] if own else []
+
+    @staticmethod
+    def _require_unmoved(part: Part) -> None:
+        if not part.is_unmoved():
+            raise StartOver("weights were moved since the last update")
 
     @property
     def _verifies(self) -> bool:

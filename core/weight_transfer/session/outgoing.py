@@ -37,15 +37,18 @@ class Outgoing:
         target: its name.
         version: the last one that was sent; None before the first.
         params: how many weights it had.
+        blindly: whether the next update may begin before anybody has looked where the weights lie.
         update: the id of its weights.
         encoder: of its update infos.
         residents: what is known of the places of its weights, for their digests.
+        recalled: the source, if it speaks of what it has read before: that is to be confirmed.
     """
 
     def __init__(self, target: str) -> None:
         self.target = target
         self.version: Version | None = None
         self.params = 0
+        self.blindly = False
         self.update: str | None = None
         self.encoder = WireEncoder()
         self.residents = Residents()
@@ -53,7 +56,7 @@ class Outgoing:
         self._cast: CastSource | None = None
         self._uncast: WeightSource | None = None
         self._part: PartialSource | None = None
-        self._recalled: ModuleSource | None = None
+        self.recalled: ModuleSource | None = None
         self._shards: RankShards | None = None
 
     def whole(self, weights: nn.Module | WeightSource) -> WeightSource:
@@ -71,22 +74,18 @@ class Outgoing:
 
     @contextmanager
     def recalling(self, source: WeightSource) -> Iterator[None]:
-        """Let a source of many weights speak, inside of a ``with`` block, of what it has read before; see `confirm`."""
+        """Let a source of many weights speak of what it has read before, inside of a ``with`` block."""
         module = source if type(source) is ModuleSource and self.params >= MANY else None
         if module is None:
             yield
             return
-        module.recall(True)
-        self._recalled = module
+        module.recall(True, blindly=self.blindly)
+        self.recalled = module
         try:
             yield
         finally:
-            self._recalled = None
+            self.recalled = None
             module.recall(False)
-
-    def confirm(self) -> bool:
-        """Return whether what the source has said is right: while bytes move, and before they count."""
-        return self._recalled is None or self._recalled.confirm()
 
     def cast(self, source: WeightSource, *chosen: Callable[[Manifest], Mapping[str, str]]) -> WeightSource:
         """Return a source whose weights are cast to the dtypes that are ``chosen``, one choice after the other."""
@@ -105,7 +104,7 @@ class Outgoing:
     def forget(self) -> None:
         """Let go of all sources, and thereby of the weights."""
         self.encoder, self.residents = WireEncoder(), Residents()
-        self._module = self._cast = self._uncast = self._part = self._recalled = self._shards = None
+        self._module = self._cast = self._uncast = self._part = self.recalled = self._shards = None
 
     def messages(self, info: WeightTransferUpdateInfo, peers: Sequence[Peer]) -> dict[Peer, Message]:
         """Return what each worker is told of an update: one object for all that know the same and joined together."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -11,7 +10,7 @@ from weight_transfer.config.settings import WeightTransferConfig
 from weight_transfer.errors import ManifestMismatchError
 from weight_transfer.model.manifest import Manifest
 from weight_transfer.model.selection import SelectedSource
-from weight_transfer.model.source import WeightSource
+from weight_transfer.model.source import ModuleSource, WeightSource
 from weight_transfer.plan.layout import Layout, Regions
 from weight_transfer.session.guarded import named
 from weight_transfer.session.meeting import name_of
@@ -41,7 +40,7 @@ class Part:
         manifest: of ``source``.
         shards: this rank's.
         regions: what it holds; None if nothing may go by region.
-        confirm: tells, while bytes move, whether the source had read rightly; see `ModuleSource.recall`.
+        recalled: the source that speaks of what it has read before, if it does; see `ModuleSource.recall`.
     """
 
     config: WeightTransferConfig
@@ -54,13 +53,25 @@ class Part:
     manifest: Manifest
     shards: RankShards
     regions: Regions | None
-    confirm: Callable[[], bool]
+    recalled: ModuleSource | None
     _whole: tuple[Layout, WeightSource] | None = None
 
     @property
     def device(self) -> str:
         """Where the weights lie."""
         return self.source.device
+
+    def is_unmoved(self) -> bool:
+        """Return whether the weights lie where the source has said, if that was not looked at before it said so."""
+        return self.recalled is None or self.recalled.is_unmoved()
+
+    def look_on(self) -> bool:
+        """Do a part of what `confirm` does, while bytes move; return whether all is done, and right."""
+        return self.recalled is None or self.recalled.look_on()
+
+    def confirm(self) -> bool:
+        """Return whether what the source has said is right: while bytes move, and before they count."""
+        return self.recalled is None or self.recalled.confirm()
 
     @property
     def call(self) -> dict[str, Any]:

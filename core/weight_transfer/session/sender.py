@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from weight_transfer.errors import CommitError, ConfigError, LifecycleError
+from weight_transfer.errors import CommitError, ConfigError, LifecycleError, TransferError
 from weight_transfer.model.autograd_modes import reading
 from weight_transfer.model.info import MODEL
 from weight_transfer.plugins.manager import add_observers, load_backend
@@ -128,8 +128,9 @@ class WeightSender:
 
         Raises:
             TransferError: the update failed; ``peer`` names the worker or the trainer rank. No worker publishes the
-                version, and the next ``send`` joins all of them again. All trainer ranks raise the same. With
-                ``on_worker_failure = "continue"`` only if it failed on all.
+                version (but one that cannot be reached any more may have), and the next ``send`` joins all of them
+                again. All trainer ranks raise the same. With ``on_worker_failure = "continue"`` only if it failed on
+                all.
             CommitError: all workers had received the version, which decides it, but not all have published it. Those in
                 ``published`` serve it, and `version` is the new one. Not with ``"continue"``: then the others are in
                 the report's ``lost``.
@@ -145,7 +146,11 @@ class WeightSender:
                     return self._send(whole, outgoing, version, only, allow_rollback)
                 except StartOver as reason:
                     logger.info("beginning anew: %s", reason)
-            return self._send(whole, outgoing, version, only, allow_rollback)
+            try:
+                return self._send(whole, outgoing, version, only, allow_rollback)
+            except StartOver as reason:
+                message = f"The update was given up, and so was another one in its place: {reason}."
+                raise TransferError(message, backend=self.config.backend, phase="update") from reason
 
     def _send(
         self,
@@ -160,7 +165,7 @@ class WeightSender:
         Raises:
             StartOver: all ranks have to send anew, with all that a source says read anew.
         """
-        if outgoing.params >= MANY * len(self._fleet.peers):
+        if outgoing.params >= MANY * len(self._fleet.peers) and not outgoing.blindly:
             self._fleet.expect()  # first of all: they look at their weights while this side does
         first = None if self.parallel_config is not None else whole.manifest()  # it knows then whether it is sharded
         ranks = self.parallel_config or ranks_of(whole)
@@ -188,7 +193,7 @@ class WeightSender:
                 manifest,
                 shards,
                 regions,
-                outgoing.confirm,
+                outgoing.recalled,
             )
 
         try:

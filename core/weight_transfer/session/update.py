@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from weight_transfer.errors import ManifestMismatchError, PeerLostError, TransferError
+from weight_transfer.model.abilities import offers
 from weight_transfer.model.info import MODEL, TRAINER_LEFT
-from weight_transfer.model.loading import InPlaceLoader
+from weight_transfer.model.loading import InPlaceLoader, VouchingLoader
 from weight_transfer.model.manifest import torch_dtype
 from weight_transfer.model.staged_loading import StagedLoader
 from weight_transfer.session.phases import Phases
@@ -100,6 +101,9 @@ class Update:
         self._destinations = (in_place or InPlace()).of(self._begun_loader, whole)
         self._arrived = arrived
         self.staged = self.loader if isinstance(self.loader, StagedLoader) else None
+        self._vouching = self.loader if offers(self.loader, VouchingLoader) else None
+        if arrivals is not None:
+            self._vouch()  # pieces come in another order than weights are looked at
 
     @property
     def digest(self) -> str:
@@ -154,10 +158,15 @@ class Update:
         """
         return self._destinations
 
-    def write_in_place(self) -> None:
-        """Say that bytes are about to be written into the worker's own tensors; raises like `check`."""
+    def write_in_place(self, names: Iterable[str] | None = None) -> None:
+        """Say that bytes are about to be written into the worker's tensors; raises like `check`, or if they moved."""
         self.check()
+        self._vouch(names)
         self.touched = True
+
+    def _vouch(self, names: Iterable[str] | None = None) -> None:
+        if self._vouching is not None:
+            self._vouching.vouch(names)
 
     def written(self, nbytes: int, names: Iterable[str] = ()) -> None:
         """Say that bytes of `destinations` have been written; `finish` counts them. ``names`` are whole now."""
@@ -169,7 +178,7 @@ class Update:
 
     def copy(self, copies: HostCopies | WeightCopies, names: Sequence[str]) -> None:
         """Run copies into `destinations`, of whole weights in the order of ``names``, with all that goes with them."""
-        self.write_in_place()
+        self.write_in_place(names)
         if self._arrived is None or self._destinations is None:
             copies.run()
         else:
@@ -310,7 +319,7 @@ class InPlace:
 
     def of(self, loader: WeightLoader, whole: Manifest) -> Mapping[str, Tensor] | None:
         """Return where all of some weights may be written, which ``loader`` has begun; None if one of them may not."""
-        found = loader.destinations() if isinstance(loader, InPlaceLoader) else None
+        found = loader.destinations() if offers(loader, InPlaceLoader) else None
         if found is None:
             return None
         if not (found is self._known[0] and whole is self._known[1]):

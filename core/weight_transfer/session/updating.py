@@ -19,6 +19,7 @@ from weight_transfer.errors import (
 )
 from weight_transfer.memory.gpu_digests import Geometry
 from weight_transfer.memory.place import place_of
+from weight_transfer.model.abilities import offers
 from weight_transfer.model.autograd_modes import reading
 from weight_transfer.model.info import MODEL, WeightNeeds, WeightTransferInitInfo, WireDecoder
 from weight_transfer.model.loading import ExpectantLoader
@@ -101,7 +102,7 @@ class Joined:
         """Do what can be done before the next update, as far as that is like the last one."""
         if self._looking.acquire(blocking=False):
             try:
-                if isinstance(self._latest, ExpectantLoader):
+                if offers(self._latest, ExpectantLoader):
                     self._latest.expect()
             finally:
                 self._looking.release()

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 _CHUNK = 512 * 2**20  # bytes that a loader is given at a time
 _COPIED = 128 * 2**20  # the same for a loader that may write into what it is given, and so is given copies
-_PART = 1024  # weights whose copies are queued at once
+_FIRST, _MOST = 32, 1024  # weights whose copies are queued at once: few first, so that the GPU begins soon
+_GROWTH = 1.5  # of that: what takes place on the host before copies are queued takes about as long as so many copies
 
 
 def require_reachable(gpu: str, device: torch.device, trainer: str) -> None:
@@ -57,7 +58,7 @@ def require_reachable(gpu: str, device: torch.device, trainer: str) -> None:
 class _Part:
     """Copies of some weights straight into the worker's own tensors, without digests by the fastest way there is."""
 
-    names: list[str]
+    names: tuple[str, ...]
     weights: WeightCopies
     alone: list[Copies]
 
@@ -76,7 +77,7 @@ class _Part:
                 copies.run(torch.cuda.current_stream(device))
 
         weights = WeightCopies([row.target for row in rows], [row.source for row in rows], run)
-        return cls([row.name for row in rows], weights, alone)
+        return cls(tuple(row.name for row in rows), weights, alone)
 
     @property
     def table_bytes(self) -> int:
@@ -235,5 +236,9 @@ class CudaReader:
                 rows.append(_Row(name, view, target, homes[view.untyped_storage().data_ptr()] != own))
             else:
                 rest.append((name, view))
-        parts = [_Part.of(rows[start : start + _PART], self._device) for start in range(0, len(rows), _PART)]
+        parts = []
+        start, size = 0, float(_FIRST)
+        while start < len(rows):
+            parts.append(_Part.of(rows[start : start + int(size)], self._device))
+            start, size = start + int(size), min(_GROWTH * size, _MOST)
         return _InPlace(destinations, parts, chunks(rest, _CHUNK))

@@ -47,6 +47,11 @@ class CudaWriter:
         """Bytes of the ring."""
         return self._ring.layout.nbytes if self._ring is not None else 0
 
+    @property
+    def tolerates_moves(self) -> bool:
+        """Whether workers alone read the weights, out of memory that is kept for them."""
+        return self._ring is None and self._keep_mapped
+
     def welcome(self, rank: int, gpu: object) -> None:
         """A worker of this GPU has joined: whatever it needs comes with the update info."""
         self._gpus[rank] = gpu

@@ -114,6 +114,10 @@ class IpcTrainerEngine(TrainerWeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
     def describe_update(self, source: WeightSource, manifest: Manifest, deadline: Deadline) -> dict[str, Any]:
         return self._writer.describe(source, manifest)
 
+    @property
+    def tolerates_moves(self) -> bool:
+        return self._writer.tolerates_moves
+
     def send_weights(
         self, source: WeightSource, manifest: Manifest, deadline: Deadline, progress: Callable[[int], None]
     ) -> None:

@@ -30,11 +30,11 @@ class _Batch:
     """Copies straight into the worker's own tensors, and the names of the weights."""
 
     copies: HostCopies
-    names: list[str]
+    names: tuple[str, ...]
 
     @classmethod
     def of(cls, views: Views, destinations: Mapping[str, Tensor]) -> _Batch:
-        names = [name for name, _ in views]
+        names = tuple(name for name, _ in views)
         return cls(HostCopies([destinations[name] for name in names], [view for _, view in views]), names)
 
 

@@ -34,6 +34,11 @@ class HostWriter:
         """Bytes of the ring."""
         return self._ring.layout.nbytes if self._ring is not None else 0
 
+    @property
+    def tolerates_moves(self) -> bool:
+        """Whether workers alone read the weights, out of memory that is kept for them."""
+        return self._staged is not None and not self._staged.params
+
     def welcome(self, rank: int, _gpu: object) -> None:
         """A worker has joined: it has no segment yet."""
         self._passing.welcome(rank)

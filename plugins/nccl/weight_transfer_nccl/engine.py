@@ -106,6 +106,7 @@ class NcclTrainerEngine(TrainerWeightTransferEngine[NcclInitInfo, NcclUpdateInfo
         self._place: MeetingPlace | None = None
         self._buffers = Buffers(config.buckets, self._device)
         self._plan: Plan | None = None
+        self._all_stay = False
         self._sending: Sending | None = None
         self._regions: RegionSending | None = None
 
@@ -158,7 +159,13 @@ class NcclTrainerEngine(TrainerWeightTransferEngine[NcclInitInfo, NcclUpdateInfo
     def describe_update(self, source: WeightSource, manifest: Manifest, deadline: Deadline) -> dict[str, Any]:
         if self._plan is None or self._plan.manifest is not manifest:
             self._plan = make_plan(manifest, self._layout)
+        self._all_stay = len(source.resident()) == len(manifest.params)
         return {"plan": self._plan.digest}
+
+    @property
+    def tolerates_moves(self) -> bool:
+        """Whether it looks by itself where each weight lies before it is sent: each that stays where it is."""
+        return self._all_stay
 
     def send_weights(
         self, source: WeightSource, manifest: Manifest, deadline: Deadline, progress: Callable[[int], None]

@@ -39,7 +39,7 @@ class _Landing:
         written: bytes of the worker's own tensors that are filled by these, or when it arrives; None if none can be.
         names: the weights that are whole in these then.
         parts: pieces of others, in the bucket.
-        in_place: whether bytes arrive in the worker's own tensors.
+        own: the weights in whose own tensors bytes arrive.
     """
 
     data: list[torch.Tensor]
@@ -47,9 +47,9 @@ class _Landing:
     whole: Weights
     copies: Copies | HostCopies
     written: int | None
-    names: list[str]
+    names: tuple[str, ...]
     parts: list[tuple[Slot, torch.Tensor]]
-    in_place: bool
+    own: tuple[str, ...]
 
 
 class Receiving:
@@ -87,8 +87,8 @@ class Receiving:
                 landing = self._landings[index]
                 while _is_full(posted, landing.bucket):
                     load_next()
-                if landing.in_place:
-                    load_weights.write_in_place()  # type: ignore[attr-defined]  # whoever has destinations has this
+                if landing.own:
+                    load_weights.write_in_place(landing.own)  # type: ignore[attr-defined]  # whoever has destinations has this
                 if landing.bucket is not None:
                     self._arriving.after(self._loaded.get(landing.bucket))
                 with self._arriving:
@@ -117,7 +117,7 @@ class Receiving:
         with self._loading:
             work.wait()
             if landing.written is not None:
-                load_weights.write_in_place()  # type: ignore[attr-defined]  # whoever has destinations has this
+                load_weights.write_in_place(landing.names)  # type: ignore[attr-defined]
                 landing.copies.run()
                 load_weights.written(landing.written, landing.names)  # type: ignore[attr-defined]
             assembled = [done for slot, view in landing.parts for done in self._assemble(slot, view, manifest)]
@@ -171,15 +171,17 @@ def _land(
             whole.append((meta.name, typed_view(view, meta)))
         else:
             parts.append((slot, view))
-    in_place = any(tensor is not None for tensor in own)
+    arriving = tuple(
+        manifest.params[slot.param].name for slot, tensor in zip(batch.direct, own, strict=True) if tensor is not None
+    )
     if destinations is None:
-        return _Landing(data, bucket, whole, Copies(()), None, [], parts, in_place)
+        return _Landing(data, bucket, whole, Copies(()), None, (), parts, arriving)
     targets, sources = [destinations[name] for name, _ in whole], [view for _, view in whole]
     written += sum(target.nbytes for target in targets)
     names += [name for name, _ in whole]
     on_host = buffer.device.type == "cpu"
     copies = HostCopies(targets, sources) if on_host else Copies(list(zip(targets, sources, strict=True)))
-    return _Landing(data, bucket, [], copies, written, names, parts, in_place)
+    return _Landing(data, bucket, [], copies, written, tuple(names), parts, arriving)
 
 
 def _is_full(posted: deque[tuple[_Landing, Work]], bucket: int | None) -> bool:

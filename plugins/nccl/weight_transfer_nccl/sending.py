@@ -11,6 +11,7 @@ import attrs
 import torch
 
 from weight_transfer.authoring import bucket_views, laid_out, uncast_tensors
+from weight_transfer.errors import WeightsMovedError
 from weight_transfer_nccl.buffers import WINDOW, Buffers
 from weight_transfer_nccl.lanes import Lane
 from weight_transfer_nccl.pieces import Masters, StreamedBytes, piece_of
@@ -62,10 +63,17 @@ class _ResidentCut:
         self._tensors = [tensors[slot.param] for slot in (*batch.packed, *batch.direct)]
         self._device = device
         self._cut: _Cut | None = None
+        self._addresses: list[int] = []
 
     def get(self) -> _Cut:
-        """Return the bytes; of tensors that are not contiguous or lie elsewhere, copies."""
+        """Return the bytes; of tensors that are not contiguous or lie elsewhere, copies.
+
+        Raises:
+            WeightsMovedError: they lay elsewhere when they were looked up.
+        """
         if self._cut is not None:
+            if _addresses(self._cut) != self._addresses:
+                raise WeightsMovedError("Weights were moved meanwhile.", backend="nccl", phase="update", peer="trainer")
             return self._cut
         slots = (*self._batch.packed, *self._batch.direct)
         tensors = [laid_out(tensor.to(self._device)) for tensor in self._tensors]
@@ -74,6 +82,7 @@ class _ResidentCut:
         copied = any(map(operator.is_not, tensors, self._tensors))
         cut = _Cut(pieces[:count], pieces[count:], temporary=copied)
         self._cut = None if copied else cut
+        self._addresses = _addresses(cut)
         return cut
 
 
@@ -170,6 +179,10 @@ class Sending:
             self._cuts = [_ResidentCut(batch, tensors, self._device) for batch in plan.batches]
             self._resident = resident
         return None
+
+
+def _addresses(cut: _Cut) -> list[int]:
+    return [piece.data_ptr() for piece in (*cut.packed, *cut.direct)]
 
 
 def _cut(streamed: StreamedBytes, batch: Batch) -> _Cut:

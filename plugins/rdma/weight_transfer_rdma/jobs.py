@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,10 +59,10 @@ class Planner:
         at_home = np.zeros(len(self._sizes), dtype=np.int64)
         possible = (self._remote >= 0) & (located.addresses >= 0) & (self._sizes > 0)
         at_home[possible] = located.regions.index(located.addresses[possible], self._sizes[possible])
-        order = np.flatnonzero(possible)
-        order = order[np.argsort(located.addresses[order], kind="stable")]
+        order = np.flatnonzero(possible)  # as the manifest has them, in which order the core looks at the worker's own
         jobs = []
-        for chunk in np.split(order, cuts(self._sizes[order], _CHUNK[self._place.memory])):
+        for some in np.split(order, cuts(self._sizes[order], _CHUNK[self._place.memory])):
+            chunk = some[np.argsort(located.addresses[some], kind="stable")]
             if len(chunk):
                 rows = merge(
                     located.addresses[chunk],
@@ -73,8 +73,8 @@ class Planner:
                     located.padding[chunk],
                 )
                 nbytes = int(self._sizes[chunk].sum())
-                names = [self._params[index].name for index in chunk.tolist()]
-                jobs.append(Job(self._prepare(rows), 0, nbytes, _telling(nbytes, names), in_place=True))
+                names = tuple(self._params[index].name for index in chunk.tolist())
+                jobs.append(Job(self._prepare(rows), 0, nbytes, _telling(nbytes, names), claim=_claiming(names)))
         if not self._sizes.all():
             jobs.append(Job(None, 0, 0, _telling(0, [])))  # there is nothing to read of what is empty
         self.left -= {*order.tolist(), *np.flatnonzero(self._sizes == 0).tolist()}
@@ -137,7 +137,11 @@ class Planner:
         return self._agent.prepare("READ", endpoint.agent, rows, self._place, endpoint.place, self._deadline)
 
 
-def _telling(nbytes: int, names: list[str]) -> Callable[[LoadWeights], None]:
+def _claiming(names: tuple[str, ...]) -> Callable[[LoadWeights], None]:
+    return lambda load_weights: load_weights.write_in_place(names)  # type: ignore[attr-defined]  # it has destinations
+
+
+def _telling(nbytes: int, names: Sequence[str]) -> Callable[[LoadWeights], None]:
     return lambda load_weights: load_weights.written(nbytes, names)  # type: ignore[attr-defined]  # it has destinations
 
 

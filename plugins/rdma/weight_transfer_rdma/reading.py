@@ -28,7 +28,7 @@ class Job:
             where they lie.
         nbytes: to be read from where the weights lie; 0 for a bucket, for which the trainer may have to be waited for.
         load: called with the taker after the read.
-        in_place: whether it is read into the worker's own tensors.
+        claim: called with the taker before a read into the worker's own tensors.
         buffered: whether it is read into a staging bucket, which is free again when ``load`` has ended.
         rank: the trainer rank from which it reads.
     """
@@ -37,7 +37,7 @@ class Job:
     bucket: int
     nbytes: int
     load: Callable[[Any], None]
-    in_place: bool = False
+    claim: Callable[[Any], None] | None = None
     buffered: bool = False
     rank: int = 0
 
@@ -103,8 +103,8 @@ class Reading:
     def _start(self) -> None:
         job = self._waiting.popleft()
         self._under_way.append(job)
-        if job.in_place:
-            self._taker.write_in_place()  # whoever has tensors to write into has this, too
+        if job.claim is not None:
+            job.claim(self._taker)
         if job.handle is not None:
             with self._timed(job):
                 bucket = self._filled[job.rank] + job.bucket if job.bucket else 0

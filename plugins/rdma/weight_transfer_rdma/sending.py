@@ -100,6 +100,11 @@ class RdmaTrainerEngine(TrainerWeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo
             opened.resident = None if self._memory.moved else resident
         return {"endpoint": opened.endpoint, "table": opened.table, "filled": self._filled}
 
+    @property
+    def tolerates_moves(self) -> bool:
+        """Whether workers alone read the weights: what is registered stays registered until it is located anew."""
+        return self._open is not None and self._open.packer is None
+
     def send_weights(
         self, source: WeightSource, manifest: Manifest, deadline: Deadline, progress: Callable[[int], None]
     ) -> None:

@@ -162,7 +162,7 @@ class RankReads:
         def make(_arena: Arena | None) -> Job:
             handle = self._prepare(self._merged(table, self._keep.located.regions))
             nbytes = int(table[2].sum())
-            return Job(handle, 0, nbytes, _telling(self._rank, nbytes), in_place=True, rank=self._rank)
+            return Job(handle, 0, nbytes, _telling(self._rank, nbytes), claim=_claim, rank=self._rank)
 
         return make
 
@@ -204,8 +204,8 @@ class RankReads:
                 rows.append(_joined(table))
                 load = _scattering(self._keep.scattering(own, arena.data, offsets), self._rank, nbytes)
             handle = self._prepare(np.concatenate(rows))
-            in_place, buffered = bool(direct.any()), not direct.all()
-            return Job(handle, number + 1, 0, load, in_place=in_place, buffered=buffered, rank=self._rank)
+            claim, buffered = _claim if direct.any() else None, not direct.all()
+            return Job(handle, number + 1, 0, load, claim=claim, buffered=buffered, rank=self._rank)
 
         return make
 
@@ -260,6 +260,10 @@ def _from(pieces: Pieces) -> Pieces:
 def _into(pieces: Pieces) -> Pieces:
     """Return pieces whose targets are themselves, numbered in order."""
     return attrs.evolve(pieces, target=np.arange(len(pieces)), target_start=np.zeros_like(pieces.target_start))
+
+
+def _claim(incoming: IncomingRegions) -> None:
+    incoming.write_in_place()
 
 
 def _telling(rank: int, nbytes: int) -> Callable[[IncomingRegions], None]:
