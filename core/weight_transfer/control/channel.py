@@ -47,6 +47,11 @@ class ControlChannel(Protocol):
     about to start, and the workers may prepare for it while the trainer looks at its weights. It may return a future
     that is done once that has been said, which the sender awaits for some milliseconds.
 
+    A channel to a single worker may have a method ``decide_weight_update(update, digest, session)``, which returns at
+    once and never fails: the update that is under way is to be published as soon as it has arrived, if its receipt has
+    this digest. The answer to ``update_weights`` then says that it was published. The sender calls it while ``begins``
+    is True. Of several workers none may publish before all have received; so nothing can be decided in advance.
+
     A channel may also have a method ``weight_needs(request)``, as `LocalChannel` and `HttpChannel` do; without it all
     weights go whole. It takes a `WeightNeeds` as a dict and returns ``{"needs": [...]}``: for each worker behind the
     channel, in the order of their ranks, what it keeps of the weights (`Regions.to_wire`), or None if it needs them

@@ -141,6 +141,11 @@ class HttpChannel:
                     self._loop.loop.call_soon_threadsafe(gone.set_result, None)
         return gone
 
+    def decide_weight_update(self, update: str, digest: str = "", session: str | None = None) -> None:
+        """Say over the line, if one is open, that an update is to be published; see `ControlChannel`."""
+        if self._line is not None and self.submits:
+            self.submit("decide_weight_update", update=update, digest=digest, session=session)
+
     def weight_needs(self, request: dict[str, Any]) -> dict[str, Any] | None:
         """Ask what the workers keep; None if the server has no such route, so that all weights have to go whole."""
         answer: dict[str, Any] | None = self.submit("weight_needs", request=request).result()

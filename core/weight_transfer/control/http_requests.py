@@ -17,7 +17,7 @@ except ImportError as error:  # pragma: no cover
 from weight_transfer.control.line import CONTENT_TYPE
 from weight_transfer.errors import ConfigError, HandshakeError, PeerLostError, TransferTimeoutError, extract
 
-OPTIONAL = ("status", "weight_needs", "expect_weight_update", "abort_weight_update")
+OPTIONAL = ("status", "weight_needs", "expect_weight_update", "decide_weight_update", "abort_weight_update")
 """Routes that a server need not have."""
 
 

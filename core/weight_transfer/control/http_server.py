@@ -59,9 +59,9 @@ def create_app(
     Routes: ``POST /init_weight_transfer_engine``, ``/start_weight_update``, ``/update_weights``,
     ``/finish_weight_update``, ``/begin_weight_update`` (start and update in one), and ``GET /healthz``, which anyone
     may call, and which answers 503 once a failed update has left no version to serve; and
-    ``POST /abort_weight_update``, ``/expect_weight_update``, ``/weight_needs`` and ``GET /status``, if the channel has
-    them. ``GET /openapi.json`` describes them. Under a `Server` also ``POST /line``: one connection for all of a
-    trainer's calls, which saves most of what a request costs.
+    ``POST /abort_weight_update``, ``/expect_weight_update``, ``/decide_weight_update``, ``/weight_needs`` and
+    ``GET /status``, if the channel has them. ``GET /openapi.json`` describes them. Under a `Server` also
+    ``POST /line``: one connection for all of a trainer's calls, which saves most of what a request costs.
 
     Calls run on threads of their own, so that requests of yours that wait for a version keep none of them waiting. If
     the trainer's connection closes while it waits to join, to start or to update, that is aborted.

@@ -27,6 +27,7 @@ from weight_transfer.model.info import (
     TRAINER_LEFT,
     WeightNeedsRequest,
     WeightTransferAbortRequest,
+    WeightTransferDecisionRequest,
     WeightTransferFinishRequest,
     WeightTransferInitRequest,
     WeightTransferStartRequest,
@@ -90,6 +91,7 @@ class ServedCalls:
         for name, body in (
             ("abort_weight_update", WeightTransferAbortRequest),
             ("expect_weight_update", WeightTransferStartRequest),
+            ("decide_weight_update", WeightTransferDecisionRequest),
             ("weight_needs", WeightNeedsRequest),
         ):
             if hasattr(channel, name):

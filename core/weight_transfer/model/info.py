@@ -148,6 +148,21 @@ class WeightTransferInitRequest:
     init_info: dict[str, Any] = attrs.field(factory=dict)
 
 
+@attrs.frozen(kw_only=True)
+class WeightTransferDecisionRequest:
+    """That an update is to be published once it has arrived: ``{"update": "...", "digest": "..."}``.
+
+    Attributes:
+        update: its id.
+        digest: of the receipt that it has to bring; empty if nothing is compared.
+        session: see `WeightTransferStartRequest`.
+    """
+
+    update: str
+    digest: str = ""
+    session: str | None = None
+
+
 @attrs.frozen
 class WeightTransferStartRequest:
     """Body of ``/start_weight_update``."""

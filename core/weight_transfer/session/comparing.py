@@ -61,6 +61,11 @@ class SentTables:
     whole: str
     regions: Sequence[Mapping[str, str]]
 
+    @property
+    def digest(self) -> str:
+        """The digest of the receipt of whoever has received all of it, which went whole; see `Receipt`."""
+        return digest_json([self.manifest.digest, [self.whole]])
+
     def refusal(self, peer: Peer, receipts: Sequence[Receipt]) -> TransferError | None:
         """Return why the workers behind a channel must not publish; None if they have received what was sent."""
         numbers = range(peer.first_worker, peer.first_worker + peer.count)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import wait
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from weight_transfer.errors import CommitError, ReplacedError, WeightTransferError
@@ -102,37 +103,75 @@ class Fleet(JoiningWorkers):
             if peer.joined:
                 require_forward(version, peer.committed.get(target), phase="init", peer=peer.address)
 
-    def finish(self, version: Version, target: str, update: str | None, deadline: Deadline) -> Lost:
+    def decide(self, update: str, digest: str) -> None:
+        """Have an update published as soon as it has arrived, if there is a single worker, which takes that."""
+        only = self.started
+        if len(only) == 1 and only[0].takes_decisions:
+            only[0].decide(update, digest)
+
+    def finish(
+        self, version: Version, target: str, update: str | None, deadline: Deadline, done: Collection[Peer] = ()
+    ) -> Lost:
         """Have the version of ``target`` published that an update has brought: all workers have it now.
+
+        Args:
+            version: the version.
+            target: of the receivers' models.
+            update: the update's id.
+            deadline: of the update.
+            done: those that have published it already.
 
         Raises:
             CommitError: some have published it, and one failure is too many.
         """
-        peers = self.started
+        started = self.started
+        peers = [peer for peer in started if peer not in done]
         calls = self.call(peers, lambda peer: peer.finish(version, update), "finish_weight_update", deadline)
         try:
             lost = self.settle(calls.wait(deadline))
         except WeightTransferError as error:
-            published = [peer.address for peer in peers if peer in calls.results]
+            published = [peer for peer in started if peer in done or peer in calls.results]
             if not published or isinstance(error, ReplacedError):
                 raise
-            unpublished = [peer.address for peer in peers if peer not in calls.results]
-            raise CommitError(
-                f"Version {version!r} is served by {', '.join(published)}, but was not published by "
-                f"{', '.join(unpublished)}; send again: that brings all to one version.",
-                backend=self._config.backend,
-                phase="finish",
-                version=version,
-                peer=getattr(error, "peer", None),
-                cause=str(error),
-                published=published,
-                unpublished=unpublished,
-            ) from error
+            raise self._half_committed(error, version, started, published) from error
         finally:
-            for peer in peers:
+            for peer in started:
                 peer.started = False
                 peer.committed.pop(target, None)
         return lost
+
+    @contextmanager
+    def committed(self, version: Version, done: Collection[Peer]) -> Iterator[None]:
+        """What fails inside a ``with`` block fails after some have published, if there are such.
+
+        Raises:
+            CommitError: that.
+        """
+        try:
+            yield
+        except WeightTransferError as error:
+            if not done:
+                raise
+            raise self._half_committed(error, version, self.started, done) from error
+
+    def _half_committed(
+        self, error: WeightTransferError, version: Version, all_: Collection[Peer], done: Collection[Peer]
+    ) -> CommitError:
+        """Return the error that says which of all have published a version, and which have not."""
+        published = [peer.address for peer in done]
+        unpublished = [peer.address for peer in all_ if peer not in done]
+        others = f", but was not published by {', '.join(unpublished)}" if unpublished else ""
+        return CommitError(
+            f"Version {version!r} is served by {', '.join(published)}{others}; send again: that brings all to one "
+            "version.",
+            backend=self._config.backend,
+            phase="finish",
+            version=version,
+            peer=getattr(error, "peer", None),
+            cause=str(error),
+            published=published,
+            unpublished=unpublished,
+        )
 
 
 def _version_in(status: dict[str, Any], target: str) -> object:

@@ -179,7 +179,8 @@ class Leader:
             lost |= failures
             fleet.require_one(lost)
         with timed(seconds, "finish"), within("commit"):
-            lost |= fleet.finish(update.version, part.target, update.outgoing.update, deadline)
+            published = [peer for peer, report in noticed.items() if report.published]
+            lost |= fleet.finish(update.version, part.target, update.outgoing.update, deadline, published)
             fleet.require_one(lost)
         return self._report(update, plan, seconds, lost, noticed)
 

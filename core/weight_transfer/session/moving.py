@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from weight_transfer.session.region_plan import RegionPlan
     from weight_transfer.session.running import Running
 
+_MUCH = 2**26  # bytes: less has arrived before a worker hears what becomes of it
 _GRACE = 1.0  # seconds in which a rank that was stopped by an abort says so
 
 
@@ -67,6 +68,7 @@ class Moving:
         fields = engine.describe_update(source, source.manifest(), deadline)
         outgoing = plan.outgoing(update.part)
         goes_blindly = engine.tolerates_moves and outgoing is None and self._crew.size == 1
+        decides = begins and goes_blindly and plan.manifest.nbytes >= _MUCH
         if not goes_blindly:
             self._require_unmoved(update.part)
         shares = self._shares(plan, outgoing, deadline) if outgoing is not None else None
@@ -76,11 +78,13 @@ class Moving:
         progress = Progress(self._notify, info, self._config.backend)
         update.phases.enter("wire")
         try:
-            regions = self._give(update, source, plan, outgoing, deadline, progress)
+            regions = self._give(update, source, plan, outgoing, deadline, progress, decides)
             sent = None
             if self._verifies:
                 with update.phases.within("verify"):
                     sent = update.tables(plan, regions)
+            if decides:
+                self._decide(update, source, sent)
             failures = calls.wait(deadline)
         except StartOver:
             raise
@@ -105,10 +109,11 @@ class Moving:
             answered = {peer: report for peer, report in noticed.items() if peer not in failures}
             with update.phases.within("verify"):
                 failures |= self._unlike(sent, answered, deadline)
-        update.outgoing.remember(info, peers, failures)
-        lost = self._fleet.settle(failures)
-        progress(progress.left)
-        engine.release_source()
+        with self._fleet.committed(update.version, [peer for peer, report in noticed.items() if report.published]):
+            update.outgoing.remember(info, peers, failures)
+            lost = self._fleet.settle(failures)
+            progress(progress.left)
+            engine.release_source()
         update.outgoing.update, update.outgoing.blindly = source.update, goes_blindly
         for peer, report in noticed.items():
             if report.asks_again:
@@ -162,8 +167,11 @@ class Moving:
         outgoing: OutgoingRegions | None,
         deadline: Deadline,
         progress: Progress,
+        decides: bool,
     ) -> list[dict[str, str]]:
         """Let the engine send, on every rank; return each rank's tables of what went by region, if that is compared.
+
+        If it ``decides``, a single worker may publish once it has all, which can be said before all has been sent.
 
         Raises:
             StartOver: a rank has sent what its model does not hold any more.
@@ -171,7 +179,9 @@ class Moving:
         part = update.part
 
         def moved(nbytes: int) -> None:
-            part.look_on()  # a little each time: bytes would wait for all of it, or all of it for bytes
+            is_right = part.look_on()  # a little each time: bytes would wait for all of it, or all of it for bytes
+            if is_right and decides and not self._verifies:
+                self._decide(update, source, None)
             progress(nbytes)
 
         if source.manifest().params:
@@ -190,6 +200,12 @@ class Moving:
         if not (is_right and all(answer.get("right", True) for answer in answers)):
             raise StartOver("weights were replaced since the last update")
         return [*own, *(answer.get("digests", {}) for answer in answers)] if own else []
+
+    def _decide(self, update: Running, source: GuardedSource, sent: SentTables | None) -> None:
+        """Let a single worker publish once it has received what was ``sent``: there is nobody else to wait for."""
+        if not update.decided:
+            update.decided = True
+            self._fleet.decide(source.update, sent.digest if sent is not None else "")
 
     @staticmethod
     def _require_unmoved(part: Part) -> None:

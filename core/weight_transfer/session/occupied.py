@@ -39,6 +39,7 @@ class Occupied:
         self._timeout = config.timeout
         self._joined: Joined | None = None
         self._update: Update | None = None
+        self._decided: tuple[str, str] | None = None  # the update that is to be published with its receipt's digest
         self._last_error: str | None = None
 
     def _make_way(self, init_info: dict[str, Any], lease: Lease | None) -> None:

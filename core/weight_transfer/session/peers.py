@@ -157,6 +157,15 @@ class Peer:
         said = expect(**self._session) if self.joined and expect is not None else None
         return said if isinstance(said, Future) else None
 
+    @property
+    def takes_decisions(self) -> bool:
+        """Whether a single worker can be told to publish an update before it has arrived."""
+        return self.count == 1 and self.begins and self.names_updates and hasattr(self.channel, "decide_weight_update")
+
+    def decide(self, update: str, digest: str) -> None:
+        """Have them publish an update once it has arrived with a receipt of this digest."""
+        self.channel.decide_weight_update(update=update, digest=digest, **self._session)  # type: ignore[attr-defined]
+
     def start(self) -> object:
         """Open an update."""
         self.called = True

@@ -194,11 +194,28 @@ class WeightReceiver(AwaitedCalls, Told):
             assert self._joined is not None and self._update is not None
             if self._update.complete:
                 raise self._lifecycle.refusal("update_weights", "this update has its weights already; finish it")
+            arrived = self._update
             try:
-                return self._joined.receive(self._update, update_info, self._targets, self._served)
+                report = self._joined.receive(arrived, update_info, self._targets, self._served)
+                return report | ({"published": True} if self._publish_decided(arrived) else {})
             except BaseException as error:
                 self._end_update(str(error))
                 raise
+
+    def decide_weight_update(self, update: str, digest: str = "", session: str | None = None) -> None:
+        """Have the update that is under way published once it has arrived; nothing happens if it has arrived already.
+
+        A trainer of a single worker has nobody else to wait for. `update_weights` says in its report whether it has
+        published; if not, `finish_weight_update` does it, as ever.
+
+        Args:
+            update: its id: ``update`` of the update info.
+            digest: of the receipt that it has to bring: `Receipt.digest`; empty if nothing is compared.
+            session: see `start_weight_update`. What another trainer decides does not matter.
+        """
+        with self._changed:
+            if session == self._lifecycle.session:
+                self._decided = update, digest
 
     def weight_needs(self, request: dict[str, Any]) -> dict[str, Any]:
         """Say which regions of some weights this worker keeps, before an update.
@@ -259,10 +276,28 @@ class WeightReceiver(AwaitedCalls, Told):
             if arrived.staged is not None:
                 self._swap_in(arrived)
             self._joined.tell_end(arrived, version, None)
-            with self._changed:
-                self._update, self._last_error = None, None
-                self._served.publish(arrived.target, version, arrived.id, arrived.digest)
-                self._lifecycle.set(ReceiverState.READY)
+            self._publish(arrived, version)
+
+    def _publish_decided(self, arrived: Update) -> bool:
+        """Publish what has arrived if the trainer has decided that; return whether."""
+        version = arrived.version
+        with self._changed:
+            if arrived.aborted:
+                raise arrived.abort_error(phase="update", version=version)
+            is_decided = self._decided == (arrived.id, arrived.digest)
+            if version is None or arrived.staged is not None or not is_decided:
+                return False
+            self._publish(arrived, version)
+        arrived.phases.enter("commit")
+        if self._joined is not None:
+            self._joined.tell_end(arrived, version, None)
+        return True
+
+    def _publish(self, arrived: Update, version: Version) -> None:
+        with self._changed:
+            self._update, self._last_error = None, None
+            self._served.publish(arrived.target, version, arrived.id, arrived.digest)
+            self._lifecycle.set(ReceiverState.READY)
 
     def _swap_in(self, update: Update) -> None:
         """Load what was kept apart, while nobody samples."""

@@ -28,6 +28,7 @@ class Running:
         version: the new one.
         phases: where its time goes.
         in_lockstep: whether the other ranks have been told to run the source's collectives.
+        decided: whether it is decided that a single worker publishes once it has received it.
     """
 
     def __init__(self, part: Part, outgoing: Outgoing, version: Version) -> None:
@@ -35,7 +36,7 @@ class Running:
         self.outgoing = outgoing
         self.version = version
         self.phases = Phases()
-        self.in_lockstep = False
+        self.in_lockstep = self.decided = False
         self._source: GuardedSource | None = None
         self._sent: Sent | None = None
 

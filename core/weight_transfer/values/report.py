@@ -64,6 +64,7 @@ class WorkerReport:
             before the next update.
         receipts: what each worker has received; empty if nobody tells.
         seconds: of each of the `PHASES` so far; empty if nobody tells.
+        published: whether the version is served already, as was decided while it came.
     """
 
     transport: str = ""
@@ -73,6 +74,7 @@ class WorkerReport:
     asks_again: bool = False
     receipts: tuple[Receipt, ...] = ()
     seconds: Mapping[str, float] = attrs.field(factory=dict, hash=False)
+    published: bool = False
 
     @classmethod
     def of(cls, answer: object) -> WorkerReport:
@@ -91,6 +93,7 @@ class WorkerReport:
             fields.get("asks_again") is True,
             tuple(receipt for receipt in receipts if receipt is not None),
             _seconds_in(fields.get("seconds")),
+            fields.get("published") is True,
         )
 
     @classmethod
