@@ -252,3 +252,43 @@ def test_of_two_workers_none_publishes_before_both_have_received() -> None:
             sender.send(trained, version=version)
             assert [receiver.version for receiver in receivers] == [version] * 2
     assert not heard
+
+
+def test_an_engine_that_fails_once_the_worker_has_published_does_not_hide_that(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if pair.sender.config.verify != "none":
+        pytest.skip("then nothing is decided before the engine has sent everything")
+    own = IpcTrainerEngine.send_weights
+
+    def failing_in_the_end(self: IpcTrainerEngine, source: Any, manifest: Any, deadline: Any, progress: Any) -> None:
+        own(self, source, manifest, deadline, progress)
+        assert eventually(lambda: progress(0) or pair.receiver.version == 8, 20)
+        monkeypatch.setattr(IpcTrainerEngine, "send_weights", own)
+        raise wt.TransferError("the stream broke at the end")
+
+    monkeypatch.setattr(IpcTrainerEngine, "send_weights", failing_in_the_end)
+    pair.trained.randomise(8)
+    with pytest.raises(wt.CommitError, match="is served by") as caught:
+        pair.sender.send(pair.trained, version=8)
+    assert "the stream broke" in str(caught.value.cause)
+    assert pair.sender.version == 8
+    pair.receiver.awaits = False
+    pair.send(9, 9)
+
+
+def test_a_receiver_that_does_more_at_the_end_is_told_to_finish() -> None:
+    ended: list[int] = []
+
+    class Ending(wt.WeightReceiver):
+        def finish_weight_update(self, *arguments: Any, **options: Any) -> None:
+            ended.append(1)
+            super().finish_weight_update(*arguments, **options)
+
+    config = wt.load_config(backend="ipc", timeout=20, init_timeout=10, verify="none")
+    trained, served = Plain(0), Plain(1)
+    with Ending(config, served) as receiver, serve(receiver) as server, wt.WeightSender(config, [server.url]) as sender:
+        for version in range(6):
+            trained.randomise(version)
+            sender.send(trained, version=version)
+    assert len(ended) == 6

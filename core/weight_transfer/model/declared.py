@@ -16,7 +16,6 @@ from weight_transfer.model.loading import (
     InPlaceLoader,
     KernelFormatLoader,
     ReadableLoader,
-    VouchingLoader,
 )
 from weight_transfer.model.manifest import Manifest, ParamMeta, cast_hint, dtype_name
 from weight_transfer.model.overlap import Memory, overlapping
@@ -85,8 +84,6 @@ class DeclaredLoader:
     def begin(self, manifest: Manifest) -> None:
         self._begun = None
         self._hand_rest(manifest, self._rest.begin)
-        if offers(self._rest, VouchingLoader):
-            self._rest.vouch()  # targets lie in what it looks at
         self._begun = manifest
 
     def targets(self, manifest: Manifest) -> Targets:

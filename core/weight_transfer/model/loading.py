@@ -87,13 +87,16 @@ class ExpectantLoader(Protocol):
 
 @runtime_checkable
 class VouchingLoader(Protocol):
-    """A loader that looks, from `WeightLoader.begin` on, at one weight after the other: bytes come meanwhile."""
+    """A loader that can look at one weight after the other, while bytes come, instead of at all of them first."""
+
+    def begin_in_stages(self, manifest: Manifest) -> None:
+        """Do what `WeightLoader.begin` does, and leave it to `vouch` to look whether the model is as it was."""
 
     def vouch(self, names: Iterable[str] | None = None) -> None:
         """See that weights of the worker's are still the ones, and lie where they lay, before they are written.
 
         Args:
-            names: which, of the manifest that began; None for all.
+            names: which, of the manifest that began; None for all. After `WeightLoader.begin` all have been seen.
 
         Raises:
             WeightsMovedError: they are not, or others.
@@ -190,6 +193,7 @@ class KernelFormatLoader:
         self._seen = Deadline(0.0)
         self._confidence = Confidence()
         self._stages = Stages({})
+        self._model_stages: Mapping[str, int] = {}
         self._look: Look | None = None
         self.takers: Mapping[str, tuple[str, ...]] = {}
         """Names in the model by names in the manifest: several for weights that are tied on the trainer alone."""
@@ -212,12 +216,18 @@ class KernelFormatLoader:
             self._seen = seen
 
     def begin(self, manifest: Manifest) -> None:
-        self._begun = None
-        self._look = self._begun_look(manifest)
-        if self._look is None:
+        self._begun = self._look = None
+        if self._seen.expired or not self._knows(manifest):
             self._check(manifest)
         self._seen = Deadline(0.0)
         self._begun = manifest
+
+    def begin_in_stages(self, manifest: Manifest) -> None:
+        look = self._begun_look(manifest)
+        if look is None:
+            self.begin(manifest)
+            return
+        self._begun, self._look = manifest, look
 
     def vouch(self, names: Iterable[str] | None = None) -> None:
         look = self._look
@@ -232,15 +242,23 @@ class KernelFormatLoader:
             self._confidence.learn(unchanged=True)
 
     def _begun_look(self, manifest: Manifest) -> Look | None:
-        """Return a look at the model that has begun well, or need not begin; None if all has to be looked at first."""
-        if manifest is not self._checked:
+        """Return a look at the model that has begun well; None if all of it has to be looked at first, or was."""
+        if not (self._seen.expired and self._knows(manifest) and self._confidence.suffices):
             return None
-        if not self._seen.expired:
-            return Look(())
-        if self._parts or not (self._confidence.suffices and self._weights.can_be_recalled):
+        if self._parts or not self._weights.can_be_recalled:
             return None
+        if self._weights.stages is not self._model_stages:
+            self._number_stages()
         look = self._weights.look()
         return look if look.go_on() else None
+
+    def _knows(self, manifest: Manifest) -> bool:
+        """Whether this was checked, and against what the model's reader has read last, of which its looks speak."""
+        return manifest is self._checked and self._weights.known is self._read
+
+    def _number_stages(self) -> None:
+        self._model_stages = stages = self._weights.stages
+        self._stages = Stages({name: max(map(stages.__getitem__, own)) for name, own in self.takers.items()})
 
     def targets(self, manifest: Manifest) -> Targets:
         if self._begun is not manifest:
@@ -298,8 +316,7 @@ class KernelFormatLoader:
                     self._twins[name] = twins
         self._shards = LocalParts(sharded)
         self._targets = None
-        stages = self._weights.stages
-        self._stages = Stages({name: max(map(stages.__getitem__, own)) for name, own in self.takers.items()})
+        self._number_stages()
         self._read, self._checked = read, manifest
 
     def dtypes(self) -> dict[str, str]:

@@ -235,7 +235,7 @@ class ModuleSource(WeightSource):
             if not self._reader.can_be_recalled:
                 return False
             look = self._later_look()
-            return look.go_on() and look.is_over
+            return look.go_on() and look.is_over and self._shards.are_held
         return True
 
     def confirm(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 
 from weight_transfer.model.abilities import offers
 from weight_transfer.model.dtypes import TypedLoader
-from weight_transfer.model.loading import ReadableLoader, VouchingLoader
+from weight_transfer.model.loading import ReadableLoader
 from weight_transfer.model.targets import NO_TARGETS
 
 if TYPE_CHECKING:
@@ -52,8 +52,6 @@ class StagedLoader:
     def begin(self, manifest: Manifest) -> None:
         self._kept = []
         self.loader.begin(manifest)
-        if offers(self.loader, VouchingLoader):
-            self.loader.vouch()  # it has to know before the commit
 
     def __call__(self, weights: Weights) -> None:
         self._kept.append([(name, self._copied(tensor), tensor.device) for name, tensor in weights])

@@ -73,6 +73,11 @@ class ModuleWeights:
         return self._state.weights
 
     @property
+    def known(self) -> Mapping[str, torch.Tensor]:
+        """What `read` has returned last, of which a `look` speaks."""
+        return self._state.weights
+
+    @property
     def can_be_recalled(self) -> bool:
         """Whether `read` need not be asked again as long as a `look` finds that nothing has changed."""
         return bool(self._tables) and not self._state.computed and self._resharding is None

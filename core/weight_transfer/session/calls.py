@@ -164,6 +164,15 @@ class Calls:
             return TransferTimeoutError(message, phase=self._phase, peer=self.silent, cause=str(first or error))
         return first or error
 
+    def late(self, until: Deadline) -> Mapping[Peer, object]:
+        """Return what those have answered that have not failed, whoever was still awaited when that was given up."""
+        while self._pending:
+            try:
+                self._take(until.remaining(), heeds_cancel=False)
+            except queue.Empty:
+                break
+        return {peer: self.results.get(peer) for peer in self.results if peer not in self.failures}
+
     def cancel(self, error: WeightTransferError) -> None:
         """Make whoever waits raise ``error``; callable from any thread."""
         self._answers.put((None, error))

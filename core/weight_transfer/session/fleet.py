@@ -133,7 +133,7 @@ class Fleet(JoiningWorkers):
             published = [peer for peer in started if peer in done or peer in calls.results]
             if not published or isinstance(error, ReplacedError):
                 raise
-            raise self._half_committed(error, version, started, published) from error
+            raise self.half_committed(error, version, started, published) from error
         finally:
             for peer in started:
                 peer.started = False
@@ -152,9 +152,9 @@ class Fleet(JoiningWorkers):
         except WeightTransferError as error:
             if not done:
                 raise
-            raise self._half_committed(error, version, self.started, done) from error
+            raise self.half_committed(error, version, self.started, done) from error
 
-    def _half_committed(
+    def half_committed(
         self, error: WeightTransferError, version: Version, all_: Collection[Peer], done: Collection[Peer]
     ) -> CommitError:
         """Return the error that says which of all have published a version, and which have not."""

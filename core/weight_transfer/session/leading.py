@@ -136,6 +136,10 @@ class Leader:
             known = error if isinstance(error, StartOver) else update.named(error, self._config.backend)
             self._fleet.abort(str(known) or type(known).__name__)  # Ctrl-C says nothing
             known = self._fleet.tenure.cause(known)
+            if isinstance(known, WeightTransferError):
+                published = update.published()
+                if published:
+                    known = self._fleet.half_committed(known, version, published, published)
             ended |= {"error": str(known) or type(known).__name__, "error_type": type(known).__name__}
             if known is error:
                 raise

@@ -65,7 +65,7 @@ class Moving:
         """Move the bytes; return the workers that were lost, and what each has noticed."""
         engine = self._engine
         source = update.begin(plan, verifies=self._verifies)
-        fields = engine.describe_update(source, source.manifest(), deadline)
+        fields = self._described(update, source, deadline)
         outgoing = plan.outgoing(update.part)
         goes_blindly = engine.tolerates_moves and outgoing is None and self._crew.size == 1
         decides = begins and goes_blindly and plan.manifest.nbytes >= _MUCH
@@ -74,10 +74,11 @@ class Moving:
         shares = self._shares(plan, outgoing, deadline) if outgoing is not None else None
         info = self._told(update, source.update, plan, deadline, {**fields, "shares": shares})
         peers = self._fleet.started
-        calls = self._call(peers, update.outgoing.messages(info, peers), begins, deadline)
+        calls = update.calls = self._call(peers, update.outgoing.messages(info, peers), begins, deadline)
         progress = Progress(self._notify, info, self._config.backend)
         update.phases.enter("wire")
         try:
+            self._fleet.require_going_on()
             regions = self._give(update, source, plan, outgoing, deadline, progress, decides)
             sent = None
             if self._verifies:
@@ -105,16 +106,16 @@ class Moving:
         if moved is not None:
             raise StartOver(str(moved))
         noticed = {peer: WorkerReport.of(calls.results.get(peer)) for peer in peers}
-        if sent is not None:
-            answered = {peer: report for peer, report in noticed.items() if peer not in failures}
-            with update.phases.within("verify"):
-                failures |= self._unlike(sent, answered, deadline)
         with self._fleet.committed(update.version, [peer for peer, report in noticed.items() if report.published]):
+            if sent is not None:
+                answered = {peer: report for peer, report in noticed.items() if peer not in failures}
+                with update.phases.within("verify"):
+                    failures |= self._unlike(sent, answered, deadline)
             update.outgoing.remember(info, peers, failures)
             lost = self._fleet.settle(failures)
             progress(progress.left)
             engine.release_source()
-        update.outgoing.update, update.outgoing.blindly = source.update, goes_blindly
+        update.outgoing.update, update.outgoing.blindly = source.update, goes_blindly and not plan.manifest.partial
         for peer, report in noticed.items():
             if report.asks_again:
                 peer.kept.pop(update.part.target, None)
@@ -125,6 +126,19 @@ class Moving:
         engine = self._fleet.engines.own
         assert engine is not None
         return engine
+
+    def _described(self, update: Running, source: GuardedSource, deadline: Deadline) -> Mapping[str, Any]:
+        """Return what the engine says of the update.
+
+        Raises:
+            StartOver: it fails, and the source has said something else than is.
+        """
+        try:
+            return self._engine.describe_update(source, source.manifest(), deadline)
+        except Exception as error:
+            if not update.part.confirm():
+                raise StartOver("weights were replaced or moved since the last update") from error
+            raise
 
     def _told(
         self, update: Running, name: str, plan: RegionPlan, deadline: Deadline, fields: Mapping[str, Any]
@@ -155,9 +169,7 @@ class Moving:
             method, call = "begin_weight_update", lambda peer: peer.begin(messages[peer])
         else:
             method, call = "update_weights", lambda peer: peer.update(messages[peer])
-        calls = self._fleet.call(peers, call, method, deadline, self._fleet.react)
-        self._fleet.require_going_on()
-        return calls
+        return self._fleet.call(peers, call, method, deadline, self._fleet.react)
 
     def _give(
         self,

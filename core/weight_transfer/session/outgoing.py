@@ -73,9 +73,15 @@ class Outgoing:
         return self._module
 
     @contextmanager
-    def recalling(self, source: WeightSource) -> Iterator[None]:
-        """Let a source of many weights speak of what it has read before, inside of a ``with`` block."""
-        module = source if type(source) is ModuleSource and self.params >= MANY else None
+    def recalling(self, source: WeightSource, whole: bool) -> Iterator[None]:
+        """Let a source of many weights speak of what it has read before, inside of a ``with`` block; see `recalled`.
+
+        Args:
+            source: the source.
+            whole: whether all of its weights are sent.
+        """
+        recalls = whole and self.params >= MANY  # a part that is given up could not be sent anew
+        module = source if recalls and type(source) is ModuleSource else None
         if module is None:
             yield
             return

@@ -9,14 +9,21 @@ from weight_transfer.session.comparing import SentTables
 from weight_transfer.session.guarded import GuardedSource, named
 from weight_transfer.session.phases import Phases
 from weight_transfer.session.sent import Sent
+from weight_transfer.values.deadline import Deadline
+from weight_transfer.values.report import WorkerReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from weight_transfer.session.calls import Calls
     from weight_transfer.session.outgoing import Outgoing
     from weight_transfer.session.part import Part
+    from weight_transfer.session.peers import Peer
     from weight_transfer.session.region_plan import RegionPlan
     from weight_transfer.values.events import Version
+
+
+_GRACE = 0.3  # seconds in which an answer comes that is under way
 
 
 class Running:
@@ -29,6 +36,7 @@ class Running:
         phases: where its time goes.
         in_lockstep: whether the other ranks have been told to run the source's collectives.
         decided: whether it is decided that a single worker publishes once it has received it.
+        calls: those that have it receive; None before.
     """
 
     def __init__(self, part: Part, outgoing: Outgoing, version: Version) -> None:
@@ -37,6 +45,7 @@ class Running:
         self.version = version
         self.phases = Phases()
         self.in_lockstep = self.decided = False
+        self.calls: Calls | None = None
         self._source: GuardedSource | None = None
         self._sent: Sent | None = None
 
@@ -74,6 +83,13 @@ class Running:
         if self._source is not None and self._source.seconds:
             self.phases.move(self._source.seconds, "wire", "gather")
         return self.phases.told()
+
+    def published(self) -> list[Peer]:
+        """Return who has published it by its own, after a failure: all workers have been told to give it up."""
+        if not self.decided or self.calls is None:
+            return []
+        answers = self.calls.late(Deadline(_GRACE))
+        return [peer for peer, answer in answers.items() if WorkerReport.of(answer).published]
 
     def drain(self) -> None:
         """Finish the source's collectives, if other ranks run them."""

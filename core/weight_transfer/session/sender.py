@@ -141,7 +141,7 @@ class WeightSender:
         with self._operation("send"):
             outgoing = self._targets.setdefault(target, Outgoing(target))
             whole = outgoing.whole(weights)
-            with outgoing.recalling(whole):
+            with outgoing.recalling(whole, only is None):
                 try:
                     return self._send(whole, outgoing, version, only, allow_rollback)
                 except StartOver as reason:
@@ -165,7 +165,7 @@ class WeightSender:
         Raises:
             StartOver: all ranks have to send anew, with all that a source says read anew.
         """
-        if outgoing.params >= MANY * len(self._fleet.peers) and not outgoing.blindly:
+        if outgoing.params >= MANY * len(self._fleet.peers) and not (outgoing.blindly and only is None):
             self._fleet.expect()  # first of all: they look at their weights while this side does
         first = None if self.parallel_config is not None else whole.manifest()  # it knows then whether it is sharded
         ranks = self.parallel_config or ranks_of(whole)

@@ -102,8 +102,6 @@ class Update:
         self._arrived = arrived
         self.staged = self.loader if isinstance(self.loader, StagedLoader) else None
         self._vouching = self.loader if offers(self.loader, VouchingLoader) else None
-        if arrivals is not None:
-            self._vouch()  # pieces come in another order than weights are looked at
 
     @property
     def digest(self) -> str:

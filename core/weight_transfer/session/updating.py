@@ -22,7 +22,7 @@ from weight_transfer.memory.place import place_of
 from weight_transfer.model.abilities import offers
 from weight_transfer.model.autograd_modes import reading
 from weight_transfer.model.info import MODEL, WeightNeeds, WeightTransferInitInfo, WireDecoder
-from weight_transfer.model.loading import ExpectantLoader
+from weight_transfer.model.loading import ExpectantLoader, VouchingLoader
 from weight_transfer.model.manifest import digest_json
 from weight_transfer.session.arrived import Arrived
 from weight_transfer.session.incoming import Incoming
@@ -143,7 +143,10 @@ class Joined:
             )
         loader = target.loaders[info.is_checkpoint_format]
         update.loader = loader
-        loader.begin(info.manifest)
+        if offers(loader, VouchingLoader) and not info.manifest.partial and info.layout is None:
+            loader.begin_in_stages(info.manifest)
+        else:  # a part may not be given up: nothing but all weights could follow; pieces come in another order
+            loader.begin(info.manifest)
         keeping = self._keeping(name, info.is_checkpoint_format)
         arrivals = keeping.arrivals(info, loader)
 
