@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import wait
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from weight_transfer.errors import CommitError, ReplacedError, WeightTransferError
@@ -139,20 +138,6 @@ class Fleet(JoiningWorkers):
                 peer.started = False
                 peer.committed.pop(target, None)
         return lost
-
-    @contextmanager
-    def committed(self, version: Version, done: Collection[Peer]) -> Iterator[None]:
-        """What fails inside a ``with`` block fails after some have published, if there are such.
-
-        Raises:
-            CommitError: that.
-        """
-        try:
-            yield
-        except WeightTransferError as error:
-            if not done:
-                raise
-            raise self.half_committed(error, version, self.started, done) from error
 
     def half_committed(
         self, error: WeightTransferError, version: Version, all_: Collection[Peer], done: Collection[Peer]

@@ -106,15 +106,14 @@ class Moving:
         if moved is not None:
             raise StartOver(str(moved))
         noticed = {peer: WorkerReport.of(calls.results.get(peer)) for peer in peers}
-        with self._fleet.committed(update.version, [peer for peer, report in noticed.items() if report.published]):
-            if sent is not None:
-                answered = {peer: report for peer, report in noticed.items() if peer not in failures}
-                with update.phases.within("verify"):
-                    failures |= self._unlike(sent, answered, deadline)
-            update.outgoing.remember(info, peers, failures)
-            lost = self._fleet.settle(failures)
-            progress(progress.left)
-            engine.release_source()
+        if sent is not None:
+            answered = {peer: report for peer, report in noticed.items() if peer not in failures}
+            with update.phases.within("verify"):
+                failures |= self._unlike(sent, answered, deadline)
+        update.outgoing.remember(info, peers, failures)
+        lost = self._fleet.settle(failures)
+        progress(progress.left)
+        engine.release_source()
         update.outgoing.update, update.outgoing.blindly = source.update, goes_blindly and not plan.manifest.partial
         for peer, report in noticed.items():
             if report.asks_again:

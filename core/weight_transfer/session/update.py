@@ -159,12 +159,9 @@ class Update:
     def write_in_place(self, names: Iterable[str] | None = None) -> None:
         """Say that bytes are about to be written into the worker's tensors; raises like `check`, or if they moved."""
         self.check()
-        self._vouch(names)
-        self.touched = True
-
-    def _vouch(self, names: Iterable[str] | None = None) -> None:
         if self._vouching is not None:
             self._vouching.vouch(names)
+        self.touched = True
 
     def written(self, nbytes: int, names: Iterable[str] = ()) -> None:
         """Say that bytes of `destinations` have been written; `finish` counts them. ``names`` are whole now."""
