@@ -85,13 +85,18 @@ class Pair:
         self.channel = stack.enter_context(HttpChannel(server.url))
         self.sender = stack.enter_context(wt.WeightSender(config, [self.channel]))
         self.calls: list[str] = []
-        submit = self.channel.submit
+        submit, decide = self.channel.submit, self.channel.decide_weight_update
 
         def listed(method: str, **arguments: Any) -> Any:
             self.calls.append(method)
             return submit(method, **arguments)
 
+        def decided(update: str, digest: str = "", session: str | None = None) -> None:
+            self.calls.append("decide_weight_update")
+            decide(update, digest, session)
+
         self.channel.submit = listed  # type: ignore[method-assign]
+        self.channel.decide_weight_update = decided  # type: ignore[method-assign]
         for version in range(4):
             self.send(version, version)
         self.receiver.awaits = True

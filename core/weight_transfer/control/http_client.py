@@ -132,19 +132,18 @@ class HttpChannel:
 
     def expect_weight_update(self, session: str | None = None) -> Future[None] | None:
         """Say over the line, if one is open, that an update is about to start; see `ControlChannel`."""
+        line = self._note("expect_weight_update", session=session)
         gone: Future[None] | None = None
-        if self._line is not None and self.submits:
-            self.submit("expect_weight_update", session=session)
+        if line is not None and line.socket is None:
             with self._lock:
-                if self._loop is not None and self._line.socket is None:
+                if self._loop is not None:
                     gone = Future()
                     self._loop.loop.call_soon_threadsafe(gone.set_result, None)
         return gone
 
     def decide_weight_update(self, update: str, digest: str = "", session: str | None = None) -> None:
         """Say over the line, if one is open, that an update is to be published; see `ControlChannel`."""
-        if self._line is not None and self.submits:
-            self.submit("decide_weight_update", update=update, digest=digest, session=session)
+        self._note("decide_weight_update", update=update, digest=digest, session=session)
 
     def weight_needs(self, request: dict[str, Any]) -> dict[str, Any] | None:
         """Ask what the workers keep; None if the server has no such route, so that all weights have to go whole."""
@@ -188,6 +187,14 @@ class HttpChannel:
                 self._loop = EventLoop.shared()
             self._loop.loop.call_soon_threadsafe(self._begin, call)
         return call.result
+
+    def _note(self, method: str, **arguments: Any) -> Line | None:
+        """Say something over the line that has no answer, and return the line; None if none is open."""
+        line = self._line
+        if line is None or not (line.is_open and self.submits):
+            return None
+        line.note(method, encode({name: value for name, value in arguments.items() if value is not None}))
+        return line
 
     def close(self) -> None:
         """Close the connections."""

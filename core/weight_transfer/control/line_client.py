@@ -15,7 +15,7 @@ import attrs
 import h11
 
 from weight_transfer.control.http_requests import Answer
-from weight_transfer.control.line import HELLO, WAITS, Messages, framed
+from weight_transfer.control.line import HELLO, WAITS, Chunks, Messages, framed
 from weight_transfer.control.line_wires import PlainWire, Wire, connect
 from weight_transfer.errors import PeerLostError, TransferTimeoutError
 
@@ -38,8 +38,8 @@ class Line:
         self.is_open = False
         self.waits = False
         self._where = where
-        self._http = h11.Connection(h11.CLIENT)
-        self._messages = Messages()
+        self._http: h11.Connection | None = h11.Connection(h11.CLIENT)
+        self._chunks, self._messages = Chunks(), Messages()
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._calls: dict[int, _Call] = {}
@@ -72,6 +72,7 @@ class Line:
         async with asyncio.timeout(seconds):
             line._wire = await connect(host, port, tls, line._receive, line._lose)
         try:
+            assert line._http is not None
             line._wire.write(line._http.send(head) or b"")
             async with asyncio.timeout(seconds):
                 await line._greeted
@@ -114,6 +115,15 @@ class Line:
         if is_next:  # which is rare: mostly a look is due before the time of this call is up
             self._loop.call_soon_threadsafe(self._plan_look)
 
+    def note(self, call: str, body: bytes) -> None:
+        """Make a call that has no answer; it is lost if the connection is.
+
+        Args:
+            call: name of the route.
+            body: JSON.
+        """
+        self._wire.write(framed(b'{"call":"%s","body":%s}' % (call.encode(), body)))
+
     def close(self) -> None:
         """Close the connection; calls that are under way are lost."""
         self.is_open = False
@@ -121,20 +131,31 @@ class Line:
 
     def _receive(self, data: bytes) -> None:
         try:
-            self._http.receive_data(data)
-            while True:
-                event = self._http.next_event()
-                if isinstance(event, h11.Data):
-                    for message in self._messages.feed(bytes(event.data)):
-                        self._take(message)
-                elif isinstance(event, h11.Response) and event.status_code != 200:
-                    self._refuse(f"HTTP status {event.status_code}")
-                elif isinstance(event, h11.EndOfMessage):
-                    self.close()
-                elif event in (h11.NEED_DATA, h11.PAUSED) or isinstance(event, h11.ConnectionClosed):
-                    break
+            body = data if self._http is None else self._after_head(self._http, data)
+            for part in self._chunks.feed(body):
+                for message in self._messages.feed(part):
+                    self._take(message)
         except (h11.ProtocolError, ValueError, TypeError, KeyError, RecursionError) as error:
             self._refuse(f"something else: {error}")
+        if self._chunks.ended:
+            self.close()
+
+    def _after_head(self, http: h11.Connection, data: bytes) -> bytes:
+        """Read the head of the answer; return what has come of the body."""
+        http.receive_data(data)
+        event = http.next_event()
+        while isinstance(event, h11.InformationalResponse):
+            event = http.next_event()
+        if not isinstance(event, h11.Response):  # it has not come yet
+            return b""
+        if event.status_code != 200:
+            self._refuse(f"HTTP status {event.status_code}")
+        elif (b"transfer-encoding", b"chunked") not in event.headers:
+            self._refuse("a body that does not come in chunks")
+        else:
+            self._http = None
+            return http.trailing_data[0]
+        return b""
 
     def _take(self, message: bytes) -> None:
         if not self._greeted.done():
@@ -146,7 +167,7 @@ class Line:
         if message == WAITS:
             self.waits = True
             return
-        data = json.loads(message)
+        data = json.loads(message.decode())
         with self._lock:
             call = self._calls.pop(data["id"], None)
         if call is not None:  # else it was given up

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
 
 class Message(dict[str, Any]):
     """A dict for all that is said alike. Do not change it once it was handed to a channel."""
@@ -31,4 +33,4 @@ def encode(arguments: Mapping[str, Any]) -> bytes:
 
 
 def _dumps(value: object) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    return _JSON.encode(value).encode()

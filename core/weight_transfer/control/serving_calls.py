@@ -60,11 +60,13 @@ class Offer:
         call: the channel's method.
         body: the class of the request's body; None for none.
         aborts: whether it is aborted if whoever called goes away meanwhile.
+        is_note: whether nobody need wait for it, so that it may come without asking for an answer.
     """
 
     call: Callable[..., Any]
     body: type | None
     aborts: bool = False
+    is_note: bool = False
 
 
 class ServedCalls:
@@ -88,14 +90,14 @@ class ServedCalls:
             "begin_weight_update": Offer(self._begin, WeightTransferUpdateRequest, True),
             "finish_weight_update": Offer(channel.finish_weight_update, WeightTransferFinishRequest),
         }
-        for name, body in (
-            ("abort_weight_update", WeightTransferAbortRequest),
-            ("expect_weight_update", WeightTransferStartRequest),
-            ("decide_weight_update", WeightTransferDecisionRequest),
-            ("weight_needs", WeightNeedsRequest),
+        for name, body, is_note in (
+            ("abort_weight_update", WeightTransferAbortRequest, False),
+            ("expect_weight_update", WeightTransferStartRequest, True),
+            ("decide_weight_update", WeightTransferDecisionRequest, True),
+            ("weight_needs", WeightNeedsRequest, False),
         ):
             if hasattr(channel, name):
-                self.offers[name] = Offer(getattr(channel, name), body)
+                self.offers[name] = Offer(getattr(channel, name), body, is_note=is_note)
         self._tells = hasattr(type(channel), "when_sampled")
         if hasattr(channel, "status"):
             self.offers["status"] = Offer(channel.status, None)
