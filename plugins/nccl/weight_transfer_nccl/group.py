@@ -6,6 +6,7 @@ The user's default process group is neither created, needed nor touched.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from weight_transfer_nccl.member_store import MemberStore
 from weight_transfer_nccl.members import POLL, await_members, gloo_ends, here, prove_each_other
 from weight_transfer_nccl.rendezvous import Rendezvous, dist, first_line
 from weight_transfer_nccl.sockets import End, break_connections, stop_hearing
+from weight_transfer_nccl.watchdog import Watchdog
 from weight_transfer_nccl.works import MARGIN, Work, aborted, errors_of_torch
 
 if TYPE_CHECKING:
@@ -71,6 +73,8 @@ class Group:
         self._ends: Set[End] = frozenset()
         self._works: deque[Work] = deque(maxlen=_LAST_WORKS)
         self._tags = [0] * world_size
+        self._watchdog = Watchdog(self.abort)
+        weakref.finalize(self, self._watchdog.close)
 
     def join(self, deadline: Deadline, name_of: Callable[[int], str]) -> None:
         """Meet the other members; see `join_groups`."""
@@ -144,18 +148,14 @@ class Group:
 
         What is raised inside is raised: the source's and the loader's errors are their own.
         """
-        timer = threading.Timer(deadline.remaining(), self.abort)
-        timer.daemon = True
-        timer.start()
         try:
-            yield
+            with self._watchdog.watching(deadline):
+                yield
             if self.aborted:  # NCCL's kernels end without an error
                 raise aborted(deadline, self._doing)
         except BaseException:
             self._quiet()
             raise
-        finally:
-            timer.cancel()
 
     def _quiet(self) -> None:
         """Abort, and return when nothing writes any more."""
@@ -177,6 +177,7 @@ class Group:
     def begin_abort(self) -> threading.Thread | None:
         """Begin to `abort`; return what has to be waited for, or None."""
         self._aborted.set()
+        self._watchdog.close()
         with self._building:
             backend, self._backend = self._backend, None
             if self._store is not None:

@@ -80,21 +80,22 @@ class Receiving:
         with group.guard(deadline):
             self._arriving.after_caller()
             self._loading.after_caller()
-            with self._arriving:
-                group.begin(deadline).wait()
-            self._arriving.finish(deadline, _WHAT)  # until here no byte can have come
-            for index in range(len(plan.batches)):
-                landing = self._landings[index]
-                while _is_full(posted, landing.bucket):
+            with self._loading:
+                with self._arriving.instead_of(self._loading):
+                    group.begin(deadline).wait()
+                self._arriving.finish(deadline, _WHAT)  # until here no byte can have come
+                for index in range(len(plan.batches)):
+                    landing = self._landings[index]
+                    while _is_full(posted, landing.bucket):
+                        load_next()
+                    if landing.own:
+                        load_weights.write_in_place(landing.own)  # type: ignore[attr-defined]  # whoever has destinations has this
+                    if landing.bucket is not None:
+                        self._arriving.after(self._loaded.get(landing.bucket))
+                    with self._arriving.instead_of(self._loading):
+                        posted.append((landing, group.broadcast(landing.data, deadline)))
+                while posted:
                     load_next()
-                if landing.own:
-                    load_weights.write_in_place(landing.own)  # type: ignore[attr-defined]  # whoever has destinations has this
-                if landing.bucket is not None:
-                    self._arriving.after(self._loaded.get(landing.bucket))
-                with self._arriving:
-                    posted.append((landing, group.broadcast(landing.data, deadline)))
-            while posted:
-                load_next()
             self._loading.finish(deadline, _WHAT)
 
     def _prepare(self, plan: Plan, destinations: Mapping[str, torch.Tensor] | None) -> None:
@@ -114,15 +115,14 @@ class Receiving:
         return tensor if tensor is not None and tensor.device == self._device and tensor.is_contiguous() else None
 
     def _load(self, landing: _Landing, work: Work, manifest: Manifest, load_weights: LoadWeights) -> None:
-        with self._loading:
-            work.wait()
-            if landing.written is not None:
-                load_weights.write_in_place(landing.names)  # type: ignore[attr-defined]
-                landing.copies.run()
-                load_weights.written(landing.written, landing.names)  # type: ignore[attr-defined]
-            assembled = [done for slot, view in landing.parts for done in self._assemble(slot, view, manifest)]
-            if landing.whole or assembled:
-                load_weights(landing.whole + assembled)
+        work.wait()
+        if landing.written is not None:
+            load_weights.write_in_place(landing.names)  # type: ignore[attr-defined]
+            landing.copies.run()
+            load_weights.written(landing.written, landing.names)  # type: ignore[attr-defined]
+        assembled = [done for slot, view in landing.parts for done in self._assemble(slot, view, manifest)]
+        if landing.whole or assembled:
+            load_weights(landing.whole + assembled)
         if landing.bucket is not None:
             self._loaded[landing.bucket] = self._loading.mark()
 

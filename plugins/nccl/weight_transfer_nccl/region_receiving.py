@@ -76,20 +76,21 @@ class RegionReceiving:
                 self._prepare(incoming.layout.manifest, targets)
             self._arriving.after_caller()
             self._scattering.after_caller()
-            with self._arriving:
-                group.begin_with([rank for rank, _ in self._moves], deadline).wait()
-            self._arriving.finish(deadline, _WHAT)  # until here no byte can have come
-            for launch in self._launches:
-                while _is_full(posted, launch.bucket):
+            with self._scattering:
+                with self._arriving.instead_of(self._scattering):
+                    group.begin_with([rank for rank, _ in self._moves], deadline).wait()
+                self._arriving.finish(deadline, _WHAT)  # until here no byte can have come
+                for launch in self._launches:
+                    while _is_full(posted, launch.bucket):
+                        scatter_next()
+                    if launch.in_place:
+                        incoming.write_in_place()
+                    if launch.bucket is not None:
+                        self._arriving.after(self._scattered.get(launch.bucket))
+                    with self._arriving.instead_of(self._scattering):
+                        posted.append((launch, launch.start(group, deadline)))
+                while posted:
                     scatter_next()
-                if launch.in_place:
-                    incoming.write_in_place()
-                if launch.bucket is not None:
-                    self._arriving.after(self._scattered.get(launch.bucket))
-                with self._arriving:
-                    posted.append((launch, launch.start(group, deadline)))
-            while posted:
-                scatter_next()
             self._scattering.finish(deadline, _WHAT)
         for rank, nbytes in self._moves:
             incoming.moved(rank, nbytes)
@@ -125,11 +126,10 @@ class RegionReceiving:
         self._targets = targets
 
     def _scatter(self, launch: Launch, work: Work, incoming: IncomingRegions) -> None:
-        with self._scattering:
-            work.wait()
-            if launch.copies:
-                incoming.write_in_place()
-                launch.copies.run()
+        work.wait()
+        if launch.copies:
+            incoming.write_in_place()
+            launch.copies.run()
         if launch.bucket is not None:
             self._scattered[launch.bucket] = self._scattering.mark()
 
