@@ -38,6 +38,7 @@ class Peers:
         self._probe: Arena | None = None
         self._endpoints: dict[int, Endpoint] = {}
         self._transports: dict[int, Transport] = {}
+        self._rates: dict[Transport, float | None] = {}
 
     def attach(self, agent: RunningAgent, rank: int, endpoint: Endpoint, deadline: Deadline) -> bool:
         """Connect to a rank's agent, read a little, and see how that went; return whether the agent has changed.
@@ -55,7 +56,8 @@ class Peers:
         if peer != endpoint.agent:
             raise HandshakeError(f"The metadata of agent {endpoint.agent} belongs to {peer}.", backend="rdma")
         if known is None or known.agent != endpoint.agent:
-            self._transports[rank] = self._try(agent, endpoint, label, deadline)
+            self._transports[rank] = transport = self._try(agent, endpoint, label, deadline)
+            self._rates[transport] = self._options.link_rate or link_rate(transport)
         self._endpoints[rank] = endpoint
         return True
 
@@ -73,7 +75,7 @@ class Peers:
     @property
     def link(self) -> tuple[Transport, float | None]:
         """The slowest way, and its rate in GB/s; None if that of any is not known."""
-        rates = [(self._options.link_rate or link_rate(each), each) for each in self.transports]
+        rates = [(self._rates[each], each) for each in self.transports]
         rate, slowest = min(rates, key=lambda each: each[0] or 0.0)
         return slowest, rate
 
