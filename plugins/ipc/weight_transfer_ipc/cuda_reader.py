@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import attrs
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 _CHUNK = 512 * 2**20  # bytes that a loader is given at a time
 _COPIED = 128 * 2**20  # the same for a loader that may write into what it is given, and so is given copies
-_FIRST, _MOST = 32, 1024  # weights whose copies are queued at once: few first, so that the GPU begins soon
+_FIRST, _MOST = 16, 1024  # weights whose copies are queued at once: few first, so that the GPU begins soon
 _GROWTH = 1.5  # of that: what takes place on the host before copies are queued takes about as long as so many copies
 
 
@@ -74,7 +75,7 @@ class _Part:
 
         def run() -> None:
             for copies in alone:
-                copies.run(torch.cuda.current_stream(device))
+                copies.run(torch.cuda.current_stream(device.index))
 
         weights = WeightCopies([row.target for row in rows], [row.source for row in rows], run)
         return cls(tuple(row.name for row in rows), weights, alone)
@@ -144,7 +145,8 @@ class CudaReader:
     def read(self, info: IpcUpdateInfo, load_weights: LoadWeights, trainer: Connection, deadline: Deadline) -> None:
         """Load every parameter; on return, and after an error, nothing of it is left on the GPU."""
         trainer.check_alive()
-        with torch.cuda.device(self._device):
+        index = self._device.index  # torch takes ten times as long to see which one another device is
+        with torch.cuda.device(index):
             lane = self._lane = self._lane or torch.cuda.Stream(self._device)
             if (
                 self._export is not info.export
@@ -153,9 +155,10 @@ class CudaReader:
             ):
                 self._map(info, trainer, deadline)
             self._mappings.await_ready(trainer, deadline)
-            lane.wait_stream(torch.cuda.current_stream())
+            before = torch.cuda.current_stream(index)
+            lane.wait_stream(before)
             try:
-                with torch.cuda.stream(lane):
+                with _on(lane, before):
                     self._read(load_weights, trainer, deadline)
                     if self._ring is not None:
                         self._ring.read(load_weights, trainer, deadline)
@@ -242,3 +245,13 @@ class CudaReader:
             parts.append(_Part.of(rows[start : start + int(size)], self._device))
             start, size = start + int(size), min(_GROWTH * size, _MOST)
         return _InPlace(destinations, parts, chunks(rest, _CHUNK))
+
+
+@contextmanager
+def _on(lane: torch.cuda.Stream, before: torch.cuda.Stream) -> Iterator[None]:
+    """Have one stream of the current device be the current one, instead of that which is; torch's asks which it is."""
+    torch.cuda.set_stream(lane)
+    try:
+        yield
+    finally:
+        torch.cuda.set_stream(before)
