@@ -495,6 +495,22 @@ def test_an_observer_is_called_if_the_config_names_it(ear: str) -> None:
     assert sys.modules[ear].heard == [STARTED]
 
 
+def test_an_observer_with_two_implementations_of_a_hook_hears_once_by_each() -> None:
+    heard: list[str] = []
+
+    class Twice:
+        @hookimpl(specname="weight_transfer_started")
+        def log(self, event: object) -> None:
+            heard.append("log")
+
+        @hookimpl(specname="weight_transfer_started")
+        def count(self, event: object) -> None:
+            heard.append("count")
+
+    observers_of((), Twice()).notify("weight_transfer_started", STARTED)
+    assert sorted(heard) == ["count", "log"]
+
+
 def test_the_environment_replaces_the_list_of_observers(ear: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WEIGHT_TRANSFER_OBSERVERS", " ear ,")
     observers_of(("somebody-else",)).notify("weight_transfer_started", STARTED)

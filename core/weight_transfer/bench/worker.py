@@ -146,7 +146,7 @@ class Worker(Member):
             began, cpu = time.perf_counter(), time.thread_time()
             method(engine, *arguments)
             if self.device.type == "cuda":
-                torch.cuda.current_stream(self.device).synchronize()
+                torch.cuda.current_stream(self.device.index).synchronize()
             seconds = time.perf_counter() - began, time.thread_time() - cpu
             self._calls.append((name, began, seconds))
             self.engine = engine

@@ -231,10 +231,13 @@ def _is_table(kind: Any) -> bool:
 
 def _table(kind: Any, converter: cattrs.Converter) -> Any:
     build = mapping_structure_factory(kind, converter)
+    takes_anything = get_args(kind) == (str, Any)
 
     def check_and_build(value: Any, kind: Any) -> Any:
         if not isinstance(value, Mapping):
             raise TypeError(f"expected a table, got {_show(value)}")
+        if takes_anything and all(type(name) is str and name.isascii() for name in value):
+            return dict(value)
         return build(value, kind)
 
     return check_and_build

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @contextmanager
 def reading() -> Iterator[None]:
     """The mode for a trainer, and for joining: what is made there outlives the call, and is no inference tensor."""
-    with torch.inference_mode(False), torch.no_grad():
+    with _inference(False), torch.no_grad():
         yield
 
 
@@ -51,5 +51,10 @@ class Writing:
             others = chain(self._model.parameters(), self._model.buffers()) if whole is None else whole.values()
             self._inference = any(map(torch.Tensor.is_inference, chain(tensors_of(parts), others)))
             self._seen = whole, parts
-        with torch.inference_mode(self._inference), torch.no_grad():
+        with _inference(self._inference), torch.no_grad():
             yield
+
+
+def _inference(mode: bool) -> AbstractContextManager[object]:
+    """Enter or leave inference mode for the length of a ``with`` block; mostly that is so already."""
+    return nullcontext() if torch.is_inference_mode_enabled() is mode else torch.inference_mode(mode)

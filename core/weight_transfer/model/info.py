@@ -7,6 +7,7 @@ backend, so that the control traffic of a steady-state update does not grow with
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Literal, Self, TypeVar
 
 import attrs
@@ -18,6 +19,7 @@ from weight_transfer.model.manifest import Manifest, digest_json
 from weight_transfer.values.lease import Lease
 
 _ONCE = "weight_transfer_sent_once"
+_PLAIN = (str, int, float, bool)
 
 TRAINER_LEFT = "the trainer closed its connection"
 """The reason of an abort that a control channel orders because nobody waits for the answer any more."""
@@ -221,8 +223,11 @@ class WireEncoder:
             info: the update.
             known: digest by field name of what the worker has; update it with `digests` once the worker answered.
         """
-        changing = {f.name: getattr(info, f.name) for f in attrs.fields(type(info)) if _ONCE not in f.metadata}
-        data = {name: unstructure(value) for name, value in changing.items() if value is not None}
+        cls: Any = type(info)
+        values = ((name, getattr(info, name)) for name in _fields(cls, False))
+        data = {
+            name: value if type(value) in _PLAIN else unstructure(value) for name, value in values if value is not None
+        }
         for name, sent in self._current(info).items():
             if sent.value is None:
                 continue
@@ -286,6 +291,7 @@ class WireDecoder:
             if name in self._known
             and isinstance(data.get(name), dict)
             and data[name].get("digest") == self._known[name][0]
+            and getattr(info, name) is not self._known[name][1]  # parsing takes over what it need not make
         }
         return attrs.evolve(info, **known) if known else info
 
@@ -306,5 +312,10 @@ def _digest_of(value: Any, name: str) -> str:
         ) from error
 
 
-def _once_fields(cls: type[Any]) -> list[str]:
-    return [field.name for field in attrs.fields(cls) if _ONCE in field.metadata]
+def _once_fields(cls: Any) -> tuple[str, ...]:
+    return _fields(cls, True)
+
+
+@cache
+def _fields(cls: Any, once: bool) -> tuple[str, ...]:
+    return tuple(field.name for field in attrs.fields(cls) if (_ONCE in field.metadata) is once)

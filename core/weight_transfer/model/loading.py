@@ -351,11 +351,15 @@ class KernelFormatLoader:
     def finish(self) -> None:
         """Copy what is one weight on the trainer, but two here."""
         self.vouch()
-        with torch.no_grad():
-            for name, twins in self._twins.items():
-                for twin in twins:
-                    twin.copy_(self._whole[name])
+        if self._twins:
+            self._copy_twins()
         self._begun = None
+
+    @torch.no_grad()
+    def _copy_twins(self) -> None:
+        for name, twins in self._twins.items():
+            for twin in twins:
+                twin.copy_(self._whole[name])
 
     def abort(self, reason: str, touched: bool) -> None:
         """Nothing to put back: what was copied stays, and is no whole version."""

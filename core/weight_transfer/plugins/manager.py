@@ -148,7 +148,8 @@ class LoadedBackend:
 
     def notify(self, hook: str, event: object) -> None:
         """Call every listener of ``hook``. A listener that fails is logged once and not called again."""
-        for plugin in self.plugins.get_plugins():
+        heard: pluggy.HookCaller = getattr(self.plugins.hook, hook)
+        for plugin in dict.fromkeys(heard_by.plugin for heard_by in heard.get_hookimpls()):  # most often nobody
             others = [other for other in self.plugins.get_plugins() if other is not plugin]
             try:
                 self.plugins.subset_hook_caller(hook, others)(event=event)

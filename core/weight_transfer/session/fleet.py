@@ -127,7 +127,7 @@ class Fleet(JoiningWorkers):
         peers = [peer for peer in started if peer not in done]
         calls = self.call(peers, lambda peer: peer.finish(version, update), "finish_weight_update", deadline)
         try:
-            lost = self.settle(calls.wait(deadline))
+            lost = self.settle(calls.wait(deadline)) if peers else {}
         except WeightTransferError as error:
             published = [peer for peer in started if peer in done or peer in calls.results]
             if not published or isinstance(error, ReplacedError):

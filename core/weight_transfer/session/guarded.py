@@ -129,6 +129,11 @@ class GuardedSource(WeightSource):
         return type(source) in (ModuleSource, ShardedSource)
 
     @property
+    def _makes(self) -> bool:
+        """Whether the source reads or gathers what it yields, which takes a while."""
+        return self.collective or not self._reads_once
+
+    @property
     def device(self) -> str:
         return self._source.device
 
@@ -176,7 +181,7 @@ class GuardedSource(WeightSource):
     def _checked(self) -> Iterator[tuple[str, torch.Tensor]]:
         params = self._manifest.params
         self._left = len(params)
-        makes = self.collective or not self._reads_once
+        makes = self._makes
         try:
             self._asked = asked = time.monotonic()
             self._stream = iter(self._source)
@@ -205,6 +210,9 @@ class GuardedSource(WeightSource):
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Log, inside a ``with`` block, if the source does not yield for long: a rank that does not gather, say."""
+        if not self._makes:  # its weights are there
+            yield
+            return
         told = False
 
         def look() -> None:

@@ -96,7 +96,7 @@ class Leader:
             if known is error:
                 raise
             raise known from error
-        self._crew.end(unstructure(report), None)
+        self._crew.end(unstructure(report) if self._crew.size > 1 else None, None)
         return report
 
     def forget(self) -> None:

@@ -138,6 +138,8 @@ class Occupied:
 
     def _give_up_if_abandoned(self) -> None:
         """A trainer that died between two calls leaves an update open; the engine's notice or its deadline ends it."""
+        if self._abandoned() is None:
+            return
         with ExitStack() as stack:
             with self._changed:
                 reason = self._abandoned()

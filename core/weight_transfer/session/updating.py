@@ -283,4 +283,4 @@ def _synchronize(device: str | None) -> None:
     import torch
 
     if device is not None and torch.device(device).type == "cuda":
-        torch.cuda.current_stream(torch.device(device)).synchronize()
+        torch.cuda.current_stream(torch.device(device).index).synchronize()
