@@ -58,6 +58,25 @@ def test_a_worker_that_is_silent_at_the_deadline_explains_what_the_others_lost(e
     release.set()
 
 
+def test_a_worker_that_is_gone_explains_what_another_one_says_before() -> None:
+    """The one that answers has lost the other, and is there still."""
+    healthy, gone = peers("healthy", "gone")
+    told = threading.Event()
+
+    def call(peer: Peer) -> None:
+        if peer is healthy:
+            told.set()
+            raise PeerLostError("lost")
+        told.wait(10)
+        raise PeerLostError("It cannot be reached.", peer="gone")
+
+    calls = Calls([healthy, gone], call, "update")
+    explained = calls.explain(PeerLostError("the group ended"))
+    assert isinstance(explained, PeerLostError)
+    assert explained.peer == "gone"
+    assert list(calls.failures) == [gone, healthy]
+
+
 def test_without_a_better_cause_the_first_failure_is_it() -> None:
     one, other = peers("one", "other")
     assert cause_of({one: ECHOES[0], other: ECHOES[1]}) is ECHOES[0]

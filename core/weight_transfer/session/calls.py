@@ -82,7 +82,8 @@ class Calls:
     thread, not the trainer. Its next call waits for it.
 
     Attributes:
-        failures: the errors that are known so far.
+        failures: the errors that are known so far, in their order, but for those first whose channel is gone: what
+            others say may follow from that.
         results: what the others returned.
 
     Args:
@@ -116,6 +117,7 @@ class Calls:
         self._aborts: dict[Peer, Deadline] = {}
         self._answers: Inbox[tuple[Peer | None, WeightTransferError | None]] = Inbox(bell or Bell())
         self._pending = dict.fromkeys(peers)
+        self._gone: set[Peer] = set()
         self.failures: dict[Peer, WeightTransferError] = {}
         self.results: dict[Peer, object] = {}
         for peer in peers:
@@ -196,7 +198,7 @@ class Calls:
             raise error
         del self._pending[peer]
         if error is not None:
-            self.failures[peer] = error
+            self.failures = {peer: error, **self.failures} if peer in self._gone else {**self.failures, peer: error}
 
     def _submit(self, peer: Peer) -> bool:
         """Call without a thread; return False if that has to wait for an earlier call."""
@@ -285,6 +287,8 @@ class Calls:
             cause = f"{type(error).__name__}: {error}"
             message = f"The worker's control channel failed in phase {self._phase}."
             known = extract(cause) or TransferError(message, cause=cause)
+        if isinstance(known, PeerLostError) and known.peer == peer.address:  # by its channel: a worker knows no address
+            self._gone.add(peer)
         if isinstance(known, TransferError):
             known.peer = known.peer or peer.address
             known.phase = known.phase or self._phase
