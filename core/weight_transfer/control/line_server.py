@@ -179,11 +179,12 @@ class ServedLine:
             raise ValueError(f"more than {_MOST_CALLS} calls at once")
         number = next(self._numbers)
         self._under_way[number] = body if offer is not None and offer.aborts else None
-        return partial(self._perform, number, name, body, data)
+        return partial(self._perform, number, data)
 
-    def _perform(self, number: int, name: str, body: dict[str, Any], data: dict[str, Any]) -> None:
+    def _perform(self, number: int, data: dict[str, Any]) -> None:
         """Make a call, on a thread."""
-        status, answer = self._calls.perform(name, body) if name in self._calls.offers else (404, None)
+        name = data["call"]
+        status, answer = self._calls.perform(name, data["body"]) if name in self._calls.offers else (404, None)
         if "id" in data:
             self._answer(name, {"id": data["id"], "status": status, "body": answer})
         elif status >= 400:

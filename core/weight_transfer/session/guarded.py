@@ -181,7 +181,7 @@ class GuardedSource(WeightSource):
     def _checked(self) -> Iterator[tuple[str, torch.Tensor]]:
         params = self._manifest.params
         self._left = len(params)
-        makes = self._makes
+        makes = self._makes  # asked for each weight
         try:
             self._asked = asked = time.monotonic()
             self._stream = iter(self._source)
