@@ -205,14 +205,8 @@ def test_nothing_is_decided_before_all_is_known_to_be_right(pair: Pair, monkeypa
     assert "decide_weight_update" not in pair.calls[begun + 1 : aborted]
 
 
-def test_a_failure_after_the_worker_has_published_says_so(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = IpcTrainerEngine.release_source
-
-    def failing_once(self: IpcTrainerEngine) -> None:
-        monkeypatch.setattr(IpcTrainerEngine, "release_source", own)
-        raise wt.TransferError("the engine holds on to something")
-
-    monkeypatch.setattr(IpcTrainerEngine, "release_source", failing_once)
+def fail_once_published(pair: Pair) -> wt.CommitError:
+    """Send version 8, which fails once the worker has published it; see that this is said, and the next one comes."""
     pair.trained.randomise(8)
     with pytest.raises(wt.CommitError, match="is served by") as caught:
         pair.sender.send(pair.trained, version=8)
@@ -222,6 +216,18 @@ def test_a_failure_after_the_worker_has_published_says_so(pair: Pair, monkeypatc
     assert digest(pair.served) == digest(pair.trained)
     pair.receiver.awaits = False
     pair.send(9, 9)
+    return caught.value
+
+
+def test_a_failure_after_the_worker_has_published_says_so(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = IpcTrainerEngine.release_source
+
+    def failing_once(self: IpcTrainerEngine) -> None:
+        monkeypatch.setattr(IpcTrainerEngine, "release_source", own)
+        raise wt.TransferError("the engine holds on to something")
+
+    monkeypatch.setattr(IpcTrainerEngine, "release_source", failing_once)
+    fail_once_published(pair)
 
 
 @pytest.mark.parametrize("what", ["session", "update", "digest"])
@@ -273,13 +279,7 @@ def test_an_engine_that_fails_once_the_worker_has_published_does_not_hide_that(
         raise wt.TransferError("the stream broke at the end")
 
     monkeypatch.setattr(IpcTrainerEngine, "send_weights", failing_in_the_end)
-    pair.trained.randomise(8)
-    with pytest.raises(wt.CommitError, match="is served by") as caught:
-        pair.sender.send(pair.trained, version=8)
-    assert "the stream broke" in str(caught.value.cause)
-    assert pair.sender.version == 8
-    pair.receiver.awaits = False
-    pair.send(9, 9)
+    assert "the stream broke" in str(fail_once_published(pair).cause)
 
 
 def test_a_receiver_that_does_more_at_the_end_is_told_to_finish() -> None:
