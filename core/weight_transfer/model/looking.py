@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, cycle
 from typing import TYPE_CHECKING, Any
 
-from torch._C._dynamo.guards import dict_version  # another one after each write, as torch's guards compare it
 from torch.utils.hooks import RemovableHandle
+
+from weight_transfer.model.dict_versions import DictVersions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -119,8 +120,7 @@ class Tables:
         self._empty = [table for name, table in named if not table and name not in _HOOKS]
         self._unhooked = [table for name, table in named if not table and name in _HOOKS]
         self._filled = [table for table in self._tables if table]
-        self._written = [*owners, *self._filled]
-        self._generations = list(map(dict_version, self._written))
+        self._versions = DictVersions([*owners, *self._filled, *self._empty])
         self._counts = list(map(len, self._filled))
         self._keys = list(chain.from_iterable(self._filled))
         self._values = list(_values_of(self._filled))
@@ -139,25 +139,19 @@ class Tables:
     @property
     def hold(self) -> bool:
         """Whether they hold what they held."""
-        if any(self._empty) or self._transient != self._were_transient:
+        if self._transient != self._were_transient:
             return False
         registered = RemovableHandle.next_id
         if registered != self._registered:
             if any(self._unhooked):
                 return False
             self._registered = registered
-        if not all(self._written):  # so short a loop has the processor load many at a time, for the longer one below
-            return False
-        generations = list(map(dict_version, self._written))
-        if generations != self._generations:
-            if not self._hold_the_same():
-                return False
-            self._generations = generations
-        return True
+        return self._versions.unchanged_or(self._hold_the_same)
 
     def _hold_the_same(self) -> bool:
         return (
-            all(map(operator.is_, map(dict.get, self._owners, cycle(_TABLES)), self._tables))
+            not any(self._empty)
+            and all(map(operator.is_, map(dict.get, self._owners, cycle(_TABLES)), self._tables))
             and list(map(len, self._filled)) == self._counts
             and list(chain.from_iterable(self._filled)) == self._keys
             and all(map(operator.is_, _values_of(self._filled), self._values))
