@@ -14,7 +14,7 @@ from torch import nn
 from weight_transfer.model import dict_versions
 from weight_transfer.model.dict_versions import DictVersions
 
-COUNT = 1000  # more than are asked one by one
+COUNT = 1500  # more than are asked one by one
 
 READABLE = pytest.mark.skipif(
     sys.implementation.name != "cpython" or sys.version_info[:2] > (3, 12), reason="has no versions that can be read"

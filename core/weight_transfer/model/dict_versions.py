@@ -21,7 +21,7 @@ _Table = dict[Any, Any]
 _WORD = 8  # bytes
 _VERSION = object.__basicsize__ + _WORD  # where ``ma_version_tag`` lies in a dictionary: after ``ma_used``
 _RELEASES = ((3, 11), (3, 12))  # later ones write some attributes of objects without a new version, or have none
-_FEW = 256  # that are asked one by one before the call would have begun
+_FEW = 1024  # that are asked one by one before the call would have begun
 _MEMORY = (ctypes.c_char * 2**62).from_address(_WORD)  # not at 0, which is no address; nothing is read of it here
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks")
 _TABLES = ("_modules", "_parameters", "_buffers", *_HOOKS)
-_FIRST, _MOST = 16, 128  # weights of the first stage, after which bytes may move, and of later ones
+_FIRST, _MOST = 16, 512  # weights of the first stage, after which bytes may move, and of later ones
 _GROWTH = 1.5  # from one to the next: what of weights is looked at takes about as long as the bytes of as many on a GPU
 _REMEMBERED = 4096  # tuples of names, which are kept
 _CARE = 8
