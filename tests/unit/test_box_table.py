@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from weight_transfer.copying.boxes import Boxes
+from weight_transfer.copying.gpu import LOCAL, GpuCopies, Tuning
 from weight_transfer.copying.table import ELEMENTS, Rows, joined, rows_of
 
 _SIZE = 1 << 16
@@ -41,24 +42,28 @@ def _expected(boxes: list[tuple[int, ...]], source: torch.Tensor) -> torch.Tenso
     return target
 
 
-@pytest.mark.parametrize("unit", [1, 2, 4, 8, 16])
-@pytest.mark.parametrize("piece", [64, 1024, 128 * 1024])
-def test_rows_move_every_byte_of_their_boxes_and_no_other(unit: int, piece: int) -> None:
-    dice = random.Random(unit * piece)
-    source = torch.randint(1, 256, (_SIZE,), dtype=torch.uint8)
-    target = torch.zeros_like(source)
+def _random_rows(unit: int, dice: random.Random, room: int = _SIZE) -> list[tuple[int, ...]]:
+    """Return up to 40 boxes of runs that are multiples of a unit, in so many bytes on either side."""
     rows: list[tuple[int, ...]] = []
     end = 0
     while True:
         run, count = unit * dice.randint(1, 200), dice.choice([1, 1, 2, 3, 17])
         step = run + unit * dice.choice([0, 1, 5, 16])
         end += unit * dice.choice([0, 0, 1, 3])
-        if end + step * count > _SIZE or len(rows) == 40:
-            break
+        if end + step * count > room or len(rows) == 40:
+            return rows
         source_step = run + unit * dice.choice([0, 2, 9])
-        start = unit * dice.randint(0, (_SIZE - source_step * count) // unit)
+        start = unit * dice.randint(0, (room - source_step * count) // unit)
         rows.append((start, end, run, count, *((source_step, step) if count > 1 else (0, 0))))
         end += step * count
+
+
+@pytest.mark.parametrize("unit", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("piece", [64, 1024, 128 * 1024])
+def test_rows_move_every_byte_of_their_boxes_and_no_other(unit: int, piece: int) -> None:
+    source = torch.randint(1, 256, (_SIZE,), dtype=torch.uint8)
+    target = torch.zeros_like(source)
+    rows = _random_rows(unit, random.Random(unit * piece))
     boxes = _boxes(rows, source.data_ptr(), target.data_ptr())
     launches = rows_of(joined(boxes), piece)
     assert all(
@@ -68,6 +73,29 @@ def test_rows_move_every_byte_of_their_boxes_and_no_other(unit: int, piece: int)
     )
     _walk(launches)
     assert torch.equal(target, _expected(rows, source))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    "tuning",
+    [LOCAL, Tuning(programs=3), Tuning(tile=4096, warps=2, piece=1024), Tuning(tile=4096, warps=4, piece=2**20)],
+    ids=["local", "few programs", "short rows", "rows of many tiles"],
+)
+@pytest.mark.parametrize("unit", [1, 2, 4, 8, 16])
+def test_the_kernel_does_what_the_rows_say(unit: int, tuning: Tuning) -> None:
+    device, room = torch.device("cuda", 0), 2**23
+    source = torch.randint(1, 256, (room,), dtype=torch.uint8)
+    rows = _random_rows(unit, random.Random(unit), room // 2)
+    begin = max(end + count * (run + target_step) for _, end, run, count, _, target_step in rows)
+    rows.append((0, -(-begin // 16) * 16, unit * (3 * 2**20 // unit), 1, 0, 0))  # beside it, the others are short
+    here, there = source.to(device), torch.zeros(room, dtype=torch.uint8, device=device)
+    GpuCopies(_boxes(rows, here.data_ptr(), there.data_ptr()), device, tuning).run()
+    assert torch.equal(there.cpu(), _expected(rows, source))
+    there.zero_()
+    bases = torch.tensor([[here.data_ptr(), there.data_ptr()]] * len(rows), device=device)
+    GpuCopies(_boxes(rows), device, tuning, relative=True).run(bases)
+    assert torch.equal(there.cpu(), _expected(rows, source))
 
 
 def test_boxes_that_continue_each_other_on_both_sides_become_one() -> None:

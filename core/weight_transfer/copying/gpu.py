@@ -14,6 +14,7 @@ from weight_transfer.copying.table import ELEMENTS, WIDE, joined, rows_of
 
 if TYPE_CHECKING:
     from weight_transfer.copying.boxes import Boxes
+    from weight_transfer.copying.table import Rows
 
 logger = logging.getLogger(__name__)
 
@@ -23,20 +24,22 @@ class Tuning:
     """How the kernel copies.
 
     Attributes:
-        programs: how many share the rows; None has one for each row.
+        programs: how many share the tiles; None has one for each.
         tile: bytes that a program has under way at once, where a thread moves 16 at a time.
         warps: of a program.
-        piece: bytes of a row, about: few rows make a small table, many keep reads and writes close together.
+        piece: bytes of a row, about: of many tiles, for a small table.
     """
 
     programs: int | None = None
-    tile: int = 32 * 2**10
-    warps: int = 8
+    tile: int = 16 * 2**10
+    warps: int = 16
     piece: int = 128 * 2**10
 
 
 LOCAL = Tuning()
-"""For copies within one GPU: as many programs as there are rows."""
+"""For copies within one GPU: a program for each tile, so that the GPU reads and writes close together."""
+
+_MOST_PARTS = 64
 
 
 class GpuCopies:
@@ -52,8 +55,8 @@ class GpuCopies:
     def __init__(self, boxes: Boxes, device: torch.device, tuning: Tuning = LOCAL, relative: bool = False) -> None:
         self._device, self._tuning, self._relative = device, tuning, relative
         rows = rows_of(boxes if relative else joined(boxes), tuning.piece)
-        self._launches = [(torch.from_numpy(own.table).to(device), own.unit, own.lanes) for own in rows]
-        self.nbytes = sum(table.nbytes for table, *_ in self._launches)
+        self._launches = [self._launch(own) for own in rows]
+        self.nbytes = sum(launch.table.nbytes for launch in self._launches)
         """Device memory that the tables take."""
 
     def run(self, bases: torch.Tensor | None = None) -> None:
@@ -65,19 +68,45 @@ class GpuCopies:
         """
         from weight_transfer.copying.kernel import copy_boxes
 
-        for table, unit, lanes in self._launches:
-            rows, tile, wide = len(table), self._tuning.tile // ELEMENTS[WIDE], unit == WIDE
-            copy_boxes[(min(rows, self._tuning.programs or rows),)](
+        for launch in self._launches:
+            table, tiles = launch.table, launch.parts * len(launch.table)
+            copy_boxes[(min(tiles, self._tuning.programs or tiles),)](
                 table,
                 table if bases is None else bases,
-                rows,
-                _element(unit),
+                tiles,
+                launch.parts,
+                _element(launch.unit),
                 self._relative,
-                wide,
-                tile if wide else tile // 2,
-                lanes,
+                launch.unit == WIDE,
+                launch.tile,
+                launch.lanes,
                 num_warps=self._tuning.warps,
             )
+
+    def _launch(self, rows: Rows) -> _Launch:
+        tile = self._tuning.tile // ELEMENTS[WIDE] // (1 if rows.unit == WIDE else 2)
+        mean = rows.nbytes / len(rows.table)
+        parts = min(max(round(mean / (tile * ELEMENTS[rows.unit])), 1), _MOST_PARTS)
+        return _Launch(torch.from_numpy(rows.table).to(self._device), rows.unit, rows.lanes, tile, parts)
+
+
+@attrs.frozen
+class _Launch:
+    """What the kernel is given.
+
+    Attributes:
+        table: the rows.
+        unit: bytes that a thread moves at a time.
+        lanes: elements of a line.
+        tile: elements that a program has under way at once.
+        parts: into which rows are cut: as many tiles as they have on an average.
+    """
+
+    table: torch.Tensor
+    unit: int
+    lanes: int
+    tile: int
+    parts: int
 
 
 @cache

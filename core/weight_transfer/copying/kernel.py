@@ -6,26 +6,31 @@ import triton
 import triton.language as tl
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["tiles", "parts"])  # type: ignore[untyped-decorator]
 def copy_boxes(  # type: ignore[no-untyped-def]  # Triton's own types
     table,
     bases,
-    rows,
+    tiles,
+    parts,
     element: tl.constexpr,
     relative: tl.constexpr,
     wide: tl.constexpr,
     tile: tl.constexpr,
     lanes: tl.constexpr,
 ):
-    """Copy the ``rows`` of ``table``, int64 columns of `weight_transfer.copying.table.Rows`; programs share them.
+    """Copy the rows of ``table``, int64 columns of `weight_transfer.copying.table.Rows`.
+
+    Each row is cut into ``parts``, which makes ``tiles`` in all; programs share these. A part is every so many-th tile
+    of its row: one, if the row is as long as most are.
 
     If ``relative``, ``bases``, int64 ``[pieces, 2]``, are added to the addresses. Lengths and steps are in elements of
     ``element``. If ``wide``, all are multiples of 16 bytes. ``tile`` elements are under way at once, in lines of
     ``lanes`` where a row has several runs.
     """
     lines: tl.constexpr = tile // lanes
-    for number in range(tl.program_id(0), rows, tl.num_programs(0)):
-        row = table + number.to(tl.int64) * 7  # type: ignore[attr-defined]
+    for number in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        part = number % parts
+        row = table + (number // parts).to(tl.int64) * 7
         from_address = tl.load(row)
         to_address = tl.load(row + 1)
         if relative:
@@ -45,12 +50,12 @@ def copy_boxes(  # type: ignore[no-untyped-def]  # Triton's own types
             source_step = tl.multiple_of(source_step, 4)
             target_step = tl.multiple_of(target_step, 4)
         if count == 1:
-            for start in range(0, run, tile):
+            for start in range(part * tile, run, parts * tile):
                 index = start + tl.arange(0, tile)
                 inside = index < run
                 tl.store(target + index, tl.load(source + index, mask=inside), mask=inside)
         else:
-            for first_line in range(0, count, lines):
+            for first_line in range(part * lines, count, parts * lines):
                 for first_lane in range(0, run, lanes):
                     line = (first_line + tl.arange(0, lines))[:, None]
                     lane = (first_lane + tl.arange(0, lanes))[None, :]

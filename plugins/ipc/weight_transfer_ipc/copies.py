@@ -36,11 +36,12 @@ class Side:
     tuning: Tuning = LOCAL
 
 
+_REACHING = {"tile": 32 * 2**10, "warps": 8}
 OWN = Side(by_engine=False)
 """On the GPU that copies."""
-PEER = Side(by_engine=True)
+PEER = Side(by_engine=True, tuning=Tuning(**_REACHING))
 """On another one."""
-PEER_BESIDE = Side(by_engine=True, tuning=Tuning(programs=264))
+PEER_BESIDE = Side(by_engine=True, tuning=Tuning(programs=264, **_REACHING))
 """On another one, while copies on the GPU itself go on."""
 
 
