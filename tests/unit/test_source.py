@@ -180,7 +180,7 @@ def test_what_is_recalled_blindly_is_looked_at_before_anybody_reads_or_in_the_en
     source.manifest()
     assert not source.confirm()
     recall()
-    module[0].weight.data = torch.ones(2, 2)  # in the first stage, which is looked at
+    module[0].weight.data = torch.ones(2, 2)  # the first one, which is looked at
     source.manifest()
     assert source.resident()["0.weight"].data_ptr() == module[0].weight.data_ptr()
     assert source.is_unmoved()
@@ -196,7 +196,7 @@ def test_a_look_goes_on_bit_by_bit_until_it_is_over_or_wrong(monkeypatch: pytest
         source.manifest()
     source.recall(True, blindly=True)
     source.manifest()
-    assert [source.look_on() for _ in range(4)] == [False, False, True, True]
+    assert [source.look_on() for _ in range(5)] == [False, False, False, True, True]
     assert source.confirm()
     source.recall(True, blindly=True)
     source.manifest()

@@ -212,7 +212,8 @@ class ModuleSource(WeightSource):
 
         Args:
             may: whether to; else everything is looked at first.
-            blindly: not even where the tensors lie is looked at: that `is_unmoved` does later, or `confirm`.
+            blindly: where the tensors lie is not looked at either, but for the first: that `is_unmoved` does later, or
+                `confirm`.
         """
         self._recalls = may and self._confidence.suffices
         self._is_blind = self._recalls and blindly and self._reader.can_be_recalled
@@ -261,8 +262,7 @@ class ModuleSource(WeightSource):
                 middle of a forward pass; it is named.
         """
         if self._is_blind:
-            self._look = self._reader.look()
-            if self._look.go_on():  # whoever has moved all of them between two updates is seen to have
+            if self._reader.first_is_unmoved:  # whoever has moved all of them between two updates is seen to have
                 return self._manifest
             self._recalls = self._is_blind = False
         if self._recalls:

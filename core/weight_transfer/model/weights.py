@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from weight_transfer.errors import ConfigError
@@ -42,6 +43,7 @@ class ModuleWeights:
         self._modules: list[list[nn.Module]] = []
         self._tables: list[Tables] = []
         self._whereabouts: list[Whereabouts] = []
+        self._first = Whereabouts(())
         self._stages: dict[str, int] = {}
         self.looks = 0
         """How often the module was looked at anew: whenever a weight was moved, among other reasons."""
@@ -119,6 +121,11 @@ class ModuleWeights:
         return all(some.unchanged for some in self._whereabouts)
 
     @property
+    def first_is_unmoved(self) -> bool:
+        """Whether the first of them does."""
+        return self._first.unchanged
+
+    @property
     def are_unchanged(self) -> bool:
         """Whether `read` would return what it has returned last, as far as a look tells that changes nothing."""
         return self._holds() and self.are_unmoved
@@ -194,6 +201,7 @@ class ModuleWeights:
         for tensor in self._state.tied:
             together[owned.get(id(tensor), last)].append(tensor)
         self._whereabouts = list(map(Whereabouts, together))
+        self._first = Whereabouts(islice(self._state.weights.values(), 1))
 
 
 def _is_as_it_was(tables: Tables, whereabouts: Whereabouts | None) -> bool:

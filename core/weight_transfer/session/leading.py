@@ -16,7 +16,7 @@ from weight_transfer.session.calls import ECHOES
 from weight_transfer.session.guarded import named
 from weight_transfer.session.moving import Moving, Refused
 from weight_transfer.session.part import Part, StartOver, require_alike
-from weight_transfer.session.progress import timed
+from weight_transfer.session.progress import Laps
 from weight_transfer.session.region_plan import RegionPlan
 from weight_transfer.session.running import Running
 from weight_transfer.values.deadline import Deadline
@@ -158,18 +158,19 @@ class Leader:
             Refused: a worker has refused to begin; it may join again.
         """
         lost: Lost = {}
-        seconds: dict[str, float] = {}
+        laps = Laps()
         fleet, part, within = self._fleet, update.part, update.phases.within
         fleet.place(part.device)
-        with timed(seconds, "init"), within("init"):
+        with within("init"):
             lost |= fleet.join()
             fleet.require_one(lost)
             if not part.allow_rollback:
                 fleet.require_forward(part.target, update.version)
             with within("plan"):
                 plan = self._plan(part, readies, lost)
+        laps.end("init")
         deadline = Deadline(self._config.timeout)
-        with timed(seconds, "start"), within("start"):
+        with within("start"):
             if begins and fleet.may_begin:  # while the others joined one may have been lost
                 fleet.begin()
             else:
@@ -178,15 +179,18 @@ class Leader:
             fleet.require_one(lost)
             if lost and deadline.expired:  # whoever was waited for is to be named, not who is called next
                 raise next(reversed(lost.values()))
-        with timed(seconds, "update"), within("plan"):
+        laps.end("start")
+        with within("plan"):
             failures, noticed = self._moving.run(update, plan, deadline, begins)
             lost |= failures
             fleet.require_one(lost)
-        with timed(seconds, "finish"), within("commit"):
+        laps.end("update")
+        with within("commit"):
             published = [peer for peer, report in noticed.items() if report.published]
             lost |= fleet.finish(update.version, part.target, update.outgoing.update, deadline, published)
             fleet.require_one(lost)
-        return self._report(update, plan, seconds, lost, noticed)
+        laps.end("finish")
+        return self._report(update, plan, laps.seconds, lost, noticed)
 
     def _plan(self, part: Part, readies: Sequence[Message], lost: Lost) -> RegionPlan:
         """Decide what goes by region, and tell the other ranks if that has changed; ``lost`` takes in workers."""

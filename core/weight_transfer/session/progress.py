@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from weight_transfer.values.events import TransferProgress
@@ -41,11 +39,18 @@ class Progress:
             self._notify("weight_transfer_progress", event)
 
 
-@contextmanager
-def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    """Put into ``seconds`` how long a ``with`` block took."""
-    since = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[phase] = time.perf_counter() - since
+class Laps:
+    """How long one thing after another took.
+
+    Attributes:
+        seconds: by phase.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def end(self, phase: str) -> None:
+        """A phase is over, and the next one begins."""
+        since, self._since = self._since, time.perf_counter()
+        self.seconds[phase] = self._since - since

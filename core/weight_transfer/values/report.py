@@ -118,9 +118,8 @@ class WorkerReport:
 
 
 def _seconds_in(said: object) -> dict[str, float]:
-    fields = said if isinstance(said, dict) else {}
-    told = {phase: fields.get(phase) for phase in PHASES}
-    return {phase: float(value) for phase, value in told.items() if _is_number(value) and 0 <= value < math.inf}
+    told = [(phase, said[phase]) for phase in PHASES if phase in said] if isinstance(said, dict) else []
+    return {phase: float(value) for phase, value in told if _is_number(value) and 0 <= value < math.inf}
 
 
 def _is_number(value: object) -> TypeGuard[float]:
