@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import attrs
 from hypothesis import given
 from hypothesis import strategies as st
 
 from weight_transfer import Manifest, ParamMeta
-from weight_transfer_nccl.plan import Layout, make_plan
+from weight_transfer_nccl.plan import Batch, Layout, make_plan
 
 manifests = st.lists(st.integers(0, 5000), min_size=1, max_size=40).map(
     lambda sizes: Manifest(tuple(ParamMeta(f"p{index}", "uint8", (size,)) for index, size in enumerate(sizes)))
@@ -20,25 +22,43 @@ layouts = st.builds(
 )
 
 
-@given(manifests, layouts)
-def test_every_byte_travels_once_and_no_batch_exceeds_a_bucket(manifest: Manifest, layout: Layout) -> None:
-    travelled: dict[int, list[tuple[int, int]]] = {index: [] for index in range(len(manifest.params))}
-    for batch in make_plan(manifest, layout).batches:
-        assert batch.bucket_bytes <= layout.bucket_bytes
+def travelled(manifest: Manifest, batches: Sequence[Batch]) -> bool:
+    """Whether every byte travels once, in order."""
+    parts: dict[int, list[tuple[int, int]]] = {index: [] for index in range(len(manifest.params))}
+    for batch in batches:
         assert batch.nbytes == sum(slot.nbytes for slot in (*batch.packed, *batch.direct))
+        assert batch.packed_bytes == max((slot.offset + slot.nbytes for slot in batch.packed), default=0)
         end = 0
         for slot in (*batch.packed, *batch.direct):
             assert slot.offset >= end
             end = slot.offset + slot.nbytes
-            travelled[slot.param].append((slot.start, slot.nbytes))
-        assert batch.packed_bytes == max((slot.offset + slot.nbytes for slot in batch.packed), default=0)
+            parts[slot.param].append((slot.start, slot.nbytes))
     for index, param in enumerate(manifest.params):
         position = 0
-        for start, nbytes in travelled[index]:
+        for start, nbytes in parts[index]:
             assert start == position
             position += nbytes
         assert position == param.nbytes
-        assert travelled[index]
+    return all(parts.values())
+
+
+@given(manifests, layouts)
+def test_every_byte_travels_once_and_no_batch_exceeds_a_bucket(manifest: Manifest, layout: Layout) -> None:
+    plan = make_plan(manifest, layout)
+    assert travelled(manifest, plan.batches)
+    assert all(batch.bucket_bytes <= layout.bucket_bytes for batch in plan.batches)
+
+
+@given(manifests, layouts)
+def test_what_is_packed_for_a_long_launch_fits_in_a_bucket_and_the_rest_in_four(
+    manifest: Manifest, layout: Layout
+) -> None:
+    plan = make_plan(manifest, layout)
+    assert travelled(manifest, plan.long)
+    assert len(plan.long) <= len(plan.batches)
+    for batch in plan.long:
+        assert batch.packed_bytes <= layout.bucket_bytes
+        assert sum(slot.nbytes for slot in batch.direct) <= 4 * layout.bucket_bytes
 
 
 @given(manifests, layouts)

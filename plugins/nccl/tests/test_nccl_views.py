@@ -90,3 +90,26 @@ def test_whole_tensors_are_copied_bit_by_bit(
 
 def test_no_copies_are_falsy() -> None:
     assert not Copies([])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("sizes", [[2**20] * 20, [2**24 + 4, 7, 0, 2**24 + 1]], ids=["alike", "odd"])
+def test_large_copies_within_a_gpu_bring_every_bit_also_after_memory_has_moved(sizes: list[int]) -> None:
+    bucket = torch.zeros(sum(sizes) + 256 * len(sizes), dtype=torch.uint8, device="cuda")
+    places = [sum(sizes[:number]) + 256 * number for number in range(len(sizes))]
+    views = [bucket[place : place + size] for place, size in zip(places, sizes, strict=True)]
+    tensors = [random_bits((size,), torch.uint8, seed).cuda() for seed, size in enumerate(sizes)]
+    targets = [torch.zeros_like(tensor) for tensor in tensors]
+    into, out = (Copies(list(zip(*ends, strict=True))) for ends in ((views, tensors), (targets, views)))
+    for seed in (1, 2, 1):
+        for tensor in tensors:
+            tensor.copy_(random_bits(tuple(tensor.shape), torch.uint8, seed))
+        into.run()
+        out.run()
+        assert all(map(torch.equal, targets, tensors))
+        before = bucket.data_ptr()
+        bucket.untyped_storage().resize_(bucket.untyped_storage().nbytes() + 2**21)
+        assert bucket.data_ptr() != before
+    assert into.table_bytes > 0
+    assert out.table_bytes > 0

@@ -201,7 +201,7 @@ class NcclTrainerEngine(TrainerWeightTransferEngine[NcclInitInfo, NcclUpdateInfo
 
     @property
     def extra_memory(self) -> int:
-        return self._buffers.nbytes
+        return self._buffers.nbytes + _table_bytes(self._sending, self._regions)
 
 
 class NcclWorkerEngine(WeightTransferEngine[NcclInitInfo, NcclUpdateInfo]):
@@ -256,7 +256,9 @@ class NcclWorkerEngine(WeightTransferEngine[NcclInitInfo, NcclUpdateInfo]):
             )
         self._receiving = self._receiving or Receiving(self._device, self._buffers)
         with self._groups.failing_together():
-            self._receiving.receive(self._groups.whole, self._plan, load_weights, deadline)
+            self._receiving.receive(
+                self._groups.whole, self._plan, load_weights, deadline, may_be_long=update_info.verify is None
+            )
 
     def receive_regions(self, update_info: NcclUpdateInfo, incoming: IncomingRegions) -> None:
         assert self._groups.regions is not None and self._regions is not None
@@ -274,7 +276,11 @@ class NcclWorkerEngine(WeightTransferEngine[NcclInitInfo, NcclUpdateInfo]):
 
     @property
     def extra_memory(self) -> int:
-        return self._buffers.nbytes if self._buffers is not None else 0
+        return (self._buffers.nbytes if self._buffers is not None else 0) + _table_bytes(self._receiving, self._regions)
+
+
+def _table_bytes(*pipelines: Sending | Receiving | RegionSending | RegionReceiving | None) -> int:
+    return sum(pipeline.table_bytes for pipeline in pipelines if pipeline is not None)
 
 
 def _regions_group(meeting: Rendezvous, member: int, ranks: int, workers: int, device: torch.device) -> Group:

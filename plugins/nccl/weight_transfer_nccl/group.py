@@ -68,6 +68,8 @@ class Group:
         self._options = dist.BroadcastOptions()
         self._options.rootRank = 0
         self._options.rootTensor = 0
+        self._least = dist.AllreduceOptions()
+        self._least.reduceOp = dist.ReduceOp.MIN
         self._aborted = threading.Event()
         self._building = threading.Lock()
         self._ends: Set[End] = frozenset()
@@ -80,9 +82,21 @@ class Group:
         """Meet the other members; see `join_groups`."""
         join_groups([(self, name_of)], deadline)
 
-    def begin(self, deadline: Deadline) -> Work:
-        """Begin an update: the trainer says so to all workers. One whose work has ended knows that bytes follow."""
-        return self.broadcast([self._token], deadline)
+    def begin(self, deadline: Deadline, agrees: bool = False) -> Work:
+        """Begin an update, with all members. One whose work has ended knows that bytes follow.
+
+        Args:
+            deadline: until when.
+            agrees: what this one says to what `agreed` asks.
+        """
+        if self._meeting.transport == "gloo":
+            self._least.timeout = timedelta(seconds=deadline.remaining() + MARGIN)
+        self._token.fill_(agrees)
+        return self._start("allreduce", [([self._token], self._least)], deadline, together=False)
+
+    def agreed(self) -> bool:
+        """Return whether all members have agreed in `begin`, whose work has ended; on a GPU, on its stream."""
+        return bool(self._token.item())
 
     def begin_with(self, peers: Sequence[int], deadline: Deadline) -> Work:
         """Begin an update with some members only, as `begin`: trainer ranks say so, workers hear it."""
@@ -123,7 +137,7 @@ class Group:
         backend = self._backend
         if self._aborted.is_set() or backend is None:
             raise aborted(deadline, self._doing)
-        work = Work(deadline, self._doing, timed=name != "broadcast" and self._meeting.transport == "gloo")
+        work = Work(deadline, self._doing, timed=name in ("send", "recv") and self._meeting.transport == "gloo")
         self._works.append(work)
         together = together and bool(calls) and backend.supports_coalescing
         with errors_of_torch(deadline, self._doing):
@@ -244,7 +258,9 @@ class Group:
     def _warm_up(self, deadline: Deadline) -> None:
         """Connect now, so that the first update does not pay for it."""
         self.broadcast([self._token], deadline).wait()
-        if self._trainers > 1 and self._world_size <= _FEW:
+        if self._trainers == 1:
+            self.begin(deadline).wait()
+        elif self._world_size <= _FEW:
             ranks = range(self._world_size)
             others = ranks[self._trainers :] if self._rank < self._trainers else ranks[: self._trainers]
             self.begin_with(others, deadline).wait()

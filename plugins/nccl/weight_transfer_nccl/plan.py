@@ -4,6 +4,9 @@ The weights travel in batches of at most one bucket, in the manifest's order. In
 than ``direct_bytes`` are packed at the bucket's beginning and go out as one broadcast; larger ones travel from their
 own storage, cut where the bucket's size demands it, one broadcast each. NCCL runs all broadcasts of a batch in one
 launch, so they follow each other without a gap.
+
+Between two launches there is one, of some 20 µs. So where every member sends from and receives into the tensors' own
+storage, of which they assure each other, the large ones of several buckets go out in one launch.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import attrs
 
 from weight_transfer.authoring import ALIGNMENT, Manifest, Slot, digest_json
 
+_LONG = 4  # buckets' worth of large tensors in a long launch
 _SLIVER = 2**20  # bytes; no large tensor is cut to fill less than this at the end of a batch
 
 
@@ -55,27 +59,38 @@ class Plan:
     Attributes:
         manifest: what is sent.
         batches: how.
+        long: how, if no large tensor needs a place in a bucket.
         digest: what both sides compare before the first byte.
     """
 
     manifest: Manifest
     batches: tuple[Batch, ...]
+    long: tuple[Batch, ...]
     digest: str
 
 
 def make_plan(manifest: Manifest, layout: Layout) -> Plan:
     """Return the plan; the same arguments give the same plan everywhere."""
-    planner = Planner(layout)
+    planners = Planner(layout), Planner(layout, _LONG)
     for index, param in enumerate(manifest.params):
-        planner.add(index, param.nbytes)
-    return Plan(manifest, planner.finish(), digest_json([manifest.digest, attrs.astuple(layout)]))
+        for planner in planners:
+            planner.add(index, param.nbytes)
+    batches, long = (planner.finish() for planner in planners)
+    return Plan(manifest, batches, long, digest_json([manifest.digest, attrs.astuple(layout), _LONG]))
 
 
 class Planner:
-    """Fills batch after batch."""
+    """Fills batch after batch.
 
-    def __init__(self, layout: Layout) -> None:
+    Args:
+        layout: how large they may be.
+        long: how many buckets' worth of large tensors may travel at once, beside small ones; 0: all of a batch has to
+            fit in one bucket.
+    """
+
+    def __init__(self, layout: Layout, long: int = 0) -> None:
         self._bucket_bytes = layout.bucket_bytes // ALIGNMENT * ALIGNMENT
+        self._long_bytes = long * self._bucket_bytes
         self._direct_from = min(layout.direct_bytes, self._bucket_bytes)
         self._batches: list[Batch] = []
         self._begin()
@@ -88,8 +103,13 @@ class Planner:
 
     @property
     def _room(self) -> int:
-        """Bytes that are left in the batch."""
-        return self._bucket_bytes - _aligned(self._packed_bytes) - self._direct_bytes
+        """Bytes that are left for small tensors."""
+        return self._bucket_bytes - _aligned(self._packed_bytes) - (0 if self._long_bytes else self._direct_bytes)
+
+    @property
+    def _direct_room(self) -> int:
+        """Bytes that are left for large ones."""
+        return self._long_bytes - self._direct_bytes if self._long_bytes else self._room
 
     def add(self, param: int, nbytes: int, unit: int = 1) -> None:
         """Add the next tensor; it is cut between units only, of some bytes that fit in a bucket."""
@@ -105,9 +125,9 @@ class Planner:
     def _cut(self, param: int, nbytes: int, unit: int) -> None:
         start = 0
         while start < nbytes:
-            if self._room < min(nbytes - start, max(_SLIVER, unit)):
+            if self._direct_room < min(nbytes - start, max(_SLIVER, unit)):
                 self._close()
-            size = min(nbytes - start, self._room // unit * unit)
+            size = min(nbytes - start, self._direct_room // unit * unit)
             self._direct.append(Slot(param, start, self._direct_bytes, size, last=start + size == nbytes))
             self._direct_bytes += _aligned(size)
             start += size

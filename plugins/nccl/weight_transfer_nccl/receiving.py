@@ -62,12 +62,30 @@ class Receiving:
         self._plan: Plan | None = None
         self._destinations: Mapping[str, torch.Tensor] | None = None
         self._buffers = buffers
-        self._landings: list[_Landing] = []
+        self._short: list[_Landing] = []
+        self._long: list[_Landing] | None = None
         self._loaded: dict[int, Any] = {}
         self._partial: dict[int, torch.Tensor] = {}
 
-    def receive(self, group: Group, plan: Plan, load_weights: LoadWeights, deadline: Deadline) -> None:
-        """Receive and load every parameter; returns when all are in place."""
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the GPU that tables of copies take."""
+        copies = (landing.copies for landing in (*self._short, *(self._long or ())))
+        return sum(each.table_bytes for each in copies if isinstance(each, Copies))
+
+    def receive(
+        self, group: Group, plan: Plan, load_weights: LoadWeights, deadline: Deadline, may_be_long: bool
+    ) -> None:
+        """Receive and load every parameter; returns when all are in place.
+
+        Args:
+            group: of the trainer and all workers.
+            plan: of both sides.
+            load_weights: the guard in front of the loader.
+            deadline: until when.
+            may_be_long: whether to take long launches if all weights arrive in their own storage: fewer, of which less
+                can be done while they arrive.
+        """
         destinations = destinations_of(load_weights)
         if self._plan is not plan or self._destinations is not destinations:
             self._prepare(plan, destinations)
@@ -82,10 +100,10 @@ class Receiving:
             self._loading.after_caller()
             with self._loading:
                 with self._arriving.instead_of(self._loading):
-                    group.begin(deadline).wait()
+                    group.begin(deadline, may_be_long and self._long is not None).wait()
                 self._arriving.finish(deadline, _WHAT)  # until here no byte can have come
-                for index in range(len(plan.batches)):
-                    landing = self._landings[index]
+                landings = self._long if self._long is not None and may_be_long and group.agreed() else self._short
+                for landing in landings:
                     while _is_full(posted, landing.bucket):
                         load_next()
                     if landing.own:
@@ -101,13 +119,25 @@ class Receiving:
     def _prepare(self, plan: Plan, destinations: Mapping[str, torch.Tensor] | None) -> None:
         """Decide where every batch arrives. Nothing may be under way."""
         self._plan, self._destinations = plan, destinations
-        owns = [[self._own(plan.manifest.params[slot.param].name) for slot in b.direct] for b in plan.batches]
-        needs = [_need(batch, own) for batch, own in zip(plan.batches, owns, strict=True)]
-        self._buffers.reserve(max(needs, default=0))
-        self._landings = []
-        for batch, own, need in zip(plan.batches, owns, needs, strict=True):
-            bucket, buffer = self._buffers.take() if need else (None, torch.empty(0))
-            self._landings.append(_land(plan.manifest, batch, own, bucket, buffer, destinations))
+        self._short, self._long = [], None
+        in_place = all(tensor is not None for batch in plan.batches for tensor in self._owns(plan, batch))
+        ways = (plan.batches, plan.long) if in_place else (plan.batches,)
+        self._buffers.reserve(max((self._need(plan, batch) for batches in ways for batch in batches), default=0))
+        self._short, *long = ([self._landing(plan, batch) for batch in batches] for batches in ways)
+        self._long = long[0] if long else None
+
+    def _owns(self, plan: Plan, batch: Batch) -> list[torch.Tensor | None]:
+        return [self._own(plan.manifest.params[slot.param].name) for slot in batch.direct]
+
+    def _need(self, plan: Plan, batch: Batch) -> int:
+        """Return how many bytes of a bucket a batch needs."""
+        if any(tensor is None for tensor in self._owns(plan, batch)):
+            return batch.bucket_bytes
+        return max(batch.packed_bytes, 1) if batch.packed else 0
+
+    def _landing(self, plan: Plan, batch: Batch) -> _Landing:
+        bucket, buffer = self._buffers.take() if self._need(plan, batch) else (None, torch.empty(0))
+        return _land(plan.manifest, batch, self._owns(plan, batch), bucket, buffer, self._destinations)
 
     def _own(self, name: str) -> torch.Tensor | None:
         """Return the worker's own tensor if weights may arrive in it."""
@@ -133,13 +163,6 @@ class Receiving:
             self._partial[slot.param] = torch.empty(meta.shape, dtype=torch_dtype(meta.dtype), device=self._device)
         piece_of(self._partial[slot.param], slot).copy_(view)
         return [(meta.name, self._partial.pop(slot.param))] if slot.last else []
-
-
-def _need(batch: Batch, own: list[torch.Tensor | None]) -> int:
-    """Return how many bytes of a bucket a batch needs, given the worker's own tensors for its direct slots."""
-    if any(tensor is None for tensor in own):
-        return batch.bucket_bytes
-    return max(batch.packed_bytes, 1) if batch.packed else 0
 
 
 def _land(

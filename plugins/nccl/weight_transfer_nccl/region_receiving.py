@@ -57,6 +57,11 @@ class RegionReceiving:
         self._targets: Sequence[torch.Tensor] = ()
         self._launches: list[Launch] = []
 
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the GPU that tables of copies take."""
+        return sum(launch.copies.table_bytes for launch in self._launches)
+
     def receive(self, group: Group, shares: Shares, incoming: IncomingRegions, deadline: Deadline) -> None:
         """Receive every piece; returns when all are in place.
 

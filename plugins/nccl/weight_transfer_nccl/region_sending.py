@@ -64,6 +64,11 @@ class RegionSending:
             self._outgoing, self._launches = outgoing, None
         return self._share
 
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the GPU that tables of copies take."""
+        return sum(launch.copies.table_bytes for launch in self._launches or ())
+
     def send(
         self, group: Group, outgoing: OutgoingRegions, deadline: Deadline, progress: Callable[[int], None]
     ) -> None:

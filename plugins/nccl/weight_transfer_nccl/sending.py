@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import attrs
@@ -15,12 +16,14 @@ from weight_transfer.errors import WeightsMovedError
 from weight_transfer_nccl.buffers import WINDOW, Buffers
 from weight_transfer_nccl.lanes import Lane
 from weight_transfer_nccl.pieces import Masters, StreamedBytes, piece_of
+from weight_transfer_nccl.plan import Batch
+from weight_transfer_nccl.views import Copies
 from weight_transfer_nccl.works import Work
 
 if TYPE_CHECKING:
     from weight_transfer.authoring import Deadline, WeightSource
     from weight_transfer_nccl.group import Group
-    from weight_transfer_nccl.plan import Batch, Layout, Plan
+    from weight_transfer_nccl.plan import Layout, Plan
 
 
 @attrs.frozen
@@ -48,22 +51,33 @@ class _Cut:
         packed: of each small tensor that is not packed yet.
         direct: of each piece of a large one.
         temporary: whether they are copies, which take memory until they have left.
+        pack: copies the small tensors into their places.
     """
 
     packed: list[torch.Tensor]
     direct: list[torch.Tensor]
     temporary: bool
+    pack: Callable[[], object]
 
 
 class _ResidentCut:
     """The bytes of a batch of tensors that stay where they are: looked up once."""
 
-    def __init__(self, batch: Batch, tensors: list[torch.Tensor], device: torch.device) -> None:
+    def __init__(
+        self, batch: Batch, tensors: list[torch.Tensor], views: list[torch.Tensor], device: torch.device
+    ) -> None:
         self._batch = batch
         self._tensors = [tensors[slot.param] for slot in (*batch.packed, *batch.direct)]
+        self._views = views
         self._device = device
         self._cut: _Cut | None = None
+        self._copies = Copies(())
         self._addresses: list[int] = []
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the GPU that tables of copies take."""
+        return self._copies.table_bytes
 
     def get(self) -> _Cut:
         """Return the bytes; of tensors that are not contiguous or lie elsewhere, copies.
@@ -80,8 +94,10 @@ class _ResidentCut:
         pieces = [piece_of(tensor, slot) for tensor, slot in zip(tensors, slots, strict=True)]
         count = len(self._batch.packed)
         copied = any(map(operator.is_not, tensors, self._tensors))
-        cut = _Cut(pieces[:count], pieces[count:], temporary=copied)
-        self._cut = None if copied else cut
+        if copied:
+            return _temporary(pieces[:count], pieces[count:], self._views)
+        self._copies = Copies(list(zip(self._views, pieces[:count], strict=True)))
+        self._cut = cut = _Cut(pieces[:count], pieces[count:], temporary=False, pack=self._copies.run)
         self._addresses = _addresses(cut)
         return cut
 
@@ -95,6 +111,21 @@ class _Running:
     bucket: int | None
 
 
+@attrs.define(eq=False)
+class _Way:
+    """One of the ways in which a plan's weights may travel.
+
+    Attributes:
+        batches: the plan's.
+        packings: of each batch; None where nothing is packed.
+        cuts: of each batch, if all tensors of the source stay where they are.
+    """
+
+    batches: Sequence[Batch]
+    packings: list[_Packing | None]
+    cuts: list[_ResidentCut] = attrs.field(factory=list)
+
+
 class Sending:
     """Broadcasts plan after plan with the same buckets."""
 
@@ -105,9 +136,14 @@ class Sending:
         self._plan: Plan | None = None
         self._converts = False
         self._buffers = buffers
-        self._packings: list[_Packing | None] = []
+        self._short = self._long = _Way((), [])
         self._resident: Mapping[str, torch.Tensor] | None = None
-        self._cuts: list[_ResidentCut] = []
+        self._in_place = False
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the GPU that tables of copies take."""
+        return sum(cut.table_bytes for way in (self._short, self._long) for cut in way.cuts)
 
     def send(
         self, group: Group, plan: Plan, source: WeightSource, deadline: Deadline, progress: Callable[[int], None]
@@ -122,28 +158,45 @@ class Sending:
             self._lane.after_caller()
             with self._lane:
                 streamed = Masters(masters) if masters is not None else self._look_up(plan, source)
-                for index, (batch, packing) in enumerate(zip(plan.batches, self._packings, strict=True)):
+                in_place = streamed is None and self._in_place
+                way = self._long if in_place else self._short
+                cut = self._pack(way, 0, streamed)  # a source that fails here costs the workers nothing
+                group.begin(deadline, in_place).wait()
+                if in_place and not self._agreed(group, deadline):
+                    way = self._short
+                    cut = self._pack(way, 0, streamed)
+                for index, (batch, packing) in enumerate(zip(way.batches, way.packings, strict=True)):
                     bucket = packing.bucket if packing is not None else None
-                    while self._is_full(running, bucket):
-                        running.popleft().work.wait()
-                    if isinstance(streamed, Masters):
-                        assert packing is not None
-                        streamed.convert(batch, plan.manifest, [*packing.views, *packing.direct])
-                        cut = _Cut([], packing.direct, temporary=False)
-                    else:
-                        cut = self._cuts[index].get() if streamed is None else _cut(streamed, batch)
-                    data = cut.direct
-                    if packing is not None and batch.packed:
-                        if cut.packed:
-                            torch._foreach_copy_(packing.views, cut.packed)
-                        data = [packing.data, *data]
-                    if not index:  # a source that fails at its first tensors costs the workers nothing
-                        group.begin(deadline).wait()
-                    running.append(_Running(group.broadcast(data, deadline), cut, bucket))
+                    if index:
+                        while self._is_full(running, bucket):
+                            running.popleft().work.wait()
+                        cut = self._pack(way, index, streamed)
+                    packed = [packing.data] if packing is not None and batch.packed else []
+                    running.append(_Running(group.broadcast([*packed, *cut.direct], deadline), cut, bucket))
                     progress(batch.nbytes)
                 while running:
                     running.popleft().work.wait()
             self._lane.finish(deadline, "broadcasting the weights")
+
+    def _agreed(self, group: Group, deadline: Deadline) -> bool:
+        self._lane.finish(deadline, "waiting for the workers to begin")
+        return group.agreed()
+
+    def _pack(self, way: _Way, index: int, streamed: Masters | StreamedBytes | None) -> _Cut:
+        """Put what is small of a batch into its bucket, and all of it if it is converted; return the batch's bytes."""
+        batch, packing = way.batches[index], way.packings[index]
+        if isinstance(streamed, Masters):
+            assert packing is not None and self._plan is not None
+            streamed.convert(batch, self._plan.manifest, [*packing.views, *packing.direct])
+            return _Cut([], packing.direct, temporary=False, pack=_is_packed)
+        if streamed is None:
+            cut = way.cuts[index].get()
+        else:
+            views = packing.views if packing is not None else []
+            cut = _temporary(streamed.pieces(batch.packed), streamed.pieces(batch.direct), views)
+        if batch.packed:
+            cut.pack()
+        return cut
 
     def _is_full(self, running: deque[_Running], bucket: int | None) -> bool:
         """Whether the oldest batch has to leave before the next one: its bucket or its copies' memory is needed."""
@@ -156,18 +209,21 @@ class Sending:
 
     def _prepare(self, plan: Plan, converts: bool) -> None:
         """Reserve the buckets that the plan needs, and give each batch its own; all of it, if it is converted."""
-        self._plan, self._resident, self._cuts, self._converts = plan, None, [], converts
-        needs = [batch.bucket_bytes if converts else batch.packed_bytes for batch in plan.batches]
-        used = [max(need, 1) for need, batch in zip(needs, plan.batches, strict=True) if converts or batch.packed]
+        self._plan, self._resident, self._converts = plan, None, converts
+        ways = (plan.batches,) if converts else (plan.batches, plan.long)
+        used = [self._need(batch) for batches in ways for batch in batches if converts or batch.packed]
         self._buffers.reserve(max(used, default=0))
-        self._packings = []
-        for batch in plan.batches:
-            packing = None
-            if converts or batch.packed:
-                bucket, buffer = self._buffers.take()
-                data, views = buffer[: max(batch.packed_bytes, 1)], bucket_views(batch.packed, buffer)
-                packing = _Packing(bucket, data, views, bucket_views(batch.direct, buffer) if converts else [])
-            self._packings.append(packing)
+        self._short, self._long = (_Way(batches, list(map(self._packing, batches))) for batches in (ways[0], ways[-1]))
+
+    def _need(self, batch: Batch) -> int:
+        return max(batch.bucket_bytes if self._converts else batch.packed_bytes, 1)
+
+    def _packing(self, batch: Batch) -> _Packing | None:
+        if not (self._converts or batch.packed):
+            return None
+        bucket, buffer = self._buffers.take()
+        data, views = buffer[: max(batch.packed_bytes, 1)], bucket_views(batch.packed, buffer)
+        return _Packing(bucket, data, views, bucket_views(batch.direct, buffer) if self._converts else [])
 
     def _look_up(self, plan: Plan, source: WeightSource) -> StreamedBytes | None:
         """Find the source's tensors if all of them stay in place, else begin to iterate it."""
@@ -176,7 +232,12 @@ class Sending:
             return StreamedBytes(source, self._device)
         if self._resident is not resident:
             tensors = list(resident.values())
-            self._cuts = [_ResidentCut(batch, tensors, self._device) for batch in plan.batches]
+            for way in (self._short, self._long):
+                way.cuts = [
+                    _ResidentCut(batch, tensors, packing.views if packing is not None else [], self._device)
+                    for batch, packing in zip(way.batches, way.packings, strict=True)
+                ]
+            self._in_place = all(laid_out(tensor.to(self._device)) is tensor for tensor in tensors)
             self._resident = resident
         return None
 
@@ -185,5 +246,9 @@ def _addresses(cut: _Cut) -> list[int]:
     return [piece.data_ptr() for piece in (*cut.packed, *cut.direct)]
 
 
-def _cut(streamed: StreamedBytes, batch: Batch) -> _Cut:
-    return _Cut(streamed.pieces(batch.packed), streamed.pieces(batch.direct), temporary=True)
+def _temporary(packed: list[torch.Tensor], direct: list[torch.Tensor], views: list[torch.Tensor]) -> _Cut:
+    return _Cut(packed, direct, temporary=True, pack=partial(torch._foreach_copy_, views, packed))
+
+
+def _is_packed() -> None:
+    """The small tensors are in their places already."""

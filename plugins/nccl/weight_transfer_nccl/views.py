@@ -7,29 +7,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import zip_longest
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, ClassVar, NoReturn
 
 import attrs
 import torch
 
-from weight_transfer.authoring import INTEGERS, as_bytes, torch_dtype
+from weight_transfer.authoring import INTEGERS, Boxes, GpuCopies, Tuning, as_bytes, has_kernel, torch_dtype
 from weight_transfer.errors import ManifestMismatchError
 
 if TYPE_CHECKING:
     from weight_transfer.authoring import ParamMeta, Pieces
 
 _WIDEST = 8  # bytes of an integer
+_WORTH = 16 * 2**20  # bytes: fewer are copied before a kernel of our own would have begun
+_BESIDE = Tuning(programs=32, tile=32 * 2**10, warps=8, piece=512 * 2**10)
+"""Faster than bytes come, and of a large GPU only a quarter."""
 
 
 class Copies:
     """Some copies, which run one after another on the current stream.
+
+    On a GPU, a kernel that leaves most of it to NCCL makes those that are large and contiguous: torch's own, which take
+    all of its memory's bandwidth for a moment, cost broadcasts a twentieth of their speed.
 
     Args:
         pairs: target and source, of one shape; if their dtypes differ, with the bits of ``tensor.to``.
     """
 
     def __init__(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        self._batches: dict[tuple[bool, torch.dtype], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        batches: dict[tuple[bool, torch.dtype], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         self._conversions: list[tuple[torch.Tensor, torch.Tensor]] = []
         for pair in pairs:
             target, source = pair
@@ -39,19 +45,68 @@ class Copies:
             dense = target.is_contiguous() and source.is_contiguous()
             ends = [as_bytes(end) if dense else _integers(end) for end in pair]
             wide = INTEGERS[min(map(_ratio, ends)) * ends[0].element_size()]
-            batch = self._batches.setdefault((dense, wide), ([], []))  # dense ones of a dtype are copied by one launch
+            batch = batches.setdefault((dense, wide), ([], []))  # dense ones of a dtype are copied by one launch
             for ends_of_batch, end in zip(batch, ends, strict=True):
                 ends_of_batch.append(end.view(wide))
+        self._batches = [
+            _Kernel(*ends) if dense and _is_for_kernel(*ends) else _Foreach(*ends)
+            for (dense, _), ends in batches.items()
+        ]
 
     def __bool__(self) -> bool:
         return bool(self._batches or self._conversions)
 
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the GPU that the kernel's tables take, once they were needed."""
+        return sum(batch.table_bytes for batch in self._batches)
+
     def run(self) -> None:
         """Copy everything."""
-        for targets, sources in self._batches.values():
-            torch._foreach_copy_(targets, sources)
+        for batch in self._batches:
+            batch.run()
         for target, source in self._conversions:
             target.copy_(source)
+
+
+@attrs.frozen
+class _Foreach:
+    """Copies by torch."""
+
+    targets: list[torch.Tensor]
+    sources: list[torch.Tensor]
+    table_bytes: ClassVar[int] = 0
+
+    def run(self) -> None:
+        torch._foreach_copy_(self.targets, self.sources)
+
+
+class _Kernel:
+    """Copies of contiguous tensors within one GPU, by address; worked out anew when one of them lies elsewhere."""
+
+    def __init__(self, targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+        self._targets, self._sources = targets, sources
+        self._addresses: tuple[list[int], list[int]] | None = None
+        self.table_bytes = 0
+
+    def run(self) -> None:
+        addresses = _addresses(self._sources), _addresses(self._targets)
+        if addresses != self._addresses:
+            boxes = Boxes.contiguous(*addresses, [target.nbytes for target in self._targets])
+            self._copies = GpuCopies(boxes, self._targets[0].device, _BESIDE)
+            self._addresses, self.table_bytes = addresses, self._copies.nbytes
+        self._copies.run()
+
+
+def _is_for_kernel(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> bool:
+    gpus = {end.device for end in (*targets, *sources)}
+    if len(gpus) > 1 or not targets[0].is_cuda:
+        return False
+    return sum(target.nbytes for target in targets) >= _WORTH and has_kernel()
+
+
+def _addresses(tensors: list[torch.Tensor]) -> list[int]:
+    return list(map(torch.Tensor.data_ptr, tensors))
 
 
 @attrs.frozen
