@@ -173,7 +173,9 @@ class NcclTrainerEngine(TrainerWeightTransferEngine[NcclInitInfo, NcclUpdateInfo
         assert self._groups.whole is not None and self._plan is not None
         self._sending = self._sending or Sending(self._layout, self._device, self._buffers)
         with self._groups.failing_together():
-            self._sending.send(self._groups.whole, self._plan, source, deadline, progress)
+            self._sending.send(
+                self._groups.whole, self._plan, source, deadline, progress, may_be_long=self.config.verify == "none"
+            )
 
     def share_regions(self, outgoing: OutgoingRegions, deadline: Deadline) -> dict[str, Any]:
         assert self._regions is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 import attrs
@@ -51,13 +50,13 @@ class _Cut:
         packed: of each small tensor that is not packed yet.
         direct: of each piece of a large one.
         temporary: whether they are copies, which take memory until they have left.
-        pack: copies the small tensors into their places.
+        copies: of the small tensors into their places, if they are made again and again.
     """
 
     packed: list[torch.Tensor]
     direct: list[torch.Tensor]
     temporary: bool
-    pack: Callable[[], object]
+    copies: Copies | None = None
 
 
 class _ResidentCut:
@@ -71,13 +70,12 @@ class _ResidentCut:
         self._views = views
         self._device = device
         self._cut: _Cut | None = None
-        self._copies = Copies(())
         self._addresses: list[int] = []
 
     @property
     def table_bytes(self) -> int:
         """Bytes of the GPU that tables of copies take."""
-        return self._copies.table_bytes
+        return self._cut.copies.table_bytes if self._cut is not None and self._cut.copies is not None else 0
 
     def get(self) -> _Cut:
         """Return the bytes; of tensors that are not contiguous or lie elsewhere, copies.
@@ -95,9 +93,9 @@ class _ResidentCut:
         count = len(self._batch.packed)
         copied = any(map(operator.is_not, tensors, self._tensors))
         if copied:
-            return _temporary(pieces[:count], pieces[count:], self._views)
-        self._copies = Copies(list(zip(self._views, pieces[:count], strict=True)))
-        self._cut = cut = _Cut(pieces[:count], pieces[count:], temporary=False, pack=self._copies.run)
+            return _Cut(pieces[:count], pieces[count:], temporary=True)
+        copies = Copies(list(zip(self._views, pieces[:count], strict=True)))
+        self._cut = cut = _Cut(pieces[:count], pieces[count:], temporary=False, copies=copies)
         self._addresses = _addresses(cut)
         return cut
 
@@ -146,9 +144,24 @@ class Sending:
         return sum(cut.table_bytes for way in (self._short, self._long) for cut in way.cuts)
 
     def send(
-        self, group: Group, plan: Plan, source: WeightSource, deadline: Deadline, progress: Callable[[int], None]
+        self,
+        group: Group,
+        plan: Plan,
+        source: WeightSource,
+        deadline: Deadline,
+        progress: Callable[[int], None],
+        may_be_long: bool,
     ) -> None:
-        """Broadcast every byte of ``source``; returns when all of them have left."""
+        """Broadcast every byte of ``source``; returns when all of them have left.
+
+        Args:
+            group: of this rank and all workers.
+            plan: of both sides.
+            source: the weights.
+            deadline: until when.
+            progress: is told of bytes.
+            may_be_long: whether launches may be long; see `Receiving.receive`.
+        """
         masters = uncast_tensors(source, plan.manifest.params)
         converts = masters is not None
         if self._plan is not plan or self._converts is not converts:
@@ -158,7 +171,7 @@ class Sending:
             self._lane.after_caller()
             with self._lane:
                 streamed = Masters(masters) if masters is not None else self._look_up(plan, source)
-                in_place = streamed is None and self._in_place
+                in_place = may_be_long and streamed is None and self._in_place
                 way = self._long if in_place else self._short
                 cut = self._pack(way, 0, streamed)  # a source that fails here costs the workers nothing
                 group.begin(deadline, in_place).wait()
@@ -188,14 +201,15 @@ class Sending:
         if isinstance(streamed, Masters):
             assert packing is not None and self._plan is not None
             streamed.convert(batch, self._plan.manifest, [*packing.views, *packing.direct])
-            return _Cut([], packing.direct, temporary=False, pack=_is_packed)
+            return _Cut([], packing.direct, temporary=False)
         if streamed is None:
             cut = way.cuts[index].get()
         else:
-            views = packing.views if packing is not None else []
-            cut = _temporary(streamed.pieces(batch.packed), streamed.pieces(batch.direct), views)
-        if batch.packed:
-            cut.pack()
+            cut = _Cut(streamed.pieces(batch.packed), streamed.pieces(batch.direct), temporary=True)
+        if cut.copies is not None:
+            cut.copies.run()
+        elif packing is not None:
+            torch._foreach_copy_(packing.views, cut.packed)
         return cut
 
     def _is_full(self, running: deque[_Running], bucket: int | None) -> bool:
@@ -237,18 +251,14 @@ class Sending:
                     _ResidentCut(batch, tensors, packing.views if packing is not None else [], self._device)
                     for batch, packing in zip(way.batches, way.packings, strict=True)
                 ]
-            self._in_place = all(laid_out(tensor.to(self._device)) is tensor for tensor in tensors)
+            self._in_place = all(map(self._travels_as_it_lies, tensors))
             self._resident = resident
         return None
+
+    def _travels_as_it_lies(self, tensor: torch.Tensor) -> bool:
+        here = tensor.device.type == self._device.type and self._device.index in (None, tensor.device.index)
+        return here and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
 
 
 def _addresses(cut: _Cut) -> list[int]:
     return [piece.data_ptr() for piece in (*cut.packed, *cut.direct)]
-
-
-def _temporary(packed: list[torch.Tensor], direct: list[torch.Tensor], views: list[torch.Tensor]) -> _Cut:
-    return _Cut(packed, direct, temporary=True, pack=partial(torch._foreach_copy_, views, packed))
-
-
-def _is_packed() -> None:
-    """The small tensors are in their places already."""
