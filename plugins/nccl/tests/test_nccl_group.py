@@ -12,8 +12,10 @@ import torch.distributed as dist
 from weight_transfer import ConfigError, HandshakeError, PeerLostError, TransferTimeoutError, load_backend, load_config
 from weight_transfer.config.settings import ParallelConfig
 from weight_transfer.values.deadline import Deadline
+from weight_transfer_nccl.engine import NcclInitInfo
 from weight_transfer_nccl.group import Group
 from weight_transfer_nccl.meeting_place import MeetingPlace
+from weight_transfer_nccl.plan import Layout
 
 CPU = torch.device("cpu")
 
@@ -79,3 +81,11 @@ def test_the_probe_names_nccl_and_gloo() -> None:
     probe = load_backend("nccl").probe()
     assert probe.available
     assert set(probe.details) == {"NCCL", "gloo"}
+
+
+def test_a_worker_of_another_protocol_says_so_and_does_not_join(place: MeetingPlace) -> None:
+    engine = load_backend("nccl").create_worker_engine(load_config(backend="nccl"), ParallelConfig(device="cpu"))
+    fields = {"rendezvous": place.meeting("gloo"), "layout": Layout(2**20, 2, 2**10)}
+    info = NcclInitInfo(**fields, rank_offset=1, world_size=2, timeout=20)  # as of a trainer that says nothing of it
+    with pytest.raises(HandshakeError, match=r"The trainer speaks protocol 1 .* this worker 2; install one version"):
+        engine.init_transfer_engine(info)

@@ -11,6 +11,8 @@ from torch import nn
 
 import weight_transfer as wt
 from weight_transfer_nccl.group import Group
+from weight_transfer_nccl.receiving import Receiving
+from weight_transfer_nccl.sending import Sending
 
 CONFIG = {"backend": "nccl", "timeout": 30, "bucket_bytes": "4KiB", "nccl": {"direct_bytes": "1KiB"}}
 SHORT, LONG = 9, 2  # launches of eight weights of 4 KiB and a small one
@@ -104,3 +106,44 @@ def test_a_worker_that_changes_its_mind_changes_that_of_all(launches: list[int])
         assert sent(sender, trained, served, 5, launches) == SHORT
         served[0].w3 = nn.Parameter(served[0].w3.detach().contiguous())
         assert sent(sender, trained, served, 4, launches) == LONG
+
+
+@pytest.mark.parametrize("pipeline", [Sending, Receiving], ids=["trainer", "worker"])
+def test_each_side_by_itself_keeps_launches_short_if_bytes_are_compared(
+    launches: list[int], pipeline: type[Sending | Receiving], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other side is made to agree."""
+    other, method = (Receiving, "receive") if pipeline is Sending else (Sending, "send")
+    own = getattr(other, method)
+    monkeypatch.setattr(other, method, lambda *given, may_be_long: own(*given, may_be_long=True))
+    trained, served = model(1), [model(2)]
+    with wt.WeightReceiver(CONFIG, served[0]) as receiver, wt.WeightSender(CONFIG, [receiver]) as sender:
+        sender.send(trained)
+        for seed in (4, 5, 4):
+            assert sent(sender, trained, served, seed, launches) == SHORT
+
+
+@pytest.mark.parametrize("verify", ["none", "wire"])
+@pytest.mark.parametrize("loads", [False, True], ids=["in place", "loader"])
+def test_weights_without_elements_take_no_place_from_others(loads: bool, verify: str) -> None:
+    """Packed by themselves beside a large one, they once had a byte sent, into the place of the large one's first."""
+
+    def fresh() -> nn.Module:
+        made = nn.Module()
+        for number in range(20):
+            setattr(made, f"a{number}", nn.Parameter(torch.zeros(0)))
+            setattr(made, f"b{number}", nn.Parameter(torch.zeros(32, 32)))
+        return made
+
+    trained, served = fresh(), [fresh() for _ in range(3)]
+    config = CONFIG | {"verify": verify}
+    loaders = [loader_of(own) if loads else None for own in served]
+    receivers = [wt.WeightReceiver(config, own, load_weights=load) for own, load in zip(served, loaders, strict=True)]
+    with receivers[0], receivers[1], receivers[2], wt.WeightSender(config, receivers) as sender:
+        for value in (1.0, 2.0, 1.0) * 5:
+            with torch.no_grad():
+                for weight in trained.parameters():
+                    weight.fill_(value)
+            sender.send(trained)
+            assert all(is_alike(trained, own) for own in served)
+            assert bool((served[0].b7 == value).all())

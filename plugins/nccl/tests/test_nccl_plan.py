@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import attrs
 from hypothesis import given
@@ -10,6 +11,9 @@ from hypothesis import strategies as st
 
 from weight_transfer import Manifest, ParamMeta
 from weight_transfer_nccl.plan import Batch, Layout, make_plan
+
+if TYPE_CHECKING:
+    import pytest
 
 manifests = st.lists(st.integers(0, 5000), min_size=1, max_size=40).map(
     lambda sizes: Manifest(tuple(ParamMeta(f"p{index}", "uint8", (size,)) for index, size in enumerate(sizes)))
@@ -72,6 +76,20 @@ def test_both_sides_derive_the_same_plan(manifest: Manifest, layout: Layout) -> 
 def test_another_layout_has_another_digest(manifest: Manifest, layout: Layout) -> None:
     other = attrs.evolve(layout, bucket_bytes=layout.bucket_bytes + 1)
     assert make_plan(manifest, layout).digest != make_plan(manifest, other).digest
+
+
+def test_another_length_of_launches_has_another_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest, layout = Manifest([ParamMeta("p", "uint8", (5000,))]), Layout(2048, 2, 1000)
+    before = make_plan(manifest, layout).digest
+    monkeypatch.setattr("weight_transfer_nccl.plan._LONG", 5)
+    assert make_plan(manifest, layout).digest != before
+
+
+def test_what_is_empty_is_packed_however_small_large_ones_are() -> None:
+    manifest = Manifest([ParamMeta("p", "uint8", (0,)), ParamMeta("q", "uint8", (1,))])
+    (batch,) = make_plan(manifest, Layout(bucket_bytes=2048, buckets=2, direct_bytes=0)).batches
+    assert [slot.param for slot in batch.packed] == [0]
+    assert [slot.param for slot in batch.direct] == [1]
 
 
 def test_small_tensors_are_packed_and_large_ones_fill_the_batches() -> None:

@@ -44,12 +44,23 @@ if TYPE_CHECKING:
     )
 
 
+_PROTOCOL = 2
+"""Another one whenever members do something else together. 2: they agree on launches before each update."""
+
+
 @attrs.frozen(kw_only=True)
 class NcclInitInfo(WeightTransferInitInfo):
-    """How to meet, and how the trainer cuts its weights."""
+    """How to meet, and how the trainer cuts its weights.
+
+    Attributes:
+        rendezvous: where the members meet.
+        layout: the trainer's.
+        protocol: of what members do together; a worker of another one does not join.
+    """
 
     rendezvous: Rendezvous
     layout: Layout
+    protocol: int = 1
 
 
 @attrs.frozen(kw_only=True)
@@ -118,7 +129,7 @@ class NcclTrainerEngine(TrainerWeightTransferEngine[NcclInitInfo, NcclUpdateInfo
         self._place = MeetingPlace(options.address, options.port, members)
         meeting = self._place.meeting(transport, options.interface)
         self._open(Group(meeting, 0, slots[0].world_size, self._device), meeting, slots)
-        return [{"rendezvous": meeting, "layout": self._layout} for _ in slots]
+        return [{"rendezvous": meeting, "layout": self._layout, "protocol": _PROTOCOL} for _ in slots]
 
     def open_rank(self, first: Mapping[str, Any], slots: Sequence[WorkerSlot], deadline: Deadline) -> dict[str, Any]:
         own = unstructure(dict(first))
@@ -127,7 +138,7 @@ class NcclTrainerEngine(TrainerWeightTransferEngine[NcclInitInfo, NcclUpdateInfo
         _require_same_transport("Trainer rank 0", info.rendezvous, f"trainer rank {self._rank}", self._device)
         self._layout = info.layout
         self._open(None, info.rendezvous, slots)
-        return {"rendezvous": info.rendezvous, "layout": info.layout}
+        return {"rendezvous": info.rendezvous, "layout": info.layout, "protocol": info.protocol}
 
     def _open(self, whole: Group | None, meeting: Rendezvous, slots: Sequence[WorkerSlot]) -> None:
         ranks, workers = self.parallel_config.world_size, slots[0].world_size - 1
@@ -225,6 +236,13 @@ class NcclWorkerEngine(WeightTransferEngine[NcclInitInfo, NcclUpdateInfo]):
     def init_transfer_engine(self, init_info: NcclInitInfo) -> None:
         deadline = Deadline(init_info.timeout)
         meeting, ranks, workers = init_info.rendezvous, init_info.trainer_ranks, init_info.world_size - 1
+        if init_info.protocol != _PROTOCOL:
+            raise HandshakeError(
+                f"The trainer speaks protocol {init_info.protocol} of weight-transfer-nccl, this worker {_PROTOCOL}; "
+                "install one version on both sides.",
+                backend="nccl",
+                phase="init",
+            )
         _require_same_transport("The trainer", meeting, "this worker", self._device)
         self.transport = meeting.transport
         self._layout = init_info.layout

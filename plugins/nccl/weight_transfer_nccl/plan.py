@@ -1,9 +1,9 @@
 """What is broadcast, in which order: derived on both sides from the manifest and the trainer's options alone.
 
 The weights travel in batches of at most one bucket, in the manifest's order. In a batch, the tensors that are smaller
-than ``direct_bytes`` are packed at the bucket's beginning and go out as one broadcast; larger ones travel from their
-own storage, cut where the bucket's size demands it, one broadcast each. NCCL runs all broadcasts of a batch in one
-launch, so they follow each other without a gap.
+than ``direct_bytes`` are packed at the bucket's beginning and go out as one broadcast, unless all are empty; larger
+ones travel from their own storage, cut where the bucket's size demands it, one broadcast each. NCCL runs all
+broadcasts of a batch in one launch, so they follow each other without a gap.
 
 Between two launches there is one, of some 20 µs. So where every member sends from and receives into the tensors' own
 storage, of which they assure each other, the large ones of several buckets go out in one launch.
@@ -91,7 +91,7 @@ class Planner:
     def __init__(self, layout: Layout, long: int = 0) -> None:
         self._bucket_bytes = layout.bucket_bytes // ALIGNMENT * ALIGNMENT
         self._long_bytes = long * self._bucket_bytes
-        self._direct_from = min(layout.direct_bytes, self._bucket_bytes)
+        self._direct_from = max(min(layout.direct_bytes, self._bucket_bytes), 1)  # what is empty is packed
         self._batches: list[Batch] = []
         self._begin()
 

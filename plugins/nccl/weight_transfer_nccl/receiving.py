@@ -173,7 +173,7 @@ def _land(
     buffer: torch.Tensor,
     destinations: Mapping[str, torch.Tensor] | None,
 ) -> _Landing:
-    data: list[torch.Tensor] = [buffer[: max(batch.packed_bytes, 1)]] if batch.packed else []
+    data: list[torch.Tensor] = [buffer[: batch.packed_bytes]] if batch.packed_bytes else []
     whole: Weights = []
     parts: list[tuple[Slot, torch.Tensor]] = []
     written = 0

@@ -184,7 +184,7 @@ class Sending:
                         while self._is_full(running, bucket):
                             running.popleft().work.wait()
                         cut = self._pack(way, index, streamed)
-                    packed = [packing.data] if packing is not None and batch.packed else []
+                    packed = [packing.data] if packing is not None and batch.packed_bytes else []
                     running.append(_Running(group.broadcast([*packed, *cut.direct], deadline), cut, bucket))
                     progress(batch.nbytes)
                 while running:
@@ -236,7 +236,7 @@ class Sending:
         if not (self._converts or batch.packed):
             return None
         bucket, buffer = self._buffers.take()
-        data, views = buffer[: max(batch.packed_bytes, 1)], bucket_views(batch.packed, buffer)
+        data, views = buffer[: batch.packed_bytes], bucket_views(batch.packed, buffer)
         return _Packing(bucket, data, views, bucket_views(batch.direct, buffer) if self._converts else [])
 
     def _look_up(self, plan: Plan, source: WeightSource) -> StreamedBytes | None:
