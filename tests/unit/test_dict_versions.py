@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from weight_transfer.model import dict_versions
 from weight_transfer.model.dict_versions import DictVersions
@@ -23,7 +27,7 @@ READABLE = pytest.mark.skipif(
 
 @pytest.fixture(params=[pytest.param("read", marks=READABLE), "asked"], autouse=True)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(dict_versions, "_FEW", COUNT - 1 if request.param == "read" else COUNT)
+    monkeypatch.setattr(dict_versions, "_MANY", COUNT if request.param == "read" else COUNT + 1)
     return str(request.param)
 
 
@@ -34,7 +38,7 @@ def never() -> bool:
 @READABLE
 def test_versions_are_read_where_they_can_be(way: str) -> None:
     versions = DictVersions([{} for _ in range(COUNT)])
-    assert isinstance(versions._seen, torch.Tensor) is (way == "read")
+    assert isinstance(versions._seen, np.ndarray) is (way == "read")
     assert dict_versions._can_be_read()
 
 
@@ -49,6 +53,7 @@ def of_an_object() -> dict[str, Any]:
 
 
 MAKERS: list[Callable[[], dict[str, Any]]] = [
+    dict,
     lambda: {"a": 1, "b": 2},
     lambda: OrderedDict(a=1, b=2),
     lambda: defaultdict(int, a=1, b=2),
@@ -57,19 +62,21 @@ MAKERS: list[Callable[[], dict[str, Any]]] = [
 WRITES: list[Callable[[dict[str, Any]], Any]] = [
     lambda d: d.__setitem__("a", 3),
     lambda d: d.__setitem__("c", 3),
-    lambda d: d.__delitem__("a"),
-    lambda d: d.pop("b"),
-    lambda d: d.popitem(),
     lambda d: d.setdefault("c", 3),
     lambda d: d.update(a=3),
     lambda d: d.update({}, b=3),
+    lambda d: d.update({"a": 3, "d": 4}),
     lambda d: d.__ior__({"a": 4}),
+]
+REMOVALS: list[Callable[[dict[str, Any]], Any]] = [
+    lambda d: d.__delitem__("a"),
+    lambda d: d.pop("b"),
+    lambda d: d.popitem(),
     lambda d: d.clear(),
 ]
 
 
-@pytest.mark.parametrize("write", WRITES)
-@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize(("make", "write"), [*product(MAKERS, WRITES), *product(MAKERS[1:], REMOVALS)])
 @pytest.mark.parametrize("place", [0, COUNT // 2, COUNT - 1])
 def test_each_write_is_seen_wherever_it_is(
     place: int, make: Callable[[], dict[str, Any]], write: Callable[[dict[str, Any]], Any]
@@ -115,8 +122,25 @@ def test_attributes_of_modules_are_seen_once_the_interpreter_has_specialised_the
     assert not versions.unchanged_or(lambda: False)
 
 
+def test_a_deep_copy_sees_writes_to_its_own_dictionaries() -> None:
+    dicts: list[dict[str, Any]] = [{"a": 1} for _ in range(COUNT)]
+    kept, copied = copy.deepcopy((dicts, DictVersions(dicts)))
+    assert copied.unchanged_or(never)
+    dicts[3]["a"] = 2
+    assert copied.unchanged_or(never)
+    kept[3]["a"] = 2
+    assert not copied.unchanged_or(lambda: False)
+
+
 @pytest.mark.parametrize(
-    "mode", [torch.inference_mode, torch.no_grad, lambda: torch.device("meta"), lambda: torch.autocast("cpu")]
+    "mode",
+    [
+        torch.inference_mode,
+        torch.no_grad,
+        FakeTensorMode,
+        lambda: torch.device("meta"),
+        lambda: torch.autocast("cpu"),
+    ],
 )
 def test_no_mode_of_torch_changes_what_is_seen(mode: Callable[[], Any]) -> None:
     dicts: list[dict[str, Any]] = [{"a": 1} for _ in range(COUNT)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -156,12 +157,13 @@ def test_what_is_recalled_blindly_is_looked_at_before_anybody_reads_or_in_the_en
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("weight_transfer.model.looking._FIRST", 1)
+    monkeypatch.setattr("weight_transfer.model.looking._CARE", 1)
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
     source = ModuleSource(module)
 
     def recall() -> None:
         source.recall(False)
-        for _ in range(20):
+        for _ in range(3):
             source.manifest()
         source.recall(True, blindly=True)
 
@@ -185,6 +187,20 @@ def test_what_is_recalled_blindly_is_looked_at_before_anybody_reads_or_in_the_en
     assert source.resident()["0.weight"].data_ptr() == module[0].weight.data_ptr()
     assert source.is_unmoved()
     assert source.confirm()
+
+
+def test_a_deep_copy_of_a_source_speaks_of_its_own_module() -> None:
+    module = nn.Sequential(*(nn.Linear(2, 2) for _ in range(600)))
+    source = ModuleSource(module)
+    for _ in range(3):
+        source.manifest()
+    copied = copy.deepcopy(source)
+    copied.module[0].weight = nn.Parameter(torch.ones(2, 2))
+    copied.recall(True, blindly=True)
+    copied.manifest()
+    assert copied.resident()["0.weight"] is copied.module[0].weight
+    assert copied.confirm()
+    assert source.resident()["0.weight"] is module[0].weight
 
 
 def test_a_look_goes_on_bit_by_bit_until_it_is_over_or_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,16 +13,18 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from torch._C._dynamo.guards import dict_version
 
 _Table = dict[Any, Any]
+_Words = NDArray[np.int64]
 
 _WORD = 8  # bytes
 _VERSION = object.__basicsize__ + _WORD  # where ``ma_version_tag`` lies in a dictionary: after ``ma_used``
 _RELEASES = ((3, 11), (3, 12))  # later ones write some attributes of objects without a new version, or have none
-_FEW = 1024  # that are asked one by one before the call would have begun
-_MEMORY = (ctypes.c_char * 2**62).from_address(_WORD)  # not at 0, which is no address; nothing is read of it here
+_MANY = 1024  # fewer are asked one by one before the call would have begun
+_MEMORY = memoryview((ctypes.c_char * 2**62).from_address(_WORD))  # not from 0, which is no address
 
 
 class DictVersions:
@@ -34,8 +36,11 @@ class DictVersions:
 
     def __init__(self, dicts: Sequence[_Table]) -> None:
         self._dicts = dicts
-        self._words = _words_of(dicts) if len(dicts) > _FEW and _can_be_read() else None
+        self._words = _words_of(dicts) if len(dicts) >= _MANY and _can_be_read() else None
         self._seen = self._versions()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return DictVersions, (self._dicts,)  # those of a deep copy lie elsewhere
 
     def unchanged_or(self, hold_the_same: Callable[[], bool]) -> bool:
         """Whether nothing was written to any since; else whether they hold what they held, as a function tells.
@@ -43,28 +48,27 @@ class DictVersions:
         If they do, what was written so far need not be looked at again.
         """
         now = self._versions()  # first: what is written while the function looks counts
-        if _equal(now, self._seen):
+        if now == self._seen if isinstance(now, list) else np.array_equal(now, self._seen):
             return True
         if not hold_the_same():
             return False
         self._seen = now
         return True
 
-    def _versions(self) -> torch.Tensor | list[int]:
-        return list(map(dict_version, self._dicts)) if self._words is None else _read(self._words)
+    def _versions(self) -> _Words | list[int]:
+        """Read or ask; torch does not see that an empty one took over what another one holds, on some releases."""
+        if self._words is not None:
+            return _read(self._words)
+        return [*map(dict_version, self._dicts), *map(len, self._dicts)]
 
 
-def _equal(one: torch.Tensor | list[int], other: torch.Tensor | list[int]) -> bool:
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other  # type: ignore[arg-type]
+def _words_of(dicts: Sequence[_Table]) -> _Words:
+    """Return which words of the memory hold the versions, int64 ``[dictionaries]``."""
+    return (np.fromiter(map(id, dicts), np.int64, len(dicts)) + _VERSION) // _WORD - 1
 
 
-def _words_of(dicts: Sequence[_Table]) -> torch.Tensor:
-    """Return which words of the memory hold the versions, as int64 of shape ``[dictionaries]``."""
-    return torch.tensor([(id(each) + _VERSION) // _WORD - 1 for each in dicts], dtype=torch.int64, device="cpu")
-
-
-def _read(words: torch.Tensor) -> torch.Tensor:
-    return torch.frombuffer(_MEMORY, dtype=torch.int64).index_select(0, words)
+def _read(words: _Words) -> _Words:
+    return np.frombuffer(_MEMORY, np.int64).take(words)
 
 
 @cache
@@ -82,15 +86,16 @@ def _can_be_read() -> bool:
         lambda: probe.setdefault("c", 4),
         lambda: probe.__delitem__("c"),
         probe.popitem,
-        lambda: probe.update(d=5),
+        lambda: probe.update({"d": 5}),
         probe.clear,
+        lambda: probe.__ior__({"e": 6}),
     )
     for write in writes:
         before = _read(words)
         list(probe.items())
-        if not torch.equal(_read(words), before):
+        if _read(words) != before:
             return False
         write()
-        if torch.equal(_read(words), before):
+        if _read(words) == before:
             return False
     return True

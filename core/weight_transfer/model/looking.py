@@ -105,7 +105,8 @@ class Tables:
     """What the tables of some modules hold: their children, parameters, buffers, and hooks of ``state_dict()``.
 
     They are many, and in nobody's cache: no object is made for any, and what they hold is visited only if something was
-    written there; whether a hook is where none was, only if any has been registered in this process.
+    written there; whether a hook is where none was, only if any has been registered in this process. That a module was
+    given another ``__dict__`` is not noticed: nothing in torch gives it one.
 
     Args:
         modules: one after the other as a walk comes to them.

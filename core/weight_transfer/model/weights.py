@@ -48,6 +48,9 @@ class ModuleWeights:
         self.looks = 0
         """How often the module was looked at anew: whenever a weight was moved, among other reasons."""
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return ModuleWeights, (self._module, self._ignore)  # a copy has seen nothing yet of the module's copy
+
     @property
     def aliases(self) -> Mapping[str, str]:
         """Further names of the weights that `read` returned last, and whose they are."""
