@@ -48,7 +48,8 @@ class DictVersions:
         If they do, what was written so far need not be looked at again.
         """
         now = self._versions()  # first: what is written while the function looks counts
-        if now == self._seen if isinstance(now, list) else np.array_equal(now, self._seen):
+        unchanged = now == self._seen if isinstance(now, list) else np.array_equal(now, self._seen)
+        if unchanged:
             return True
         if not hold_the_same():
             return False
