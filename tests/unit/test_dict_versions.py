@@ -53,7 +53,6 @@ def of_an_object() -> dict[str, Any]:
 
 
 MAKERS: list[Callable[[], dict[str, Any]]] = [
-    dict,
     lambda: {"a": 1, "b": 2},
     lambda: OrderedDict(a=1, b=2),
     lambda: defaultdict(int, a=1, b=2),
@@ -76,7 +75,7 @@ REMOVALS: list[Callable[[dict[str, Any]], Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("make", "write"), [*product(MAKERS, WRITES), *product(MAKERS[1:], REMOVALS)])
+@pytest.mark.parametrize(("make", "write"), list(product(MAKERS, [*WRITES, *REMOVALS])))
 @pytest.mark.parametrize("place", [0, COUNT // 2, COUNT - 1])
 def test_each_write_is_seen_wherever_it_is(
     place: int, make: Callable[[], dict[str, Any]], write: Callable[[dict[str, Any]], Any]
@@ -89,6 +88,23 @@ def test_each_write_is_seen_wherever_it_is(
     write(dicts[place])
     assert not versions.unchanged_or(lambda: False)
     assert not versions.unchanged_or(lambda: False)  # as long as nobody has found that they hold what they held
+    assert versions.unchanged_or(lambda: True)
+    assert versions.unchanged_or(never)
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("make", [dict, OrderedDict, lambda: defaultdict(int)])
+@pytest.mark.parametrize("place", [0, COUNT // 2 - 1])
+def test_an_empty_one_that_holds_something_is_a_change_whatever_the_rest_holds(
+    place: int, make: Callable[[], dict[str, Any]], write: Callable[[dict[str, Any]], Any]
+) -> None:
+    dicts, empty = ([make() for _ in range(COUNT // 2)] for _ in range(2))
+    versions = DictVersions(dicts, empty)
+    assert versions.unchanged_or(never)
+    write(empty[place])
+    assert not versions.unchanged_or(lambda: True)
+    assert not versions.unchanged_or(lambda: True)
+    empty[place].clear()
     assert versions.unchanged_or(lambda: True)
     assert versions.unchanged_or(never)
 

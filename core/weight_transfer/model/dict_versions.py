@@ -32,35 +32,38 @@ class DictVersions:
 
     Args:
         dicts: they are kept, so that they stay where they are.
+        empty: more of them, which hold nothing. Where torch is asked, only whether that is so is looked at, which costs
+            less; and torch does not see, on some releases, that an empty one takes over what another one holds.
     """
 
-    def __init__(self, dicts: Sequence[_Table]) -> None:
-        self._dicts = dicts
-        self._words = _words_of(dicts) if len(dicts) >= _MANY and _can_be_read() else None
+    def __init__(self, dicts: Sequence[_Table], empty: Sequence[_Table] = ()) -> None:
+        self._dicts, self._empty = dicts, empty
+        every = [*dicts, *empty]
+        self._words = _words_of(every) if len(every) >= _MANY and _can_be_read() else None
         self._seen = self._versions()
 
     def __reduce__(self) -> tuple[object, ...]:
-        return DictVersions, (self._dicts,)  # those of a deep copy lie elsewhere
+        return DictVersions, (self._dicts, self._empty)  # those of a deep copy lie elsewhere
 
     def unchanged_or(self, hold_the_same: Callable[[], bool]) -> bool:
         """Whether nothing was written to any since; else whether they hold what they held, as a function tells.
 
-        If they do, what was written so far need not be looked at again.
+        If they do, what was written so far need not be looked at again. One of the empty ones that holds something is
+        a change, whatever the function tells.
         """
+        if self._words is None and any(self._empty):
+            return False
         now = self._versions()  # first: what is written while the function looks counts
         unchanged = now == self._seen if isinstance(now, list) else np.array_equal(now, self._seen)
         if unchanged:
             return True
-        if not hold_the_same():
+        if any(self._empty) or not hold_the_same():
             return False
         self._seen = now
         return True
 
     def _versions(self) -> _Words | list[int]:
-        """Read or ask; torch does not see that an empty one took over what another one holds, on some releases."""
-        if self._words is not None:
-            return _read(self._words)
-        return [*map(dict_version, self._dicts), *map(len, self._dicts)]
+        return _read(self._words) if self._words is not None else list(map(dict_version, self._dicts))
 
 
 def _words_of(dicts: Sequence[_Table]) -> _Words:

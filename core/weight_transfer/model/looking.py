@@ -118,10 +118,10 @@ class Tables:
         self._tables: list[Any] = list(map(dict.get, self._owners, cycle(_TABLES)))
         named = list(zip(cycle(_TABLES), self._tables, strict=False))
         self._registered = RemovableHandle.next_id
-        self._empty = [table for name, table in named if not table and name not in _HOOKS]
+        empty = [table for name, table in named if not table and name not in _HOOKS]
         self._unhooked = [table for name, table in named if not table and name in _HOOKS]
         self._filled = [table for table in self._tables if table]
-        self._versions = DictVersions([*owners, *self._filled, *self._empty])
+        self._versions = DictVersions([*owners, *self._filled], empty)
         self._counts = list(map(len, self._filled))
         self._keys = list(chain.from_iterable(self._filled))
         self._values = list(_values_of(self._filled))
@@ -151,8 +151,7 @@ class Tables:
 
     def _hold_the_same(self) -> bool:
         return (
-            not any(self._empty)
-            and all(map(operator.is_, map(dict.get, self._owners, cycle(_TABLES)), self._tables))
+            all(map(operator.is_, map(dict.get, self._owners, cycle(_TABLES)), self._tables))
             and list(map(len, self._filled)) == self._counts
             and list(chain.from_iterable(self._filled)) == self._keys
             and all(map(operator.is_, _values_of(self._filled), self._values))
