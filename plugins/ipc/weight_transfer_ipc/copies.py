@@ -36,12 +36,12 @@ class Side:
     tuning: Tuning = LOCAL
 
 
-_REACHING = {"tile": 32 * 2**10, "warps": 8}
+_REACHING = Tuning(tile=32 * 2**10, warps=8)
 OWN = Side(by_engine=False)
 """On the GPU that copies."""
-PEER = Side(by_engine=True, tuning=Tuning(**_REACHING))
+PEER = Side(by_engine=True, tuning=_REACHING)
 """On another one."""
-PEER_BESIDE = Side(by_engine=True, tuning=Tuning(programs=264, **_REACHING))
+PEER_BESIDE = Side(by_engine=True, tuning=attrs.evolve(_REACHING, programs=264))
 """On another one, while copies on the GPU itself go on."""
 
 

@@ -16,7 +16,7 @@ from weight_transfer_nccl.buffers import WINDOW, Buffers
 from weight_transfer_nccl.lanes import Lane
 from weight_transfer_nccl.pieces import Masters, StreamedBytes, piece_of
 from weight_transfer_nccl.plan import Batch
-from weight_transfer_nccl.views import Copies
+from weight_transfer_nccl.views import Copies, addresses_of
 from weight_transfer_nccl.works import Work
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class _ResidentCut:
             WeightsMovedError: they lay elsewhere when they were looked up.
         """
         if self._cut is not None:
-            if _addresses(self._cut) != self._addresses:
+            if addresses_of((*self._cut.packed, *self._cut.direct)) != self._addresses:
                 raise WeightsMovedError("Weights were moved meanwhile.", backend="nccl", phase="update", peer="trainer")
             return self._cut
         slots = (*self._batch.packed, *self._batch.direct)
@@ -96,7 +96,7 @@ class _ResidentCut:
             return _Cut(pieces[:count], pieces[count:], temporary=True)
         copies = Copies(list(zip(self._views, pieces[:count], strict=True)))
         self._cut = cut = _Cut(pieces[:count], pieces[count:], temporary=False, copies=copies)
-        self._addresses = _addresses(cut)
+        self._addresses = addresses_of(pieces)
         return cut
 
 
@@ -258,7 +258,3 @@ class Sending:
     def _travels_as_it_lies(self, tensor: torch.Tensor) -> bool:
         here = tensor.device.type == self._device.type and self._device.index in (None, tensor.device.index)
         return here and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
-
-
-def _addresses(cut: _Cut) -> list[int]:
-    return [piece.data_ptr() for piece in (*cut.packed, *cut.direct)]

@@ -5,7 +5,7 @@ Bytes of one dtype are copied as integers, since on CUDA a float's copy may chan
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, ClassVar, NoReturn
 
@@ -90,7 +90,7 @@ class _Kernel:
         self.table_bytes = 0
 
     def run(self) -> None:
-        addresses = _addresses(self._sources), _addresses(self._targets)
+        addresses = addresses_of(self._sources), addresses_of(self._targets)
         if addresses != self._addresses:
             boxes = Boxes.contiguous(*addresses, [target.nbytes for target in self._targets])
             self._copies = GpuCopies(boxes, self._targets[0].device, _BESIDE)
@@ -105,7 +105,8 @@ def _is_for_kernel(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> 
     return sum(target.nbytes for target in targets) >= _WORTH and has_kernel()
 
 
-def _addresses(tensors: list[torch.Tensor]) -> list[int]:
+def addresses_of(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """Return where the first element of each lies."""
     return list(map(torch.Tensor.data_ptr, tensors))
 
 
