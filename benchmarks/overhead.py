@@ -9,8 +9,7 @@ none that anybody could read. Workers are receivers in two processes, each behin
 trainer's process); those of a process share one model, which nothing is written to. What a process of many workers
 costs is its own: with more workers than cores the worker's time contains waiting for the others.
 
-``--fleet`` measures rank 0 with that many workers, which one process plays: they answer at once, over the real server,
-and have no model.
+``--fleet`` measures rank 0 with that many workers, which one event loop plays: they answer at once, and have no model.
 
 ``--observers report prometheus`` measures what each of these costs, with a receiver in the trainer's process: the time
 inside its hooks, of both sides, beside the ``send`` that it is a part of.
