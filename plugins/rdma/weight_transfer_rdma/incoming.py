@@ -107,7 +107,7 @@ class RegionReads:
                 self._buckets[rank] = reads.buckets
             drafts += reads.drafts()
         drafts.sort(key=lambda draft: (draft.turn, (draft.rank - self._worker) % len(self._shares)))
-        self._depth = min(DEPTH * len(ranks), _DEEPEST)
+        self._depth = min(DEPTH[self._memory.place.memory] * len(ranks), _DEEPEST)
         buffers = self._cut([draft.buffer_bytes for draft in drafts if draft.buffer_bytes], stage)
         turns = cycle(buffers)
         self._buffers = len(buffers)

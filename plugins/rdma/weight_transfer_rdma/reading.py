@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from weight_transfer_rdma.nixl import DRAM, VRAM
+
 if TYPE_CHECKING:
     from weight_transfer.authoring import Deadline
     from weight_transfer_rdma.memory import RunningAgent
 
-DEPTH = 4
-"""Reads under way, from each trainer rank; fewer if the staging buckets are fewer."""
+DEPTH = {DRAM: 4, VRAM: 16}
+"""Reads under way, from each trainer rank; fewer if the staging buckets are fewer. A GPU queues them: the more it has,
+the less often this process has to be there in time for the next one."""
 
 
 @attrs.frozen(eq=False)
@@ -69,7 +72,7 @@ class Reading:
         taker: Any,
         settle_copies: Callable[[], None],
         deadline: Deadline,
-        depth: int = DEPTH,
+        depth: int,
     ) -> None:
         self._agent, self._taker, self._deadline, self._depth = agent, taker, deadline, depth
         self._waiting, self._under_way = deque(jobs), deque[Job]()

@@ -19,7 +19,7 @@ from weight_transfer_rdma.link import slow_link
 from weight_transfer_rdma.memory import memory_for
 from weight_transfer_rdma.nixl import REGIONS, WHOLE
 from weight_transfer_rdma.peers import Peers
-from weight_transfer_rdma.reading import Job, Reading
+from weight_transfer_rdma.reading import DEPTH, Job, Reading
 
 if TYPE_CHECKING:
     import torch
@@ -186,5 +186,5 @@ class RdmaWorkerEngine(WeightTransferEngine[RdmaInitInfo, RdmaUpdateInfo]):
     def _reading(
         self, agent: RunningAgent, info: RdmaUpdateInfo, load_weights: LoadWeights, deadline: Deadline
     ) -> Reading:
-        settle = self._memory.settle_copies
-        return Reading(agent, self._jobs, self._buffers, {0: info.filled}, load_weights, settle, deadline)
+        settle, depth = self._memory.settle_copies, DEPTH[self._memory.place.memory]
+        return Reading(agent, self._jobs, self._buffers, {0: info.filled}, load_weights, settle, deadline, depth)
