@@ -48,6 +48,41 @@ def test_several_groups_live_in_one_process_and_leave_the_default_group_alone() 
     assert not dist.is_initialized()
 
 
+def test_a_trainer_does_not_wait_for_the_end_of_a_broadcast_that_was_aborted(
+    place: MeetingPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gloo does not notice all writes that fail; here it notices nothing, since its connections stay."""
+    monkeypatch.setattr("weight_transfer_nccl.group.break_connections", lambda _ends: None)
+    root, worker = (Group(place.meeting("gloo"), rank, 2, CPU) for rank in range(2))
+    joining = threading.Thread(target=root.join, args=(Deadline(20), str))
+    joining.start()
+    worker.join(Deadline(20), str)
+    joining.join()
+    begun, raised = threading.Event(), []
+
+    def send() -> None:
+        try:
+            with root.guard(Deadline(60)):
+                work = root.broadcast([torch.ones(2**26, dtype=torch.uint8)], Deadline(60))
+                begun.set()
+                work.wait()
+        except PeerLostError as error:
+            raised.append(str(error))
+
+    sending = threading.Thread(target=send)
+    sending.start()
+    assert begun.wait(20)
+    root.abort()
+    sending.join(20)
+    is_over = not sending.is_alive()
+    received = torch.zeros(2**26, dtype=torch.uint8)
+    worker.broadcast([received], Deadline(60)).wait()  # else the group could not be torn down
+    sending.join()
+    worker.abort()
+    assert is_over
+    assert "aborted" in raised[0]
+
+
 def test_members_that_are_missing_are_named(place: MeetingPlace) -> None:
     group = Group(place.meeting("gloo"), 0, 3, CPU)
     with pytest.raises(TransferTimeoutError, match="worker 1, worker 2 to join") as caught:

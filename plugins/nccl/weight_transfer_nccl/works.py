@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from weight_transfer.authoring import Deadline
 
 MARGIN = 0.01  # seconds by which gloo's timeout, in whole milliseconds, comes after the deadline
+_LOOK = timedelta(seconds=0.1)  # between two looks at whether operations were given up
 
 
 class Work:
@@ -26,13 +28,18 @@ class Work:
         deadline: when they must have ended.
         doing: for messages.
         timed: whether each ends by the timeout with which it is waited for: gloo's sends and receives.
+        given_up: set once nobody needs their end any more, if they only read what they are given, as gloo's broadcasts
+            do on a trainer: gloo does not notice all writes that fail, and would wait until its timeout.
     """
 
-    def __init__(self, deadline: Deadline, doing: str, timed: bool = False) -> None:
+    def __init__(
+        self, deadline: Deadline, doing: str, timed: bool = False, given_up: threading.Event | None = None
+    ) -> None:
         self._works: list[Any] | None = []
         self._deadline = deadline
         self._doing = doing
         self._timed = timed
+        self._given_up = given_up
 
     def add(self, work: Any) -> None:
         """Add one more."""
@@ -50,15 +57,27 @@ class Work:
             raise aborted(self._deadline, self._doing)
         with errors_of_torch(self._deadline, self._doing):
             while self._works:  # no name for a work: a traceback would keep it
-                self._works[0].wait(*self._timeout())
+                if self._given_up is None:
+                    self._works[0].wait(*self._timeout())
+                else:
+                    self._await_first(self._given_up)
                 del self._works[0]  # gloo's sends and receives can be waited for once
 
     def drain(self) -> None:
-        """Wait until each has ended, well or not, and forget them."""
+        """Wait until each has ended, well or not, and forget them; those that only read need not end."""
         works, self._works = self._works or [], None
-        for work in works:
+        for work in works if self._given_up is None else ():
             with suppress(RuntimeError):  # gloo: each operation ends by its own timeout at the latest
                 work.wait(*self._timeout())
+
+    def _await_first(self, given_up: threading.Event) -> None:
+        assert self._works
+        while not self._works[0].is_completed():
+            with suppress(RuntimeError):  # it has failed, which the next line says, or this look is over
+                self._works[0].wait(_LOOK)
+            if given_up.is_set():
+                raise aborted(self._deadline, self._doing)
+        self._works[0].wait()
 
     def _timeout(self) -> tuple[timedelta, ...]:
         return (timedelta(seconds=self._deadline.remaining() + MARGIN),) if self._timed else ()
