@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from weight_transfer.testing.actors import Stage
 
 _SLOT = WorkerSlot(peer="the worker", rank_offset=1, count=1, world_size=2)
+_OPENING = 30.0  # seconds: an engine may have to start a process, on a machine that is busy
 
 
 class Inviter:
@@ -31,7 +32,7 @@ class Inviter:
 
     def invite(self, timeout: float) -> Any:
         """Open the endpoint, and return what a worker is sent in order to join within ``timeout`` seconds."""
-        [fields] = self._engine.open_endpoint([_SLOT], Deadline(timeout))
+        [fields] = self._engine.open_endpoint([_SLOT], Deadline(_OPENING))
         common = {"rank_offset": _SLOT.rank_offset, "world_size": _SLOT.world_size, "timeout": timeout}
         return unstructure(structure({**fields, **common}, self._engine.init_info_cls, "init_info"))
 
