@@ -90,19 +90,13 @@ class Moving:
         except StartOver:
             raise
         except Exception as error:
-            cause = self._lost_in(source) or source.error or self._cause(error, calls)
-            refusal = refused_in(calls.failures) if begins else None
-            if refusal is not None and cause is refusal:
-                raise Refused(refusal) from error
-            if isinstance(cause, WeightsMovedError) or not update.part.confirm():  # whose reads then may fail
-                raise StartOver(str(cause)) from error
+            cause = self._behind(error, update, source, calls, begins)
             if cause is error:
                 raise
             raise cause from error
-        refusal = refused_in(failures) if begins else None
+        refusal, moved = refused_in(failures) if begins else None, moved_in(failures)
         if refusal is not None:
             raise Refused(refusal)
-        moved = moved_in(failures)
         if moved is not None:
             raise StartOver(str(moved))
         noticed = {peer: WorkerReport.of(calls.results.get(peer)) for peer in peers}
@@ -249,6 +243,18 @@ class Moving:
         """Return the error of the rank that is gone, if a collective has failed: that does not say which one it was."""
         foreign = source.collective and source.error is not None and not isinstance(source.error, WeightTransferError)
         return self._crew.lost(_GRACE) if foreign else None
+
+    def _behind(
+        self, error: Exception, update: Running, source: GuardedSource, calls: Calls, begins: bool
+    ) -> BaseException:
+        """Return what to raise for an error in an update: what has caused it, or what lets it be sent anew."""
+        cause = self._lost_in(source) or source.error or self._cause(error, calls)
+        refusal = refused_in(calls.failures) if begins else None
+        if refusal is not None and cause is refusal:
+            return Refused(refusal)
+        if isinstance(cause, WeightsMovedError) or not update.part.confirm():  # whose reads then may fail
+            return StartOver(str(cause))
+        return cause
 
     def _cause(self, error: Exception, calls: Calls) -> Exception:
         """Return what is behind an error: a rank that is gone or fails by itself, a worker's failure, or itself."""
