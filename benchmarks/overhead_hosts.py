@@ -151,8 +151,8 @@ class Player(asyncio.Protocol):
 
     def _said_to(self, call: str) -> dict[str, Any] | None:
         if call == "status":
-            known = {"state": "ready", "version": None, "backend": no_bytes.NAME, "workers": 1, "id": str(id(self))}
-            return known | {"line": True}
+            known = {"state": "ready", "version": None, "backend": no_bytes.NAME}
+            return {**known, "workers": 1, "id": str(id(self)), "line": True}
         if call in ("update_weights", "begin_weight_update"):
             return {"transport": "nothing", "warnings": []}
         return None

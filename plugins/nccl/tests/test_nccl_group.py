@@ -27,15 +27,21 @@ def place() -> Iterator[MeetingPlace]:
     place.close()
 
 
+def joined(place: MeetingPlace) -> tuple[Group, Group]:
+    """Return the groups of a trainer and of a worker, which have met."""
+    root, worker = (Group(place.meeting("gloo"), rank, 2, CPU) for rank in range(2))
+    thread = threading.Thread(target=root.join, args=(Deadline(20), str))
+    thread.start()
+    worker.join(Deadline(20), str)
+    thread.join()
+    return root, worker
+
+
 def test_several_groups_live_in_one_process_and_leave_the_default_group_alone() -> None:
     sums = []
     for value in (3, 5):
         place = MeetingPlace("127.0.0.1", 0)
-        root, worker = (Group(place.meeting("gloo"), rank, 2, CPU) for rank in range(2))
-        thread = threading.Thread(target=root.join, args=(Deadline(20), str))
-        thread.start()
-        worker.join(Deadline(20), str)
-        thread.join()
+        root, worker = joined(place)
         sent, received = torch.full((9,), value, dtype=torch.uint8), torch.zeros(9, dtype=torch.uint8)
         works = [root.broadcast([sent], Deadline(10)), worker.broadcast([received], Deadline(10))]
         for work in works:
@@ -53,11 +59,7 @@ def test_a_trainer_does_not_wait_for_the_end_of_a_broadcast_that_was_aborted(
 ) -> None:
     """Gloo does not notice all writes that fail; here it notices nothing, since its connections stay."""
     monkeypatch.setattr("weight_transfer_nccl.group.break_connections", lambda _ends: None)
-    root, worker = (Group(place.meeting("gloo"), rank, 2, CPU) for rank in range(2))
-    joining = threading.Thread(target=root.join, args=(Deadline(20), str))
-    joining.start()
-    worker.join(Deadline(20), str)
-    joining.join()
+    root, worker = joined(place)
     begun, raised = threading.Event(), []
 
     def send() -> None:

@@ -138,7 +138,7 @@ class Group:
         if self._aborted.is_set() or backend is None:
             raise aborted(deadline, self._doing)
         is_gloo, is_timed = self._meeting.transport == "gloo", name in ("send", "recv")
-        only_reads = is_gloo and not is_timed and self._rank == 0
+        only_reads = is_gloo and not is_timed and self._rank == 0  # but for this group's own byte
         work = Work(deadline, self._doing, is_gloo and is_timed, self._aborted if only_reads else None)
         self._works.append(work)
         together = together and bool(calls) and backend.supports_coalescing

@@ -73,7 +73,7 @@ class Work:
     def _await_first(self, given_up: threading.Event) -> None:
         assert self._works
         while not self._works[0].is_completed():
-            with suppress(RuntimeError):  # it has failed, which the next line says, or this look is over
+            with suppress(RuntimeError):  # this look is over, or it has failed, which the last line raises
                 self._works[0].wait(_LOOK)
             if given_up.is_set():
                 raise aborted(self._deadline, self._doing)
