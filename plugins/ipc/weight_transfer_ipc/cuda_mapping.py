@@ -124,11 +124,6 @@ class Mappings:
 
 
 def finish(lanes: Iterable[torch.cuda.Stream], deadline: Deadline) -> None:
-    """Wait, on the host, until the streams have come to where they are now.
-
-    It lets others have the processor but does not sleep: the shortest sleep of a virtual machine takes 0.1 ms.
-    """
+    """Wait, on the host, until the streams have come to where they are now."""
     for end in [lane.record_event() for lane in lanes]:
-        while not end.query():
-            deadline.check("copying from the trainer's memory", backend="ipc", phase="update")
-            os.sched_yield()
+        deadline.wait_for(end.query, "copying from the trainer's memory", backend="ipc", phase="update")

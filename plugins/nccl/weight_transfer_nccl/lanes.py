@@ -6,18 +6,14 @@ that the next bucket is arriving while one is loaded.
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from weight_transfer.authoring import Deadline
-
-_AWAKE = 0.2  # seconds without a sleep
-_POLL = 1e-4  # seconds between two looks at the GPU then
+if TYPE_CHECKING:
+    from weight_transfer.authoring import Deadline
 
 
 class Lane:
@@ -67,17 +63,6 @@ class Lane:
         return None if self._stream is None else self._stream.record_event()
 
     def finish(self, deadline: Deadline, what: str) -> None:
-        """Wait on the host until the lane is empty: once or twice per update.
-
-        At first it does not sleep, but lets others have the processor: the shortest sleep of a virtual machine takes
-        0.1 ms.
-        """
-        if self._stream is None:
-            return
-        mark, awake = self._stream.record_event(), Deadline(_AWAKE)
-        while not mark.query():
-            deadline.check(what, backend="nccl", phase="update")
-            if awake.expired:
-                time.sleep(_POLL)
-            else:
-                os.sched_yield()
+        """Wait on the host until the lane is empty: once or twice per update."""
+        if self._stream is not None:
+            deadline.wait_for(self._stream.record_event().query, what, backend="nccl", phase="update")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
 
 _BLOCK = 512  # bytes; blocks of torch's CUDA allocator begin at multiples of it
 _KILL_TIMEOUT = 30.0  # seconds for a call of NIXL that is under way
-_AWAKE = 0.2  # seconds in which transfers are waited for without a sleep, which takes 0.1 ms on a virtual machine
-_PAUSE = 2e-4  # seconds between two looks at transfers then
 
 
 class LocalAgent:
@@ -120,20 +117,19 @@ class LocalAgent:
                 pass
 
     def finish(self, deadline: Deadline) -> None:
-        awake = time.monotonic() + _AWAKE
         with self._moving() as runs:
-            while True:
+
+            def has_ended() -> bool:
                 while runs.advance():
                     pass
                 if runs.take():
-                    return
-                deadline.check("moving weights", backend="rdma", peer=self._labels.get(runs.peer, self._peer))
+                    return True
                 if self._killed.is_set():
                     raise TransferError("The transfer was stopped.", backend="rdma")
-                if time.monotonic() < awake:
-                    os.sched_yield()
-                else:
-                    time.sleep(_PAUSE)
+                return False
+
+            peer = self._labels.get(runs.peer, self._peer)
+            deadline.wait_for(has_ended, "moving weights", backend="rdma", peer=peer)
 
     def transport(self, place: Place) -> Transport:
         ctypes.CDLL(None).fflush(None)  # UCX leaves what it logs in its buffer
