@@ -177,13 +177,16 @@ def test_a_file_that_could_not_be_written_is_refused_before(tmp_path: Path, monk
 @pytest.mark.slow
 def test_ctrl_c_ends_it_and_its_processes_without_a_word_of_theirs(shape: Path) -> None:
     command = [sys.executable, "-c", "from weight_transfer.cli import main; main()", "bench", "--backend", "ipc"]
-    command += ["--shape", str(shape), "--rounds", "1000000"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    assert process.stderr is not None
-    while "to 1 worker on" not in process.stderr.readline():
-        assert process.poll() is None
-    os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)  # until its processes have closed what they inherited
+    command += ["--shape", str(shape), "--rounds", "10000"]  # more than there is time for, but not for ever
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            assert process.stderr is not None
+            while "to 1 worker on" not in process.stderr.readline():
+                assert process.poll() is None
+            os.killpg(process.pid, signal.SIGINT)
+            _, said = process.communicate(timeout=60)  # until its processes have closed what they inherited
+        finally:
+            process.kill()
     assert (process.returncode, said.split()) == (1, ["Aborted!"])
 
 
