@@ -48,8 +48,8 @@ class Deadline:
 
         Args:
             predicate: tells whether the wait is over.
-            what: as `check` takes it, as are ``fields``.
-            fields: of the error.
+            what: as `check` takes it.
+            fields: the same.
 
         Raises:
             TransferTimeoutError: the deadline passed.
