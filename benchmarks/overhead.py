@@ -217,7 +217,7 @@ def show(result: dict[str, Any], out: Any = sys.stdout) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--params", type=int, nargs="+", default=[1, 300, 10_000])
+    parser.add_argument("--params", type=int, nargs="+", help="default: 1, 300 and 10,000; 300 to a fleet")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--channels", nargs="+", default=["local", "http"], choices=["local", "http"])
     parser.add_argument("--fleet", type=int, nargs="+", default=[], help="workers that are played; nothing else then")
@@ -225,6 +225,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    options.params = options.params or ([300] if options.fleet else [1, 300, 10_000])
     folder = no_bytes.install()
     results = observe(options) if options.observers else measured(options)
     if options.json:
