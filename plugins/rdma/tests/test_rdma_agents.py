@@ -246,6 +246,52 @@ def test_two_agents_in_this_process_read_from_each_other_and_end() -> None:
     assert done.stdout.splitlines()[-1:] == ["done"], done.stdout + done.stderr
 
 
+def test_a_read_that_does_not_end_names_its_peer_though_another_ones_began_later() -> None:
+    """In a process of its own, for NIXL's threads and variables."""
+    code = (
+        "import os, signal, numpy as np\n"
+        "from weight_transfer.errors import TransferTimeoutError\n"
+        "from weight_transfer.memory.shared_memory import SharedMemory\n"
+        "from weight_transfer.values.deadline import Deadline\n"
+        "from weight_transfer_rdma.config import RdmaOptions\n"
+        "from weight_transfer_rdma.device import LocalAgent\n"
+        "from weight_transfer_rdma.nixl import Place\n"
+        "from weight_transfer_rdma.process import AgentProcess\n"
+        "deadline, options = Deadline(40), RdmaOptions(transport='tcp')\n"
+        "reader = LocalAgent('reader', options, 'trainer', reads=True)\n"
+        "owners, handles, targets = [], [], []\n"
+        "for rank in range(2):\n"
+        "    owner = AgentProcess(f'owner {rank}', options, 'reader', deadline)\n"
+        "    memory = SharedMemory(2**20)\n"
+        "    memory.storage(0, 2**20).fill_(7)\n"
+        "    there = owner.share(memory, deadline)\n"
+        "    target = np.zeros(2**20, np.uint8)\n"
+        "    reader.register(target.ctypes.data, target.nbytes, Place())\n"
+        "    peer = reader.connect(owner.metadata(deadline), deadline, label=f'trainer rank {rank}')\n"
+        "    rows = np.array([[target.ctypes.data, there, 2**20]], np.uint64)\n"
+        "    handles.append(reader.prepare('READ', peer, rows, Place(), Place(), deadline))\n"
+        "    owners.append(owner); targets.append(target)\n"
+        "    reader.start(handles[-1], 0, deadline)\n"
+        "    reader.finish(deadline)\n"
+        "    assert (target == 7).all()\n"
+        "targets[1][:] = 0\n"
+        "os.kill(owners[0].pid, signal.SIGSTOP)\n"
+        "for handle in handles:\n"
+        "    reader.start(handle, 0, deadline)\n"
+        "try:\n"
+        "    reader.finish(Deadline(3))\n"
+        "except TransferTimeoutError as error:\n"
+        "    assert error.peer == 'trainer rank 0', error\n"
+        "    assert (targets[1] == 7).all()\n"
+        "    print('done', flush=True)\n"
+        "for owner in owners:\n"
+        "    owner.kill(); owner.close()\n"
+        "os._exit(0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.splitlines()[-1:] == ["done"], done.stdout + done.stderr
+
+
 LOG = """
 [1.2] [vm:1:0]   +--------+-------------+-----------------------------------+
 [1.2] [vm:1:0]   | reader self cfg#0                                        |

@@ -128,8 +128,11 @@ class LocalAgent:
                     raise TransferError("The transfer was stopped.", backend="rdma")
                 return False
 
-            peer = self._labels.get(runs.peer, self._peer)
-            deadline.wait_for(has_ended, "moving weights", backend="rdma", peer=peer)
+            try:
+                deadline.wait_for(has_ended, "moving weights", backend="rdma")
+            except TransferTimeoutError as error:
+                error.peer = self._labels.get(runs.peer, self._peer)  # whose reads have not ended by now
+                raise
 
     def transport(self, place: Place) -> Transport:
         ctypes.CDLL(None).fflush(None)  # UCX leaves what it logs in its buffer
