@@ -94,9 +94,10 @@ class Moving:
             if cause is error:
                 raise
             raise cause from error
-        refusal, moved = refused_in(failures) if begins else None, moved_in(failures)
+        refusal = refused_in(failures) if begins else None
         if refusal is not None:
             raise Refused(refusal)
+        moved = moved_in(failures)
         if moved is not None:
             raise StartOver(str(moved))
         noticed = {peer: WorkerReport.of(calls.results.get(peer)) for peer in peers}
