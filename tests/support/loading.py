@@ -33,12 +33,6 @@ def manifest_of(weights: Weights) -> Manifest:
     return Manifest(ParamMeta(name, dtype_name(tensor.dtype), tensor.shape) for name, tensor in weights)
 
 
-def weights_of(model: nn.Module) -> Weights:
-    source = ModuleSource(model)
-    source.manifest()
-    return [(name, tensor.clone()) for name, tensor in source]
-
-
 def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
     return {
         name: as_bytes(tensor.contiguous()).clone()
@@ -69,6 +63,10 @@ class Stack(nn.Module):
 def sent_by(model: nn.Module) -> tuple[Manifest, Weights]:
     source = ModuleSource(model)
     return source.manifest(), [(name, tensor.clone()) for name, tensor in source]
+
+
+def weights_of(model: nn.Module) -> Weights:
+    return sent_by(model)[1]
 
 
 def load_in_parts(loader: KernelFormatLoader | CheckpointFormatLoader, weights: Weights, size: int) -> None:
